@@ -1,0 +1,65 @@
+# Every target sets up what it needs; a fresh machine needs only make and python3 (3.11 or newer).
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+BIN := $(VENV)/bin
+PY  := $(BIN)/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet install -c constraints.txt
+
+INSTALLED := $(VENV)/.installed
+DOCS      := $(VENV)/.installed-docs
+PEER      := .peer/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format parity laws docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED) ## run the demonstration (options in ARGS="...")
+	$(PY) -m benchmarks.demo $(ARGS)
+
+test: $(INSTALLED) ## run the tests
+	$(PY) -m pytest -n 2 tests
+
+lint: $(INSTALLED) ## check format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(PY) -m mypy
+
+format: $(INSTALLED) ## rewrite the sources in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+parity: $(INSTALLED) $(PEER) ## compare with the reference implementation, singd 0.0.5
+	$(PY) -m benchmarks.parity --peer .peer
+
+laws: $(INSTALLED) ## check the laws of the structures (options in ARGS="...")
+	$(PY) -m tests.laws $(ARGS)
+
+docs: $(DOCS) ## build the documentation into docs/_build/html
+	$(PY) -m sphinx -W --keep-going -b html docs docs/_build/html
+
+clean: ## remove everything generated, except the virtual environment
+	rm -rf .peer build dist docs/_build benchmarks/out
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find structured singd tests benchmarks docs -name __pycache__ -prune -exec rm -rf {} +
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): pyproject.toml constraints.txt | $(PY)
+	$(PIP) -e ".[demo,dev]"
+	@touch $@
+
+$(DOCS): $(INSTALLED)
+	$(PIP) -e ".[docs]"
+	@touch $@
+
+# The reference also calls its package singd, so it lives outside the environment.
+$(PEER): constraints.txt | $(PY)
+	rm -rf .peer
+	$(PIP) --no-deps --target .peer singd==0.0.5 einops einconv
+	@touch $@

@@ -1,0 +1,201 @@
+"""Specs: a structure is written as the call that makes it.
+
+``parse("hierarchical(15, 15)")`` gives a :class:`Structure`, a callable ``n -> zero member``.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+
+from structured._matrix import StructuredMatrix
+
+StructureLike: TypeAlias = "str | type[StructuredMatrix] | Structure | Callable[..., Any]"
+
+_COMPOSITIONS: dict[str, Callable[..., Structure]] = {}
+
+# Names used by the PyPI package `singd`.
+_ALIASES = (
+    (re.compile(r"block(\d+)diagonal"), r"block_diagonal(\1)"),
+    (re.compile(r"hierarchical(\d+)_(\d+)"), r"hierarchical(\1, \2)"),
+    (re.compile(r"triltoeplitz"), "lower_toeplitz"),
+    (re.compile(r"triutoeplitz"), "upper_toeplitz"),
+)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A structure: called with a size it gives the zero member of that size.
+
+    Args:
+        factory: A subclass of :class:`StructuredMatrix`, or any callable
+            ``(n, *options, batch_shape, dtype, device) -> zero member``.
+        options: What follows ``n`` in the call, such as a block size or further structures.
+        label: The spec to print, where it is shorter than the composition it stands for.
+
+    >>> structure = parse("block_diagonal(30)")
+    >>> structure(100, batch_shape=(24,)).shape
+    torch.Size([24, 100, 100])
+    """
+
+    factory: Callable[..., Any]
+    options: tuple[Any, ...] = ()
+    label: str | None = field(default=None, compare=False)
+
+    def __call__(
+        self,
+        n: int,
+        *,
+        batch_shape: Sequence[int] = (),
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> StructuredMatrix:
+        """The zero member of size ``n``.
+
+        Raises:
+            ValueError: If ``n`` is not a non-negative integer.
+            TypeError: If the factory returns anything but a structured matrix.
+        """
+        if not isinstance(n, int) or n < 0:
+            raise ValueError(f"{self}: expected a size n >= 0, got {n!r}")
+        make = getattr(self.factory, "zeros", self.factory)
+        dtype = dtype or torch.get_default_dtype()
+        member = make(n, *self.options, batch_shape=batch_shape, dtype=dtype, device=device)
+        if not isinstance(member, StructuredMatrix):
+            raise TypeError(f"{self}: expected a StructuredMatrix, got {type(member).__name__}")
+        return member
+
+    def identity(self, n: int, **kwargs: Any) -> StructuredMatrix:
+        """The identity of size ``n``; keywords as for the call."""
+        return self(n, **kwargs).add_scaled_identity(1.0)
+
+    def __str__(self) -> str:
+        if self.label is not None:
+            return self.label
+        name = getattr(self.factory, "__name__", type(self.factory).__name__)
+        options = f"({', '.join(map(str, self.options))})" if self.options else ""
+        return snake_case(name) + options
+
+
+def parse(spec: StructureLike) -> Structure:
+    """The structure that ``spec`` names.
+
+    Args:
+        spec: The call you would write (``"diagonal"``, ``"block_diagonal(30)"``,
+            ``"block_upper(dense, block_lower(diagonal, dense, -15), 15)"``), a class, a
+            :class:`Structure`, or a callable ``n -> zero member``. The names of the PyPI package
+            ``singd`` (``"block30diagonal"``, ``"hierarchical15_15"``, ...) are understood.
+
+    Returns:
+        A :class:`Structure` with ``parse(str(structure)) == structure``.
+
+    Raises:
+        ValueError: If the spec names no known structure, or its options make no sense.
+        TypeError: If ``spec`` is none of the above.
+    """
+    if isinstance(spec, Structure):
+        return spec
+    if isinstance(spec, str):
+        return _parse_text(spec)
+    if inspect.isclass(spec) and not issubclass(spec, StructuredMatrix):
+        raise TypeError(f"structure: expected a subclass of StructuredMatrix, got {spec.__name__}")
+    if callable(spec):
+        return Structure(spec)
+    raise TypeError(
+        f"structure: expected a spec, a class or a callable, got {type(spec).__name__} {spec!r}"
+    )
+
+
+def composition(function: Callable[..., Structure]) -> Callable[..., Structure]:
+    """Give a function that composes structures its name in specs."""
+    _COMPOSITIONS[function.__name__] = function
+    return function
+
+
+def snake_case(name: str) -> str:
+    """``LowerToeplitz`` as ``lower_toeplitz``."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+
+def known() -> dict[str, Callable[..., Structure]]:
+    """Every name that a spec may use, with what it makes of its options.
+
+    Classes are found through their base, the newest first; a built-in name always means the
+    built-in structure.
+    """
+
+    def ours(cls: type) -> bool:
+        return cls.__module__.split(".")[0] == __name__.split(".")[0]
+
+    def make(cls: type[StructuredMatrix]) -> Callable[..., Structure]:
+        return lambda *options: Structure(cls, options)
+
+    words: dict[str, Callable[..., Structure]] = {}
+    for cls in sorted(_descendants(StructuredMatrix), key=ours):
+        if not inspect.isabstract(cls) and not cls.__name__.startswith("_"):
+            words[snake_case(cls.__name__)] = make(cls)
+    return words | _COMPOSITIONS
+
+
+def _descendants(cls: type[StructuredMatrix]) -> Iterator[type[StructuredMatrix]]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from _descendants(child)
+
+
+def _parse_text(text: str) -> Structure:
+    source = text.strip()
+    for pattern, replacement in _ALIASES:
+        if pattern.fullmatch(source):
+            source = pattern.sub(replacement, source)
+    try:
+        tree = ast.parse(source, mode="eval").body
+    except SyntaxError:
+        raise ValueError(
+            f"structure {text!r}: expected a call such as 'hierarchical(15, 15)'"
+        ) from None
+    structure = _evaluate(tree, text)
+    if not isinstance(structure, Structure):
+        raise ValueError(f"structure {text!r}: expected the name of a structure, got a number")
+    try:
+        structure(2, device="meta")
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"structure {text!r}: {error}") from error
+    return structure
+
+
+def _evaluate(node: ast.expr, text: str) -> Any:
+    """The value of one node of the spec: a structure or a number."""
+    match node:
+        case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
+            return value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
+            return -value
+        case ast.Name(id=word):
+            return _make(word, (), text)
+        case ast.Call(func=ast.Name(id=word), args=args, keywords=[]):
+            return _make(word, tuple(_evaluate(arg, text) for arg in args), text)
+    raise ValueError(
+        f"structure {text!r}: expected names, numbers and calls, got {ast.unparse(node)!r}"
+    )
+
+
+def _make(word: str, options: tuple[Any, ...], text: str) -> Structure:
+    words = known()
+    if word not in words:
+        near = difflib.get_close_matches(word, words, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"structure {text!r}: unknown name {word!r}, did you mean {near!r}? "
+            f"Known: {', '.join(sorted(words))}"
+        )
+    try:
+        return words[word](*options)
+    except TypeError as error:
+        raise ValueError(f"structure {text!r}: {error}") from error

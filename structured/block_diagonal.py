@@ -1,0 +1,149 @@
+"""Block-diagonal matrices with equal blocks and a smaller last one.
+
+::
+
+    a b . . .
+    c d . . .
+    . . e f .        k n numbers, products O(k^2 n)
+    . . g h .
+    . . . . i
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Size, Tensor
+
+from structured._matrix import Scalar, StructuredMatrix, largest
+from structured.dense import Dense
+
+
+class BlockDiagonal(StructuredMatrix):
+    """Blocks of size ``k`` along the diagonal, the last of size ``n mod k``.
+
+    Stores about k n numbers; ``A X`` costs k n a column.
+    """
+
+    blocks: Tensor  # [..., n // k, k, k]
+    last: Tensor  # [..., n % k, n % k]
+
+    closed_under_transpose = True
+
+    @classmethod
+    def zeros(cls, n: int, k: int, *, batch_shape: Sequence[int] = (), **opts: Any) -> Self:
+        """The zero matrix of size ``n`` with blocks of size ``k``.
+
+        Raises:
+            ValueError: If ``k`` is not a positive integer.
+        """
+        if not isinstance(k, int) or k < 1:
+            raise ValueError(f"block_diagonal(k): expected an integer k >= 1, got {k!r}")
+        count, rest = divmod(n, k)
+        return cls(
+            torch.zeros(*batch_shape, count, k, k, **opts),
+            torch.zeros(*batch_shape, rest, rest, **opts),
+        )
+
+    def to_dense(self) -> Tensor:
+        """The blocks on the diagonal of zeros."""
+        count, k = self.blocks.shape[-3:-1]
+        # [..., k, k, count, count] -> [..., count, k, count, k]
+        spread = torch.diag_embed(self.blocks.movedim(-3, -1)).permute(
+            *range(self.blocks.ndim - 3), -2, -4, -1, -3
+        )
+        full = spread.reshape(*self.last.shape[:-2], count * k, count * k)
+        rest = self.last.shape[-1]
+        top = torch.nn.functional.pad(full, (0, rest))
+        return torch.cat([top, torch.nn.functional.pad(self.last, (count * k, 0))], -2)
+
+    @property
+    def shape(self) -> Size:
+        """``[..., n, n]``."""
+        n = self._head + self.last.shape[-1]
+        return Size((*self.last.shape[:-2], n, n))
+
+    @property
+    def _head(self) -> int:
+        """Rows covered by the equal blocks."""
+        return self.blocks.shape[-3] * self.blocks.shape[-1]
+
+    def _split(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of ``X`` by block: ``[..., n // k, k, m]`` and ``[..., n % k, m]``."""
+        head, last = X[..., : self._head, :], X[..., self._head :, :]
+        return head.unflatten(-2, self.blocks.shape[-3:-1]), last
+
+    @property
+    def mT(self) -> BlockDiagonal:
+        """Every block transposed."""
+        return BlockDiagonal(self.blocks.mT, self.last.mT)
+
+    def matmul(self, other: Self) -> Self:
+        """Block by block."""
+        return self._build([self.blocks @ other.blocks, self.last @ other.last])
+
+    def apply(self, X: Tensor) -> Tensor:
+        """Block by block, k n a column."""
+        head, last = self._split(X)
+        return torch.cat([(self.blocks @ head).flatten(-3, -2), self.last @ last], -2)
+
+    def apply_transpose(self, X: Tensor) -> Tensor:
+        """Block by block, k n a column."""
+        return self.mT.apply(X)
+
+    def orthogonal_project(self, M: Tensor) -> Self:
+        """The diagonal blocks of ``M [..., n, n]``."""
+        h, sizes = self._head, self.blocks.shape[-3:-1]
+        grid = M[..., :h, :h].unflatten(-1, sizes).unflatten(-3, sizes)
+        blocks = grid.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+        return self._build([blocks.clone(), M[..., h:, h:].clone()])
+
+    def project(self, S: Tensor) -> Self:
+        """The diagonal blocks of ``S [..., n, n]``."""
+        return self.orthogonal_project(S)
+
+    def project_gram(self, X: Tensor) -> Self:
+        """``X_b X_b^T`` for every block of rows, k n a column."""
+        head, last = self._split(X)
+        return self._build([head @ head.mT, last @ last.mT])
+
+    def gram(self) -> Self:
+        """Block by block."""
+        return self._build([self.blocks.mT @ self.blocks, self.last.mT @ self.last])
+
+    def trace(self) -> Tensor:
+        """Sum of the traces of the blocks."""
+        blocks = self.blocks.diagonal(dim1=-2, dim2=-1).sum((-2, -1))
+        return blocks + self.last.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+    def add_scaled_identity(self, alpha: Scalar) -> Self:
+        """Block by block."""
+        each = alpha[..., None] if isinstance(alpha, Tensor) and alpha.ndim else alpha
+        if isinstance(each, Tensor) and each.ndim:
+            each = each.expand(self.blocks.shape[:-2])
+        blocks, last = Dense(self.blocks), Dense(self.last)
+        return self._build([blocks.add_scaled_identity(each).M, last.add_scaled_identity(alpha).M])
+
+    def solve(self, X: Tensor) -> Tensor:
+        """Block by block, k^2 n once and k n a column."""
+        head, last = self._split(X)
+        solved = Dense(self.blocks).solve(head).flatten(-3, -2)
+        return torch.cat([solved, Dense(self.last).solve(last)], -2)
+
+    def logdet(self) -> Tensor:
+        """Sum over the blocks."""
+        return Dense(self.blocks).logdet().sum(-1) + Dense(self.last).logdet()
+
+    def max_abs(self) -> Tensor:
+        """Largest absolute entry."""
+        batch = self.last.ndim - 2
+        return torch.maximum(largest(self.blocks, batch), largest(self.last, batch))
+
+    def frobenius_norm(self) -> Tensor:
+        """Square root of the sum of all squared entries."""
+        return torch.hypot(
+            torch.linalg.vector_norm(self.blocks, dim=(-3, -2, -1)),
+            torch.linalg.vector_norm(self.last, dim=(-2, -1)),
+        )

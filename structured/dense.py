@@ -1,0 +1,76 @@
+"""Dense matrices: no structure at all, the reference for every other.
+
+::
+
+    a b c
+    d e f        n^2 numbers, products O(n^3)
+    g h i
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Size, Tensor
+
+from structured._matrix import Scalar, StructuredMatrix, largest, trailing
+
+
+class Dense(StructuredMatrix):
+    """Any matrix ``M``. Stores n^2 numbers; ``A X`` costs n^2 a column."""
+
+    M: Tensor  # [..., n, n]
+
+    closed_under_transpose = True
+
+    @classmethod
+    def zeros(cls, n: int, *, batch_shape: Sequence[int] = (), **opts: Any) -> Self:
+        """The zero matrix of size ``n``."""
+        return cls(torch.zeros(*batch_shape, n, n, **opts))
+
+    def to_dense(self) -> Tensor:
+        """``M``."""
+        return self.M
+
+    @property
+    def shape(self) -> Size:
+        """``[..., n, n]``."""
+        return self.M.shape
+
+    @property
+    def mT(self) -> Dense:
+        """``M^T``."""
+        return Dense(self.M.mT)
+
+    def matmul(self, other: Self) -> Self:
+        """``M N``."""
+        return self._build([self.M @ other.M])
+
+    def orthogonal_project(self, M: Tensor) -> Self:
+        """A copy of ``M``: every matrix is a member."""
+        return self._build([M.clone()])
+
+    def project(self, S: Tensor) -> Self:
+        """A copy of ``S``: every matrix is a member."""
+        return self._build([S.clone()])
+
+    def project_gram(self, X: Tensor) -> Self:
+        """``X X^T``, n^2 a column."""
+        return self._build([X @ X.mT])
+
+    def gram(self) -> Self:
+        """``M^T M``."""
+        return self._build([self.M.mT @ self.M])
+
+    def add_scaled_identity(self, alpha: Scalar) -> Self:
+        """``M + alpha I``."""
+        M = self.M.clone()
+        diagonal = M.diagonal(dim1=-2, dim2=-1)
+        diagonal += trailing(alpha, diagonal) if isinstance(alpha, Tensor) else alpha
+        return self._build([M])
+
+    def max_abs(self) -> Tensor:
+        """Largest absolute entry."""
+        return largest(self.M, self.M.ndim - 2)

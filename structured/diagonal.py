@@ -1,0 +1,98 @@
+"""Diagonal matrices. To add a structure, copy this file.
+
+::
+
+    a . .
+    . b .        n numbers, products O(n)
+    . . c
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Size, Tensor
+
+from structured._matrix import Scalar, StructuredMatrix, largest, trailing
+
+
+class Diagonal(StructuredMatrix):
+    """``diag(d_1, ..., d_n)``. Stores n numbers; ``A X`` costs n a column."""
+
+    d: Tensor  # [..., n]
+
+    closed_under_transpose = True
+
+    @classmethod
+    def zeros(cls, n: int, *, batch_shape: Sequence[int] = (), **opts: Any) -> Self:
+        """The zero matrix of size ``n``."""
+        return cls(torch.zeros(*batch_shape, n, **opts))
+
+    def to_dense(self) -> Tensor:
+        """``diag(d)``."""
+        return torch.diag_embed(self.d)
+
+    @property
+    def shape(self) -> Size:
+        """``[..., n, n]``."""
+        return Size((*self.d.shape, self.d.shape[-1]))
+
+    @property
+    def mT(self) -> Diagonal:
+        """A diagonal matrix is its own transpose."""
+        return self
+
+    def matmul(self, other: Self) -> Self:
+        """``diag(d e)``."""
+        return self._build([self.d * other.d])
+
+    def apply(self, X: Tensor) -> Tensor:
+        """Scale the rows of ``X [..., n, m]``."""
+        return self.d[..., None] * X
+
+    def apply_transpose(self, X: Tensor) -> Tensor:
+        """The same as :meth:`apply`."""
+        return self.d[..., None] * X
+
+    def orthogonal_project(self, M: Tensor) -> Self:
+        """The diagonal of ``M [..., n, n]``."""
+        return self._build([M.diagonal(dim1=-2, dim2=-1).clone()])
+
+    def project(self, S: Tensor) -> Self:
+        """The diagonal of ``S [..., n, n]``."""
+        return self.orthogonal_project(S)
+
+    def project_gram(self, X: Tensor) -> Self:
+        """Sums of squares along the rows of ``X [..., n, m]``."""
+        return self._build([torch.linalg.vecdot(X, X)])
+
+    def gram(self) -> Self:
+        """``diag(d^2)``."""
+        return self._build([self.d * self.d])
+
+    def trace(self) -> Tensor:
+        """Sum of ``d``."""
+        return self.d.sum(-1)
+
+    def add_scaled_identity(self, alpha: Scalar) -> Self:
+        """``diag(d + alpha)``."""
+        alpha = trailing(alpha, self.d) if isinstance(alpha, Tensor) else alpha
+        return self._build([(self.d + alpha).to(self.d.dtype)])
+
+    def solve(self, X: Tensor) -> Tensor:
+        """Divide the rows of ``X [..., n, m]``; a zero in ``d`` gives infinities."""
+        return X / self.d[..., None]
+
+    def logdet(self) -> Tensor:
+        """Sum of ``log |d|``."""
+        return self.d.abs().log().sum(-1)
+
+    def max_abs(self) -> Tensor:
+        """Largest absolute entry."""
+        return largest(self.d, self.d.ndim - 1)
+
+    def frobenius_norm(self) -> Tensor:
+        """Euclidean norm of ``d``."""
+        return torch.linalg.vector_norm(self.d, dim=-1)

@@ -1,0 +1,194 @@
+"""Triangular Toeplitz matrices: one number per diagonal, products by FFT.
+
+::
+
+    a . . .        a b c d
+    b a . .        . a b c
+    c b a .        . . a b        n numbers, products O(n log n)
+    d c b a        . . . a
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from scipy.fft import next_fast_len
+from torch import Size, Tensor
+from torch.fft import irfft, rfft
+
+from structured._matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
+
+
+def _convolve(t: Tensor, X: Tensor, *, adjoint: bool = False) -> Tensor:
+    """``sum_k t_k X_{i-k}`` (adjoint: ``sum_k t_k X_{i+k}``) along dimension -1, cut to its size.
+
+    FFTs run in float32 at least: torch.fft has no bfloat16.
+    """
+    n, wide = t.shape[-1], at_least_float32(t.dtype)
+    if n == 0:
+        return t * X
+    length = next_fast_len(2 * n - 1, real=True)
+    F = rfft(t.to(wide), length)
+    Y = (F.conj() if adjoint else F) * rfft(X.to(wide), length)
+    return irfft(Y, length)[..., :n].to(X.dtype)
+
+
+def _counts(t: Tensor) -> Tensor:
+    """``[n, n - 1, ..., 1]``, the lengths of the diagonals, in float32 at least."""
+    return torch.arange(t.shape[-1], 0, -1, dtype=at_least_float32(t.dtype), device=t.device)
+
+
+def _double_off_diagonal(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """Means of the diagonals from their sums ``[..., n]``, all but the main one doubled: ``Pi``."""
+    means = 2 * sums / _counts(sums)
+    return torch.cat([means[..., :1] / 2, means[..., 1:]], -1).to(dtype)
+
+
+def _diagonal_sums(M: Tensor) -> Tensor:
+    """Sums of the n lower diagonals of ``M [..., n, n]``, in float32 at least.
+
+    Padded to ``n + 1`` columns fewer than it is read back with, each row slides one place further.
+    """
+    n = M.shape[-1]
+    wide = torch.nn.functional.pad(M.to(at_least_float32(M.dtype)).flip(-1), (0, n))
+    slid = wide.flatten(-2)[..., : n * (2 * n - 1)].unflatten(-1, (n, 2 * n - 1)) if n else wide
+    return slid.sum(-2)[..., n - 1 :] if n else wide.sum(-2)
+
+
+class _TriangularToeplitz(StructuredMatrix):
+    """What the lower and the upper form share: one algebra of power series, ``sum_k t_k Z^k``."""
+
+    t: Tensor  # [..., n], t_k on the k-th diagonal
+
+    @classmethod
+    def zeros(cls, n: int, *, batch_shape: Sequence[int] = (), **opts: Any) -> Self:
+        """The zero matrix of size ``n``."""
+        return cls(torch.zeros(*batch_shape, n, **opts))
+
+    @property
+    def shape(self) -> Size:
+        """``[..., n, n]``."""
+        return Size((*self.t.shape, self.t.shape[-1]))
+
+    def matmul(self, other: Self) -> Self:
+        """Product of power series, O(n log n)."""
+        return self._build([_convolve(self.t, other.t)])
+
+    def project(self, S: Tensor) -> Self:
+        """Means of the diagonals of ``S [..., n, n]``, twice off the main one."""
+        return self._build([_double_off_diagonal(_diagonal_sums(S), S.dtype)])
+
+    def project_gram(self, X: Tensor) -> Self:
+        """Autocorrelation of the columns of ``X [..., n, m]``, O(n log n) a column."""
+        n = X.shape[-2]
+        if n == 0:
+            return self._build([X.sum(-1)])
+        length = next_fast_len(2 * n - 1, real=True)
+        F = rfft(X.mT.to(at_least_float32(X.dtype)), length)
+        power = (F.real.square() + F.imag.square()).sum(-2)
+        return self._build([_double_off_diagonal(irfft(power, length)[..., :n], X.dtype)])
+
+    def gram(self) -> Self:
+        """``Pi(T^T T)``: the k-th diagonal of the product sums to ``sum_p t_p (n-p-k) t_{p+k}``."""
+        t = self.t.to(at_least_float32(self.t.dtype))
+        sums = _convolve(t, _counts(t) * t, adjoint=True)
+        return self._build([_double_off_diagonal(sums, self.t.dtype)])
+
+    def trace(self) -> Tensor:
+        """``n t_0``."""
+        return self.n * self.t[..., :1].sum(-1)
+
+    def add_scaled_identity(self, alpha: Scalar) -> Self:
+        """Add to ``t_0``."""
+        alpha = trailing(alpha, self.t) if isinstance(alpha, Tensor) else alpha
+        first = (self.t[..., :1] + alpha).to(self.t.dtype)
+        return self._build([torch.cat([first, self.t[..., 1:]], -1)])
+
+    def logdet(self) -> Tensor:
+        """``n log |t_0|``."""
+        return self.n * self.t[..., :1].abs().log().sum(-1)
+
+    def max_abs(self) -> Tensor:
+        """Largest absolute entry."""
+        return largest(self.t, self.t.ndim - 1)
+
+    def frobenius_norm(self) -> Tensor:
+        """Square root of ``sum_k (n - k) t_k^2``."""
+        scaled = _counts(self.t).sqrt() * self.t
+        return torch.linalg.vector_norm(scaled, dim=-1).to(self.t.dtype)
+
+    def _inverse_series(self) -> Tensor:
+        """Coefficients ``[..., n]`` of the inverse, by Newton's iteration ``y <- y (2 - t y)``."""
+        t = self.t.to(at_least_float32(self.t.dtype))
+        y, n = 1 / t[..., :1], t.shape[-1]
+        while y.shape[-1] < n:
+            size = min(2 * y.shape[-1], n)
+            y = torch.nn.functional.pad(y, (0, size - y.shape[-1]))
+            y = 2 * y - _convolve(y, _convolve(t[..., :size], y))
+        return y
+
+
+class LowerToeplitz(_TriangularToeplitz):
+    """``T_ij = t_{i-j}`` for ``i >= j``. Stores n numbers; ``A X`` costs n log n a column."""
+
+    def to_dense(self) -> Tensor:
+        """Every diagonal filled with its number."""
+        n = self.n
+        ramp = torch.arange(n, device=self.t.device)
+        lag = ramp[:, None] - ramp
+        return torch.where(lag >= 0, self.t[..., lag.clamp(min=0)], 0)
+
+    @property
+    def mT(self) -> UpperToeplitz:
+        """The upper form of the same numbers."""
+        return UpperToeplitz(self.t)
+
+    def apply(self, X: Tensor) -> Tensor:
+        """Causal convolution of every column of ``X [..., n, m]``."""
+        return _convolve(self.t[..., None, :], X.mT).mT
+
+    def apply_transpose(self, X: Tensor) -> Tensor:
+        """Anticausal convolution of every column of ``X [..., n, m]``."""
+        return _convolve(self.t[..., None, :], X.mT, adjoint=True).mT
+
+    def orthogonal_project(self, M: Tensor) -> Self:
+        """Means of the lower diagonals of ``M [..., n, n]``."""
+        return self._build([(_diagonal_sums(M) / _counts(M)).to(M.dtype)])
+
+    def solve(self, X: Tensor) -> Tensor:
+        """Product with the inverse, O(n log n) a column."""
+        wide = at_least_float32(X.dtype)
+        return _convolve(self._inverse_series()[..., None, :], X.mT.to(wide)).mT.to(X.dtype)
+
+
+class UpperToeplitz(_TriangularToeplitz):
+    """``T_ij = t_{j-i}`` for ``j >= i``. Stores n numbers; ``A X`` costs n log n a column."""
+
+    def to_dense(self) -> Tensor:
+        """Every diagonal filled with its number."""
+        return self.mT.to_dense().mT
+
+    @property
+    def mT(self) -> LowerToeplitz:
+        """The lower form of the same numbers."""
+        return LowerToeplitz(self.t)
+
+    def apply(self, X: Tensor) -> Tensor:
+        """Anticausal convolution of every column of ``X [..., n, m]``."""
+        return self.mT.apply_transpose(X)
+
+    def apply_transpose(self, X: Tensor) -> Tensor:
+        """Causal convolution of every column of ``X [..., n, m]``."""
+        return self.mT.apply(X)
+
+    def orthogonal_project(self, M: Tensor) -> Self:
+        """Means of the upper diagonals of ``M [..., n, n]``."""
+        return self._build([self.mT.orthogonal_project(M.mT).t])
+
+    def solve(self, X: Tensor) -> Tensor:
+        """Product with the inverse, O(n log n) a column."""
+        wide = at_least_float32(X.dtype)
+        inverse = self._inverse_series()[..., None, :]
+        return _convolve(inverse, X.mT.to(wide), adjoint=True).mT.to(X.dtype)
