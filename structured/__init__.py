@@ -6,7 +6,7 @@ few tensors. See :class:`StructuredMatrix` for what a member can do and how to a
 """
 
 from structured._matrix import Operator, StructuredMatrix, static
-from structured._spec import Structure, parse
+from structured._spec import Structure, StructureLike, parse
 from structured.block_diagonal import BlockDiagonal
 from structured.block_triangular import (
     BlockLower,
@@ -31,6 +31,7 @@ __all__ = [
     "LowerToeplitz",
     "Operator",
     "Structure",
+    "StructureLike",
     "StructuredMatrix",
     "Transposed",
     "UpperToeplitz",
