@@ -7,9 +7,11 @@ what it stores and how it turns statistics into a preconditioned gradient.
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,8 @@ from torch.optim import AdamW, Optimizer
 
 from singd import checkpoint
 from singd.capture import Capture, Statistics, Unit
-from singd.layers import find_layer, flatten_rows
+from singd.layers import flatten_rows
+from singd.plan import Plan, Row, find_units, owners_of
 from singd.rounding import stochastic_round
 from singd.update import trust_region
 from structured import StructuredMatrix
@@ -26,13 +29,16 @@ from structured import StructuredMatrix
 LOSS_AVERAGES = (None, "batch", "batch+sequence")
 KRONECKER, ADAMW = "kronecker", "adamw"
 
+Group = dict[str, Any]
+
 
 class KroneckerOptimizer(Optimizer):
     """Base of :class:`singd.SINGD` and :class:`singd.KFAC`.
 
     Every parameter group given is split by rule: the weights (with biases) of supported layers are
     preconditioned, all other parameters are trained by AdamW with the options ``adamw``. The key
-    ``"rule"`` of a group says which.
+    ``"rule"`` of a group says which. ``lr`` and ``weight_decay`` of a group are those of its
+    preconditioned part; a group that has none gives them to AdamW.
 
     Args:
         model: The model whose layers are hooked.
@@ -43,24 +49,31 @@ class KroneckerOptimizer(Optimizer):
     """
 
     _step_supports_amp_scaling = True  # PyTorch's name: GradScaler hands us scale and infinities
+    _identity: tuple[str, ...] = ()  # options that a checkpoint must share
 
     def __init__(
         self,
         model: nn.Module,
         params: Iterable[Any] | None,
-        defaults: dict[str, Any],
+        defaults: Group,
         adamw: Mapping[str, Any] | None,
     ) -> None:
         if isinstance(model, DataParallel | DistributedDataParallel):
             model = model.module
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         self.model = model
         self._adamw = AdamW([torch.zeros(0)], **(adamw or {}))
         self._units: list[Unit] = []
-        self._groups: dict[int, dict[str, Any]] = {}  # by id of a parameter
+        self._groups: dict[int, Group] = {}  # by id of a parameter
         self._generators: dict[torch.device, torch.Generator] = {}  # of the step under way
+        self._paused = False
+        self._terms: float | Tensor = 0  # of the loss, counted for the coming step
         self._capture = Capture(self._wanted, self._measure)
-        if params is None:
-            params = [p for p in model.parameters() if p.requires_grad]
+        params = [p for p in model.parameters() if p.requires_grad] if params is None else params
+        params = [_given(p) if isinstance(p, Mapping) else p for p in params]
+        groups = params if params and isinstance(params[0], dict) else [{"params": params}]
+        self._given = {id(_parameter(p)) for group in groups for p in group["params"]}
         super().__init__(params, defaults)
 
     # What a method fills in ---------------------------------------------------------------------
@@ -79,10 +92,15 @@ class KroneckerOptimizer(Optimizer):
     def _precondition(self, unit: Unit, G: Tensor) -> Tensor:
         """The preconditioned gradient for ``G [..., d_out, d_in]``."""
 
-    def _attach(self, unit: Unit) -> None:
-        """Bind the unit to its state, after construction and after loading."""
+    @abstractmethod
+    def _expected_state(self, unit: Unit) -> dict[str, list[Tensor] | Tensor]:
+        """What the state of a unit's weight will hold, on the meta device."""
 
-    def _check_group(self, group: dict[str, Any]) -> None:
+    def _describe(self, unit: Unit) -> str:
+        """The structures of a unit, for the plan."""
+        return ""
+
+    def _check_group(self, group: Group) -> None:
         """Raise if an option of a preconditioned group makes no sense."""
         for name in ("lr", "damping", "weight_decay"):
             in_range(name, group[name], 0.0, float("inf"))
@@ -96,35 +114,35 @@ class KroneckerOptimizer(Optimizer):
 
     # Parameters and groups ----------------------------------------------------------------------
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: Group) -> None:
         """Add parameters, split into a preconditioned group and one for AdamW.
 
         Raises:
             ValueError: If an option is out of range; nothing is added then.
         """
-        group = dict(param_group)
+        group = _given(param_group)
         given = group.pop("params")
-        given = [given] if isinstance(given, Tensor) else list(given)
-        named = [p if isinstance(p, tuple) else (None, p) for p in given]
-        taken = {id(p) for g in self.param_groups for p in g["params"]}
-        units = self._find_units({id(p) for _, p in named} - taken)
-        ours = {id(p) for unit in units for p in unit.parameters}
-        rules = {
-            KRONECKER: [n_p for n_p in named if id(n_p[1]) in ours],
-            ADAMW: [n_p for n_p in named if id(n_p[1]) not in ours],
-        }
+        ids = {id(_parameter(p)) for p in given}
+        self._given |= ids
+        taken = set(self._groups)
+        units = [
+            unit for unit in find_units(self.model, self._given, taken) if id(unit.weight) in ids
+        ]
+        ours = {id(p) for unit in (*units, *self._units) for p in unit.parameters}
+        kronecker = [p for p in given if id(_parameter(p)) in ours]
+        others = [p for p in given if id(_parameter(p)) not in ours]
         self._check_group({**self.defaults, **group})
-        for rule, members in rules.items():
-            if not members and (named or rule == ADAMW):
-                continue
-            params = [p if name is None else (name, p) for name, p in members]
-            own = group if rule == KRONECKER else self._adamw.defaults
-            super().add_param_group({**own, "params": params, "rule": rule})
-            if rule == ADAMW:
-                for key in self.defaults.keys() - self._adamw.defaults.keys():
-                    del self.param_groups[-1][key]
-            else:
-                self.param_groups[-1].setdefault("step", 0)
+        if kronecker or not given:
+            own = {**group, "params": kronecker, "rule": KRONECKER, "step": 0}
+            super().add_param_group(own)
+        if others:
+            shared = {k: v for k, v in group.items() if k in self._adamw.defaults}
+            if kronecker:
+                shared = {k: v for k, v in shared.items() if k not in self.defaults}
+            own = {**self._adamw.defaults, **shared, "params": others, "rule": ADAMW}
+            super().add_param_group(own)
+            for key in self.defaults.keys() - self._adamw.defaults.keys():
+                del self.param_groups[-1][key]
         self._units += units
         self._bind()
         self._capture.watch(units)
@@ -133,53 +151,91 @@ class KroneckerOptimizer(Optimizer):
         """Find every unit's group and state again, after either was replaced."""
         self._groups = {id(p): g for g in self.param_groups for p in g["params"]}
         for unit in self._units:
-            unit.group = self._groups[id(unit.weight)]
-            self._attach(unit)
+            unit.group = self._groups.get(id(unit.weight), unit.group)
+            unit.members.clear()
 
-    def _find_units(self, params: set[int]) -> list[Unit]:
-        """Supported layers of the model with a weight among ``params`` (ids)."""
-        owners: dict[int, list[tuple[str, nn.Module]]] = {}
-        for name, module in self.model.named_modules():
-            for p in module._parameters.values():
-                if p is not None:
-                    owners.setdefault(id(p), []).append((name, module))
-        units = {}
-        for module_name, module in self.model.named_modules():
-            layer = find_layer(module)
-            weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-            if layer is None or weight is None or id(weight) not in params:
-                continue
-            shared = [owner for _, owner in owners[id(weight)]]
-            if id(weight) in units or any(find_layer(owner) is not layer for owner in shared):
-                continue
-            if bias is not None and (
-                id(bias) not in params or len(owners[id(bias)]) != len(shared)
-            ):
-                bias = None
-            units[id(weight)] = Unit(module_name, shared, layer, weight, bias, {})
-        return list(units.values())
+    def plan(self) -> Plan:
+        """Which rule trains each parameter of the model, and what it stores.
+
+        Nothing is allocated: the model may be on the meta device.
+        """
+        weights = {id(unit.weight): unit for unit in self._units}
+        units = {id(p): unit for unit in self._units for p in unit.parameters}
+        rows, adamw = [], 0
+        for name, p, layer in owners_of(self.model):
+            rule, structures, stored = "frozen", "", 0
+            if id(p) in self._groups:
+                adamw += 2 * _size(p)
+                if self._is_adamw(p):
+                    rule, stored = "AdamW", 2 * _size(p)
+                else:
+                    rule = type(self).__name__
+                    structures = self._describe(units[id(p)])
+                    stored = _size(p) if self._groups[id(p)]["momentum"] else 0
+                    if id(p) in weights:
+                        stored += _size(self._expected_state(weights[id(p)]))
+            elif p.requires_grad:
+                rule = "not given"
+            rows.append(Row(name, tuple(p.shape), layer, rule, structures, stored))
+        return Plan(tuple(rows), adamw)
+
+    def _is_adamw(self, p: Tensor) -> bool:
+        """Whether AdamW trains ``p``: by its group, or since its use was not understood."""
+        return self._groups[id(p)]["rule"] == ADAMW or "exp_avg" in self.state.get(p, {})
 
     # Statistics ---------------------------------------------------------------------------------
 
     def _wanted(self, unit: Unit) -> bool:
         """Whether the next step updates the unit's factors."""
-        due: bool = unit.group["step"] % unit.group["T"] == 0
-        return due
+        due = unit.group["step"] % unit.group["T"] == 0
+        return due and not self._paused and not self._is_adamw(unit.weight)
 
-    def _measure(self, unit: Unit, x: Tensor, g: Tensor) -> Statistics:
-        """The contribution of one use of a layer with input ``x`` and output gradient ``g``."""
+    def _measure(self, unit: Unit, x: Tensor, g: Tensor) -> None:
+        """Take in one use of a layer with input ``x`` and output gradient ``g``."""
         approximation, module = unit.group["kfac_approx"], unit.module
         inputs, grads = unit.layer.inputs(module, x), unit.layer.grads(module, g)
         ones = unit.bias is not None
         A = flatten_rows(inputs, approximation, average=True, ones=ones)
         B = flatten_rows(grads, approximation, average=False)
-        return Statistics(
+        seen = Statistics(
             self._statistic(unit, "K", A),
             self._statistic(unit, "C", B),
             rows=A.shape[-1],
             samples=grads.shape[-3],
             positions=grads.shape[-2],
         )
+        unit.observe(seen, inputs, grads)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within this context forward passes are not captured."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def count_terms(self, terms: float | Tensor) -> None:
+        """Say how many terms the loss of this backward pass is a mean over.
+
+        For means over a number that the layers cannot know, such as the tokens that are not
+        padding. Counts add up over backward passes, and replace those of ``loss_average`` at the
+        coming step.
+
+        Args:
+            terms: The number; a tensor costs no wait for the device.
+        """
+        self._terms = self._terms + terms
+
+    def close(self) -> None:
+        """Remove every hook from the model."""
+        self._capture.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     # The step -----------------------------------------------------------------------------------
 
@@ -200,13 +256,10 @@ class KroneckerOptimizer(Optimizer):
         scale = getattr(self, "grad_scale", None)
         if not self._found_inf():
             if scale is not None:
-                grads = [
-                    p.grad for g in self.param_groups for p in g["params"] if p.grad is not None
-                ]
-                torch._foreach_mul_(grads, 1.0 / scale)
+                every = (p.grad for group in self.param_groups for p in group["params"])
+                torch._foreach_mul_([g for g in every if g is not None], 1.0 / scale)
             self._step(scale)
-        for unit in self._units:
-            unit.discard()
+        self._forget()
         for group in self.param_groups:
             if group["rule"] == KRONECKER:
                 group["step"] += 1
@@ -217,11 +270,23 @@ class KroneckerOptimizer(Optimizer):
         found = getattr(self, "found_inf", None)
         return found is not None and bool(found)
 
+    def _forget(self) -> None:
+        """Drop the statistics of the step that ended."""
+        self._terms = 0
+        for unit in self._units:
+            unit.discard()
+
     def _step(self, scale: Tensor | None) -> None:
         self._generators.clear()
         directions: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
         quadratic: list[Tensor] = []
+        foreign: list[Group] = [g for g in self.param_groups if g["rule"] == ADAMW]
         for unit in self._units:
+            if unit.explained is False and not self._is_adamw(unit.weight):
+                self._warn_unexplained(unit)
+            if unit.explained is False or self._is_adamw(unit.weight):
+                foreign.append(self._as_adamw(unit))
+                continue
             if unit.statistics is not None and self._wanted(unit):
                 self._update_from(unit, unit.statistics, scale)
             if all(p.grad is None for p in unit.parameters):
@@ -239,22 +304,40 @@ class KroneckerOptimizer(Optimizer):
         for group in self.param_groups:
             if id(group) in directions:
                 self._move(group, directions[id(group)], total)
-        self._adamw.param_groups = [g for g in self.param_groups if g["rule"] == ADAMW]
-        if self._adamw.param_groups:
-            self._adamw.state = self.state
+        if foreign:
+            self._adamw.param_groups, self._adamw.state = foreign, self.state
             self._adamw.step()
 
     def _update_from(self, unit: Unit, seen: Statistics, scale: Tensor | None) -> None:
         """Normalise the statistics, once, and update the factors."""
         average = unit.group["loss_average"]
-        terms = {None: 1, "batch": seen.samples, "batch+sequence": seen.samples * seen.positions}
-        scale_C = terms[average] if scale is None else terms[average] / scale.double().square()
+        terms: float | Tensor = {
+            None: 1,
+            "batch": seen.samples,
+            "batch+sequence": seen.samples * seen.positions,
+        }[average]
+        if isinstance(self._terms, Tensor) or self._terms:
+            terms = self._terms
         if seen.rows:
+            scale_C = terms if scale is None else terms / scale.double().square()
             self._update(unit, seen, 1.0 / seen.rows, scale_C)
+
+    def _warn_unexplained(self, unit: Unit) -> None:
+        warnings.warn(
+            f"{unit.name}: its layer's inputs and outputs do not explain its gradient (is the "
+            "weight used in another way too?); AdamW trains it instead",
+            stacklevel=3,
+        )
+
+    def _as_adamw(self, unit: Unit) -> Group:
+        """An AdamW group for a unit, its learning rate scheduled like the unit's own."""
+        group, options = unit.group, dict(self._adamw.defaults)
+        options["lr"] *= group["lr"] / group.get("initial_lr", group["lr"]) if group["lr"] else 0.0
+        return {**options, "params": unit.parameters}
 
     def _move(
         self,
-        group: dict[str, Any],
+        group: Group,
         moves: Sequence[tuple[nn.Parameter, Tensor]],
         quadratic: Tensor | None,
     ) -> None:
@@ -293,22 +376,10 @@ class KroneckerOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset gradients, and forget the statistics that came with them."""
-        for unit in self._units:
-            unit.discard()
+        self._forget()
         super().zero_grad(set_to_none)
 
-    def close(self) -> None:
-        """Remove every hook from the model."""
-        self._capture.close()
-
     # Checkpoints --------------------------------------------------------------------------------
-
-    _identity: tuple[str, ...] = ()  # options that a checkpoint must share
-
-    def _expected_shapes(self, p: Tensor, unit: Unit | None) -> dict[str, Any]:
-        """Shapes of the state of a parameter, by key."""
-        like = checkpoint.shapes(p)
-        return {"momentum_buffer": like, "exp_avg": like, "exp_avg_sq": like}
 
     def state_dict(self) -> dict[str, Any]:
         """State and options as plain tensors, numbers and strings.
@@ -331,7 +402,9 @@ class KroneckerOptimizer(Optimizer):
         checkpoint.check_groups(self.param_groups, saved, ("rule", *self._identity))
         names = {id(p): name for name, p in self.model.named_parameters()}
         for p, number in checkpoint.pairs(self.param_groups, saved):
-            expected = self._expected_shapes(p, units.get(id(p)))
+            expected: dict[str, Any] = {"momentum_buffer": p, "exp_avg": p, "exp_avg_sq": p}
+            if id(p) in units:
+                expected |= self._expected_state(units[id(p)])
             checkpoint.check_state(names.get(id(p), "parameter"), state.get(number, {}), expected)
         groups = checkpoint.merged(self.param_groups, saved)
         super().load_state_dict({"state": state, "param_groups": groups})
@@ -340,6 +413,24 @@ class KroneckerOptimizer(Optimizer):
             if number in state:
                 self.state[p] = {k: checkpoint.copied(v, k, p) for k, v in state[number].items()}
         self._bind()
+
+
+def _parameter(given: Any) -> Any:
+    """The parameter, of a parameter or a pair ``(name, parameter)``."""
+    return given[1] if isinstance(given, tuple) else given
+
+
+def _given(group: Mapping[str, Any]) -> Group:
+    """A parameter group as a dictionary whose ``"params"`` is a list."""
+    params = group["params"]
+    return {**group, "params": [params] if isinstance(params, Tensor) else list(params)}
+
+
+def _size(value: Any) -> int:
+    """Bytes of a tensor, or of all in a container."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(_size(v) for v in (value.values() if isinstance(value, dict) else value))
 
 
 def in_range(name: str, value: Any, low: float, high: float, *, open_end: bool = False) -> None:

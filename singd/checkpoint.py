@@ -62,9 +62,9 @@ def check_groups(ours: Sequence[Group], saved: Sequence[Group], keys: Sequence[s
 def check_state(name: str, state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raise unless the saved tensors of the parameter ``name`` have the expected shapes."""
     for key, value in state.items():
-        if key in expected and shapes(value) != expected[key]:
+        if key in expected and shapes(value) != shapes(expected[key]):
             raise ValueError(
-                f"load_state_dict: {name}: expected {key} of shape {expected[key]}, "
+                f"load_state_dict: {name}: expected {key} of shape {shapes(expected[key])}, "
                 f"got {shapes(value)}"
             )
 

@@ -84,11 +84,11 @@ class KFAC(KroneckerOptimizer):
         inverse_K, inverse_C = state["inverse_K"], state["inverse_C"]
         return (inverse_C @ G.to(inverse_C.dtype) @ inverse_K).to(G.dtype)
 
-    def _expected_shapes(self, p: Tensor, unit: Unit | None) -> dict[str, Any]:
-        expected = super()._expected_shapes(p, unit)
-        if unit is not None:
-            *batch, d_out, d_in = unit.shape
-            for side, n in (("K", d_in), ("C", d_out)):
-                like = [*batch, n, n]
-                expected |= {f"S_{side}": like, f"inverse_{side}": like}
+    def _expected_state(self, unit: Unit) -> dict[str, list[Tensor] | Tensor]:
+        *batch, d_out, d_in = unit.shape
+        wide = torch.promote_types(unit.weight.dtype, torch.float32)
+        expected: dict[str, list[Tensor] | Tensor] = {}
+        for side, n in (("K", d_in), ("C", d_out)):
+            for name in ("S", "inverse"):
+                expected[f"{name}_{side}"] = torch.empty(*batch, n, n, dtype=wide, device="meta")
         return expected

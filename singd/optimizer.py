@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd import checkpoint, update
+from singd import update
 from singd.base import KroneckerOptimizer, in_range
 from singd.capture import Statistics, Unit
 from structured import StructuredMatrix, StructureLike, parse
@@ -117,9 +117,6 @@ class SINGD(KroneckerOptimizer):
 
     # State --------------------------------------------------------------------------------------
 
-    def _attach(self, unit: Unit) -> None:
-        unit.members.clear()
-
     def _member(self, unit: Unit, name: str) -> StructuredMatrix:
         """``K``, ``C``, ``m_K`` or ``m_C`` of a unit; its tensors are those in the state."""
         if name not in unit.members:
@@ -140,13 +137,13 @@ class SINGD(KroneckerOptimizer):
         n = (d_in, d_out)[index]
         return structure(n, batch_shape=tuple(batch), dtype=dtype, device=device)
 
-    def _expected_shapes(self, p: Tensor, unit: Unit | None) -> dict[str, Any]:
-        expected = super()._expected_shapes(p, unit)
-        if unit is not None:
-            for side in "KC":
-                like = checkpoint.shapes(self._zero(unit, side, "meta").tensors())
-                expected |= {side: like, f"m_{side}": like}
-        return expected
+    def _expected_state(self, unit: Unit) -> dict[str, list[Tensor] | Tensor]:
+        momenta = unit.group["alpha1"] and not unit.group["kfac_like"]
+        names = ("K", "C", "m_K", "m_C") if momenta else ("K", "C")
+        return {name: list(self._zero(unit, name[-1], "meta").tensors()) for name in names}
+
+    def _describe(self, unit: Unit) -> str:
+        return ", ".join(str(parse(spec)) for spec in unit.group["structures"])
 
     # The rule -----------------------------------------------------------------------------------
 
