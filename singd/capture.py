@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from singd.layers import Layer
-from structured import StructuredMatrix
+from structured import Structure, StructuredMatrix
 
 _PROBES = 8
 
@@ -61,6 +61,7 @@ class Unit:
     weight: nn.Parameter
     bias: nn.Parameter | None
     group: dict[str, Any] = field(default_factory=dict)  # the parameter group of the weight
+    structures: tuple[Structure, ...] = ()
     members: dict[str, StructuredMatrix] = field(default_factory=dict)  # its factors, by name
     statistics: Statistics | None = None
     pending: Statistics | None = None  # of the pass under way
@@ -85,15 +86,8 @@ class Unit:
         """Weight and bias, if there is one."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
-    def join(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Weight and bias (or gradients of them) as one matrix ``[..., d_out, d_in]``."""
-        matrix = self.layer.to_matrix(self.module, weight)
-        if bias is None:
-            return matrix
-        return torch.cat([matrix, bias.reshape(*matrix.shape[:-1], 1)], -1)
-
     def split(self, matrix: Tensor) -> list[Tensor]:
-        """The inverse of :meth:`join`, for :attr:`parameters`."""
+        """A matrix ``[..., d_out, d_in]`` as views shaped like :attr:`parameters`."""
         if self.bias is None:
             return [self.layer.from_matrix(self.module, matrix)]
         weight = self.layer.from_matrix(self.module, matrix[..., :-1])
