@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -19,9 +19,10 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
 from singd import checkpoint
+from singd._layer import flatten_rows
 from singd.capture import Capture, Statistics, Unit
 from singd.grouping import Bucket, Members, buckets, gather, stack
-from singd.layers import flatten_rows
+from singd.layers import OPTIONAL
 from singd.plan import Plan, Row, find_units, owners_of
 from singd.rounding import stochastic_round
 from singd.update import inner, trust_region
@@ -47,6 +48,7 @@ class KroneckerOptimizer(Optimizer):
             ``model`` if ``None``.
         defaults: Options of the preconditioned groups.
         adamw: Options of :class:`torch.optim.AdamW` for all other parameters.
+        layers: Types among :data:`singd.layers.OPTIONAL` that are preconditioned as well.
     """
 
     _step_supports_amp_scaling = True  # PyTorch's name: GradScaler hands us scale and infinities
@@ -58,12 +60,18 @@ class KroneckerOptimizer(Optimizer):
         params: Iterable[Any] | None,
         defaults: Group,
         adamw: Mapping[str, Any] | None,
+        layers: Collection[type[nn.Module]] = (),
     ) -> None:
         if isinstance(model, DataParallel | DistributedDataParallel):
             model = model.module
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        self.model = model
+        for name, p in model.named_parameters():
+            if isinstance(p, nn.parameter.UninitializedParameter):
+                raise ValueError(f"{name} is not initialised yet: run one forward pass first")
+        self.model, self._layers = model, tuple(layers)
+        for layer in self._layers:
+            one_of("layers", layer, tuple(OPTIONAL))
         self._adamw = AdamW([torch.zeros(0)], **(adamw or {}))
         self._units: list[Unit] = []
         self._groups: dict[int, Group] = {}  # by id of a parameter
@@ -132,7 +140,9 @@ class KroneckerOptimizer(Optimizer):
         self._given |= ids
         taken = set(self._groups)
         units = [
-            unit for unit in find_units(self.model, self._given, taken) if id(unit.weight) in ids
+            unit
+            for unit in find_units(self.model, self._given, taken, self._layers)
+            if id(unit.weight) in ids
         ]
         ours = {id(p) for unit in (*units, *self._units) for p in unit.parameters}
         kronecker = [p for p in given if id(_parameter(p)) in ours]
@@ -217,19 +227,13 @@ class KroneckerOptimizer(Optimizer):
     def _measure(self, unit: Unit, x: Tensor, g: Tensor) -> None:
         """Take in one use of a layer with input ``x`` and output gradient ``g``."""
         _ = self._buckets  # the factors exist from now on
-        approximation, module = unit.group["kfac_approx"], unit.module
-        inputs, grads = unit.layer.inputs(module, x), unit.layer.grads(module, g)
-        ones = unit.bias is not None
-        A = flatten_rows(inputs, approximation, average=True, ones=ones)
+        approximation, module, layer = unit.group["kfac_approx"], unit.module, unit.layer
+        A, rows = layer.columns(module, x, approximation, ones=unit.bias is not None)
+        grads = layer.grads(module, g)
         B = flatten_rows(grads, approximation, average=False)
-        seen = Statistics(
-            self._statistic(unit, "K", A),
-            self._statistic(unit, "C", B),
-            rows=A.shape[-1],
-            samples=grads.shape[-3],
-            positions=grads.shape[-2],
-        )
-        unit.observe(seen, inputs, grads)
+        U_K, U_C = self._statistic(unit, "K", A), self._statistic(unit, "C", B)
+        samples, positions = grads.shape[-3:-1]
+        unit.observe(Statistics(U_K, U_C, rows, samples, positions), x, g)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from fnmatch import fnmatch
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from singd.base import Group, KroneckerOptimizer, in_range
 from singd.capture import Unit
 from singd.grouping import Members
 from structured import Structure, StructuredMatrix, StructureLike, parse
+
+Structures: TypeAlias = tuple[StructureLike, StructureLike]
 
 
 class SINGD(KroneckerOptimizer):
@@ -40,7 +43,8 @@ class SINGD(KroneckerOptimizer):
             ``"batch+sequence"`` (samples times shared positions), or ``None`` for a sum.
         lr_cov: Step size of the factors (beta_1), or a function of the step number.
         structures: Structures of K (input side) and C (output side): specs, classes or callables,
-            see :func:`structured.parse`.
+            see :func:`structured.parse`. Or a mapping from patterns of parameter names, as for
+            :mod:`fnmatch`, to such pairs: the first that matches counts, dense if none does.
         kfac_approx: ``"expand"`` or ``"reduce"`` for layers that share their weight over positions
             (Eschenhagen et al., arXiv 2311.00636).
         warn_unsupported: Accepted for scripts written for PyPI ``singd``; nothing is left
@@ -56,6 +60,10 @@ class SINGD(KroneckerOptimizer):
             gradient>`` does not exceed it. ``None`` for the paper's bare rule.
         keep_products: Keep ``K K^T`` and ``C C^T`` between updates of the factors where their
             structure allows: half the work of a step, for the memory of K and C once more.
+        max_dim: A factor wider than this takes ``wide_structure`` instead; ``None`` for no limit.
+        wide_structure: See ``max_dim``.
+        layers: Further types to precondition: embeddings and normalizations, as listed in
+            :data:`singd.layers.OPTIONAL`.
         adamw: Options of :class:`torch.optim.AdamW` for all other parameters.
         seed: Of the stochastic rounding.
 
@@ -63,7 +71,7 @@ class SINGD(KroneckerOptimizer):
         ValueError: If an option is out of range.
     """
 
-    _identity = ("structures", "kfac_like")
+    _identity = ("structures", "kfac_like", "max_dim", "wide_structure")
 
     def __init__(
         self,
@@ -77,7 +85,7 @@ class SINGD(KroneckerOptimizer):
         T: int = 10,
         loss_average: str | None = "batch",
         lr_cov: float | Callable[[int], float] = 1e-2,
-        structures: tuple[StructureLike, StructureLike] = ("dense", "dense"),
+        structures: Structures | Mapping[str, Structures] = ("dense", "dense"),
         kfac_approx: str = "expand",
         warn_unsupported: bool = True,
         kfac_like: bool = False,
@@ -86,6 +94,9 @@ class SINGD(KroneckerOptimizer):
         normalize_lr_cov: bool = False,
         kl_clip: float | None = 1e-4,
         keep_products: bool = True,
+        max_dim: int | None = 8192,
+        wide_structure: StructureLike = "diagonal",
+        layers: Collection[type[nn.Module]] = (),
         adamw: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
@@ -105,25 +116,41 @@ class SINGD(KroneckerOptimizer):
             "normalize_lr_cov": normalize_lr_cov,
             "kl_clip": kl_clip,
             "keep_products": keep_products,
+            "max_dim": max_dim,
+            "wide_structure": wide_structure,
             "seed": seed,
         }
-        super().__init__(model, params, defaults, adamw)
+        super().__init__(model, params, defaults, adamw, layers)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         in_range("alpha1", group["alpha1"], 0.0, 1.0, open_end=True)
         if not callable(group["lr_cov"]):
             in_range("lr_cov", group["lr_cov"], 0.0, float("inf"))
-        for name in ("structures", "preconditioner_dtype"):
-            if not isinstance(group[name], tuple | list) or len(group[name]) != 2:
-                raise ValueError(f"{name}: expected a pair, for K and for C, got {group[name]!r}")
-        for spec in group["structures"]:
+        if group["max_dim"] is not None:
+            in_range("max_dim", group["max_dim"], 0, float("inf"))
+        given = group["structures"]
+        pairs = list(given.values()) if isinstance(given, Mapping) else [given]
+        for pair in (*pairs, group["preconditioner_dtype"]):
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise ValueError(
+                    "structures, preconditioner_dtype: expected a pair, for K and for C, "
+                    f"got {pair!r}"
+                )
+        for spec in (group["wide_structure"], *(spec for pair in pairs for spec in pair)):
             parse(spec)
 
     # What is stored -----------------------------------------------------------------------------
 
     def _structures(self, unit: Unit) -> tuple[Structure, ...]:
-        return tuple(parse(spec) for spec in unit.group["structures"])
+        given, limit = unit.group["structures"], unit.group["max_dim"]
+        if isinstance(given, Mapping):
+            matching = [pair for pattern, pair in given.items() if fnmatch(unit.name, pattern)]
+            given = matching[0] if matching else ("dense", "dense")
+        *_, d_out, d_in = unit.layer.shape(unit.module)
+        sides = [(d_in, unit.layer.input_structure or given[0]), (d_out, given[1])]
+        wide = unit.group["wide_structure"]
+        return tuple(parse(wide if limit is not None and n > limit else s) for n, s in sides)
 
     def _fresh(self, unit: Unit, batch: tuple[int, ...], device: torch.device | str) -> Members:
         *inner, d_out, d_in = unit.shape
