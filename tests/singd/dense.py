@@ -75,4 +75,4 @@ def kfac(S: Tensor, damping: float) -> Tensor:
 
 def relative(got: Tensor, expected: Tensor) -> float:
     """Relative error in the Frobenius norm."""
-    return float((got - expected).norm() / expected.norm())
+    return float(((got - expected).norm() / expected.norm()).detach())
