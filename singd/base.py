@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -19,12 +19,14 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
 from singd import checkpoint
+from singd._layer import flatten_rows
 from singd.capture import Capture, Statistics, Unit
-from singd.layers import flatten_rows
+from singd.grouping import Bucket, Members, buckets, gather, stack
+from singd.layers import OPTIONAL
 from singd.plan import Plan, Row, find_units, owners_of
 from singd.rounding import stochastic_round
-from singd.update import trust_region
-from structured import StructuredMatrix
+from singd.update import inner, trust_region
+from structured import Structure, StructuredMatrix
 
 LOSS_AVERAGES = (None, "batch", "batch+sequence")
 KRONECKER, ADAMW = "kronecker", "adamw"
@@ -46,6 +48,7 @@ class KroneckerOptimizer(Optimizer):
             ``model`` if ``None``.
         defaults: Options of the preconditioned groups.
         adamw: Options of :class:`torch.optim.AdamW` for all other parameters.
+        layers: Types among :data:`singd.layers.OPTIONAL` that are preconditioned as well.
     """
 
     _step_supports_amp_scaling = True  # PyTorch's name: GradScaler hands us scale and infinities
@@ -57,15 +60,22 @@ class KroneckerOptimizer(Optimizer):
         params: Iterable[Any] | None,
         defaults: Group,
         adamw: Mapping[str, Any] | None,
+        layers: Collection[type[nn.Module]] = (),
     ) -> None:
         if isinstance(model, DataParallel | DistributedDataParallel):
             model = model.module
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        self.model = model
+        for name, p in model.named_parameters():
+            if isinstance(p, nn.parameter.UninitializedParameter):
+                raise ValueError(f"{name} is not initialised yet: run one forward pass first")
+        self.model, self._layers = model, tuple(layers)
+        for layer in self._layers:
+            one_of("layers", layer, tuple(OPTIONAL))
         self._adamw = AdamW([torch.zeros(0)], **(adamw or {}))
         self._units: list[Unit] = []
         self._groups: dict[int, Group] = {}  # by id of a parameter
+        self._bucket_list: list[Bucket] | None = None
         self._generators: dict[torch.device, torch.Generator] = {}  # of the step under way
         self._paused = False
         self._terms: float | Tensor = 0  # of the loss, counted for the coming step
@@ -79,26 +89,30 @@ class KroneckerOptimizer(Optimizer):
     # What a method fills in ---------------------------------------------------------------------
 
     @abstractmethod
+    def _fresh(self, unit: Unit, batch: tuple[int, ...], device: torch.device | str) -> Members:
+        """What is stored of a unit before any update, with further leading batch dimensions."""
+
+    @abstractmethod
     def _statistic(self, unit: Unit, side: str, X: Tensor) -> StructuredMatrix:
         """What to sum of the columns ``X [..., n, R]``; ``side`` is ``"K"`` or ``"C"``."""
 
     @abstractmethod
     def _update(
-        self, unit: Unit, seen: Statistics, scale_K: float, scale_C: Tensor | float
-    ) -> None:
-        """Update the unit's factors; ``S_K = scale_K U_K`` and ``S_C = scale_C U_C``."""
+        self, group: Group, old: Members, U_K: StructuredMatrix, U_C: StructuredMatrix
+    ) -> Members:
+        """New values of what is stored, from the statistics of the Kronecker factors."""
+
+    def _products(self, group: Group, members: Members) -> Members:
+        """Products worth keeping until the next update."""
+        return {}
 
     @abstractmethod
-    def _precondition(self, unit: Unit, G: Tensor) -> Tensor:
-        """The preconditioned gradient for ``G [..., d_out, d_in]``."""
+    def _precondition(self, members: Members, products: Members, G: Tensor) -> Tensor:
+        """The preconditioned gradient, a new tensor, for ``G [..., d_out, d_in]``."""
 
-    @abstractmethod
-    def _expected_state(self, unit: Unit) -> dict[str, list[Tensor] | Tensor]:
-        """What the state of a unit's weight will hold, on the meta device."""
-
-    def _describe(self, unit: Unit) -> str:
-        """The structures of a unit, for the plan."""
-        return ""
+    def _structures(self, unit: Unit) -> tuple[Structure, ...]:
+        """The structures of a unit's factors."""
+        return ()
 
     def _check_group(self, group: Group) -> None:
         """Raise if an option of a preconditioned group makes no sense."""
@@ -126,7 +140,9 @@ class KroneckerOptimizer(Optimizer):
         self._given |= ids
         taken = set(self._groups)
         units = [
-            unit for unit in find_units(self.model, self._given, taken) if id(unit.weight) in ids
+            unit
+            for unit in find_units(self.model, self._given, taken, self._layers)
+            if id(unit.weight) in ids
         ]
         ours = {id(p) for unit in (*units, *self._units) for p in unit.parameters}
         kronecker = [p for p in given if id(_parameter(p)) in ours]
@@ -150,9 +166,22 @@ class KroneckerOptimizer(Optimizer):
     def _bind(self) -> None:
         """Find every unit's group and state again, after either was replaced."""
         self._groups = {id(p): g for g in self.param_groups for p in g["params"]}
+        self._bucket_list = None
         for unit in self._units:
             unit.group = self._groups.get(id(unit.weight), unit.group)
+            unit.structures = self._structures(unit)
             unit.members.clear()
+
+    @property
+    def _buckets(self) -> list[Bucket]:
+        """The units that are preconditioned, grouped; their state is made where there is none."""
+        if self._bucket_list is None:
+            units = [unit for unit in self._units if not self._is_foreign(unit)]
+            with torch.no_grad():
+                self._bucket_list = buckets(
+                    units, lambda unit, n: self._fresh(unit, (n,), unit.weight.device), self.state
+                )
+        return self._bucket_list
 
     def plan(self) -> Plan:
         """Which rule trains each parameter of the model, and what it stores.
@@ -170,10 +199,11 @@ class KroneckerOptimizer(Optimizer):
                     rule, stored = "AdamW", 2 * _size(p)
                 else:
                     rule = type(self).__name__
-                    structures = self._describe(units[id(p)])
+                    structures = ", ".join(map(str, units[id(p)].structures))
                     stored = _size(p) if self._groups[id(p)]["momentum"] else 0
                     if id(p) in weights:
-                        stored += _size(self._expected_state(weights[id(p)]))
+                        fresh = self._fresh(weights[id(p)], (), "meta")
+                        stored += sum(_size(member.tensors()) for member in fresh.values())
             elif p.requires_grad:
                 rule = "not given"
             rows.append(Row(name, tuple(p.shape), layer, rule, structures, stored))
@@ -183,28 +213,27 @@ class KroneckerOptimizer(Optimizer):
         """Whether AdamW trains ``p``: by its group, or since its use was not understood."""
         return self._groups[id(p)]["rule"] == ADAMW or "exp_avg" in self.state.get(p, {})
 
+    def _is_foreign(self, unit: Unit) -> bool:
+        """Whether a unit is left to AdamW."""
+        return unit.explained is False or self._is_adamw(unit.weight)
+
     # Statistics ---------------------------------------------------------------------------------
 
     def _wanted(self, unit: Unit) -> bool:
         """Whether the next step updates the unit's factors."""
         due = unit.group["step"] % unit.group["T"] == 0
-        return due and not self._paused and not self._is_adamw(unit.weight)
+        return due and not self._paused and not self._is_foreign(unit)
 
     def _measure(self, unit: Unit, x: Tensor, g: Tensor) -> None:
         """Take in one use of a layer with input ``x`` and output gradient ``g``."""
-        approximation, module = unit.group["kfac_approx"], unit.module
-        inputs, grads = unit.layer.inputs(module, x), unit.layer.grads(module, g)
-        ones = unit.bias is not None
-        A = flatten_rows(inputs, approximation, average=True, ones=ones)
+        _ = self._buckets  # the factors exist from now on
+        approximation, module, layer = unit.group["kfac_approx"], unit.module, unit.layer
+        A, rows = layer.columns(module, x, approximation, ones=unit.bias is not None)
+        grads = layer.grads(module, g)
         B = flatten_rows(grads, approximation, average=False)
-        seen = Statistics(
-            self._statistic(unit, "K", A),
-            self._statistic(unit, "C", B),
-            rows=A.shape[-1],
-            samples=grads.shape[-3],
-            positions=grads.shape[-2],
-        )
-        unit.observe(seen, inputs, grads)
+        U_K, U_C = self._statistic(unit, "K", A), self._statistic(unit, "C", B)
+        samples, positions = grads.shape[-3:-1]
+        unit.observe(Statistics(U_K, U_C, rows, samples, positions), x, g)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -278,56 +307,69 @@ class KroneckerOptimizer(Optimizer):
 
     def _step(self, scale: Tensor | None) -> None:
         self._generators.clear()
-        directions: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
-        quadratic: list[Tensor] = []
-        foreign: list[Group] = [g for g in self.param_groups if g["rule"] == ADAMW]
-        for unit in self._units:
-            if unit.explained is False and not self._is_adamw(unit.weight):
-                self._warn_unexplained(unit)
-            if unit.explained is False or self._is_adamw(unit.weight):
-                foreign.append(self._as_adamw(unit))
+        foreign = [g for g in self.param_groups if g["rule"] == ADAMW] + self._unexplained()
+        naturals: list[tuple[list[Unit], Tensor]] = []
+        quadratic = []
+        for bucket in self._buckets:
+            self._update_bucket(bucket, scale)
+            units = [u for u in bucket.units if any(p.grad is not None for p in u.parameters)]
+            if not units:
                 continue
-            if unit.statistics is not None and self._wanted(unit):
-                self._update_from(unit, unit.statistics, scale)
-            if all(p.grad is None for p in unit.parameters):
-                continue
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in unit.parameters]
-            G = unit.join(grads[0], grads[1] if len(grads) > 1 else None)
-            natural = self._precondition(unit, G)
-            if unit.group["kl_clip"] is not None:
-                inner = torch.sum(natural.float() * G.float())
-                quadratic.append(unit.group["lr"] ** 2 * inner)
-            for p, direction in zip(unit.parameters, unit.split(natural), strict=True):
-                if p.grad is not None:
-                    directions.setdefault(id(self._groups[id(p)]), []).append((p, direction))
-        total = torch.stack([q.to(quadratic[0]) for q in quadratic]).sum() if quadratic else None
-        for group in self.param_groups:
-            if id(group) in directions:
-                self._move(group, directions[id(group)], total)
+            G = gather(units)
+            natural = self._precondition(*bucket.select(units), G)
+            naturals.append((units, natural))
+            if units[0].group["kl_clip"] is not None:
+                quadratic.append(units[0].group["lr"] ** 2 * inner(natural, G))
+        if quadratic:
+            total = torch.stack([q.to(quadratic[0].device) for q in quadratic]).sum()
+            for units, natural in naturals:
+                kl_clip = units[0].group["kl_clip"]
+                if kl_clip is not None:
+                    natural.mul_(trust_region(kl_clip, total).to(natural))
+        self._descend(naturals)
         if foreign:
             self._adamw.param_groups, self._adamw.state = foreign, self.state
             self._adamw.step()
 
-    def _update_from(self, unit: Unit, seen: Statistics, scale: Tensor | None) -> None:
-        """Normalise the statistics, once, and update the factors."""
-        average = unit.group["loss_average"]
-        terms: float | Tensor = {
-            None: 1,
-            "batch": seen.samples,
-            "batch+sequence": seen.samples * seen.positions,
-        }[average]
-        if isinstance(self._terms, Tensor) or self._terms:
-            terms = self._terms
-        if seen.rows:
-            scale_C = terms if scale is None else terms / scale.double().square()
-            self._update(unit, seen, 1.0 / seen.rows, scale_C)
+    def _update_bucket(self, bucket: Bucket, scale: Tensor | None) -> None:
+        """Normalise the statistics of a bucket, once, and update its factors."""
+        units = [u for u in bucket.units if u.statistics is not None and u.statistics.rows]
+        if units and self._wanted(units[0]):
+            group = units[0].group
+            seen = [(u.statistics, self._loss_terms(u, scale)) for u in units]
+            U_K = stack([(1.0 / s.rows) * s.U_K for s, _ in seen if s is not None])
+            U_C = stack([terms * s.U_C for s, terms in seen if s is not None])
+            old, _ = bucket.select(units)
+            new = self._update(group, old, U_K, U_C)
+            bucket.write(units, new, lambda x, dtype: self._rounded(x, dtype, group))
+            bucket.products.clear()
+        if not bucket.products:
+            bucket.products = self._products(bucket.units[0].group, bucket.members)
 
-    def _warn_unexplained(self, unit: Unit) -> None:
-        warnings.warn(
-            f"{unit.name}: its layer's inputs and outputs do not explain its gradient (is the "
-            "weight used in another way too?); AdamW trains it instead",
-            stacklevel=3,
-        )
+    def _loss_terms(self, unit: Unit, scale: Tensor | None) -> float | Tensor:
+        """What multiplies ``sum g g^T``: the terms of the loss, over the squared gradient scale."""
+        terms, seen = self._terms, unit.statistics
+        if not isinstance(terms, Tensor) and not terms and seen is not None:
+            average = unit.group["loss_average"]
+            terms = 1 if average is None else seen.samples
+            terms *= seen.positions if average == "batch+sequence" else 1
+        return terms if scale is None else terms / scale.double().square()
+
+    def _unexplained(self) -> list[Group]:
+        """AdamW groups for the units whose gradient the capture did not explain."""
+        foreign = [unit for unit in self._units if self._is_foreign(unit)]
+        for unit in foreign:
+            if not self._is_adamw(unit.weight):  # found out just now
+                warnings.warn(
+                    f"{unit.name}: its layer's inputs and outputs do not explain its gradient (is "
+                    "the weight used in another way too?); AdamW trains it instead",
+                    stacklevel=4,
+                )
+                for p in unit.parameters:
+                    self.state.pop(p, None)
+                unit.members.clear()
+                self._bucket_list = None
+        return [self._as_adamw(unit) for unit in foreign]
 
     def _as_adamw(self, unit: Unit) -> Group:
         """An AdamW group for a unit, its learning rate scheduled like the unit's own."""
@@ -335,18 +377,22 @@ class KroneckerOptimizer(Optimizer):
         options["lr"] *= group["lr"] / group.get("initial_lr", group["lr"]) if group["lr"] else 0.0
         return {**options, "params": unit.parameters}
 
-    def _move(
-        self,
-        group: Group,
-        moves: Sequence[tuple[nn.Parameter, Tensor]],
-        quadratic: Tensor | None,
-    ) -> None:
+    def _descend(self, naturals: Iterable[tuple[list[Unit], Tensor]]) -> None:
+        """Step every parameter of the units along its preconditioned gradient."""
+        moves: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for units, natural in naturals:
+            for unit, matrix in zip(units, natural, strict=True):
+                for p, direction in zip(unit.parameters, unit.split(matrix), strict=True):
+                    if p.grad is not None:
+                        moves.setdefault(id(self._groups[id(p)]), []).append((p, direction))
+        for group in self.param_groups:
+            if id(group) in moves:
+                self._descend_group(group, moves[id(group)])
+
+    def _descend_group(self, group: Group, moves: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Weight decay, momentum and the step, for one group."""
-        params: list[Tensor] = [p for p, _ in moves]
+        params = [p for p, _ in moves]
         directions = [d.to(p.dtype) for p, d in moves]
-        if group["kl_clip"] is not None and quadratic is not None:
-            nu = trust_region(group["kl_clip"], quadratic)
-            torch._foreach_mul_(directions, nu.to(directions[0].dtype))
         if group["weight_decay"] != 0:
             torch._foreach_add_(directions, params, alpha=group["weight_decay"])
         if group["momentum"] != 0:
@@ -404,7 +450,8 @@ class KroneckerOptimizer(Optimizer):
         for p, number in checkpoint.pairs(self.param_groups, saved):
             expected: dict[str, Any] = {"momentum_buffer": p, "exp_avg": p, "exp_avg_sq": p}
             if id(p) in units:
-                expected |= self._expected_state(units[id(p)])
+                fresh = self._fresh(units[id(p)], (), "meta")
+                expected |= {name: list(member.tensors()) for name, member in fresh.items()}
             checkpoint.check_state(names.get(id(p), "parameter"), state.get(number, {}), expected)
         groups = checkpoint.merged(self.param_groups, saved)
         super().load_state_dict({"state": state, "param_groups": groups})

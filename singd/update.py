@@ -92,9 +92,20 @@ def precondition(K: StructuredMatrix, C: StructuredMatrix, G: Tensor) -> Tensor:
     return C.apply(C.apply_transpose(GKK))
 
 
-def moving_average(S: Tensor, new: Tensor, lr_cov: float) -> Tensor:
+def precondition_products(KK: StructuredMatrix, CC: StructuredMatrix, G: Tensor) -> Tensor:
+    """The same from the products ``K K^T`` and ``C C^T``: half the cost."""
+    return CC.apply(KK.apply(G.mT).mT)
+
+
+def inner(X: Tensor, Y: Tensor) -> Tensor:
+    """``sum_ij X_ij Y_ij`` over all dimensions, in float32 at least."""
+    wide = torch.promote_types(X.dtype, torch.float32)
+    return torch.dot(X.flatten().to(wide), Y.flatten().to(wide))
+
+
+def moving_average(S: StructuredMatrix, new: StructuredMatrix, lr_cov: float) -> StructuredMatrix:
     """KFAC: ``(1 - beta_1) S + beta_1 new``."""
-    return torch.lerp(S, new, lr_cov)
+    return (1.0 - lr_cov) * S + lr_cov * new
 
 
 def damped_inverse(S: Tensor, damping: float) -> Tensor:
