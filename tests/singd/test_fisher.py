@@ -102,7 +102,7 @@ def factors(name: str, model: Model, X: Tensor, approximation: str, method: str)
     states = [optimizer.state[layer.weight] for layer in model]
     optimizer.close()
     if method == "KFAC":
-        return [(s["S_K"], s["S_C"]) for s in states]
+        return [(*s["S_K"], *s["S_C"]) for s in states]
     # From the identity, with beta_1 = 1 and no damping: K = I - (S - I) / 2.
     return [tuple(3 * torch.eye(t.shape[-1]) - 2 * t for t in (*s["K"], *s["C"])) for s in states]
 
@@ -132,7 +132,7 @@ def test_factors_are_not_exact_for_a_nonlinear_net() -> None:
     backward(model, X, "expand", False)
     optimizer.step()
     state = optimizer.state[model[0].weight]
-    assert relative(torch.kron(state["S_C"], state["S_K"]), fisher) > 1e-3
+    assert relative(torch.kron(*state["S_C"], *state["S_K"]), fisher) > 1e-3
 
 
 def test_one_sample_is_its_own_outer_product() -> None:
@@ -146,4 +146,4 @@ def test_one_sample_is_its_own_outer_product() -> None:
     for layer in (model[0], model[2]):
         state = optimizer.state[layer.weight]
         outer = torch.outer(layer.full, layer.full)
-        assert relative(torch.kron(state["S_C"], state["S_K"]), outer) < 1e-10
+        assert relative(torch.kron(*state["S_C"], *state["S_K"]), outer) < 1e-10

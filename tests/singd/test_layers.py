@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from singd import SINGD, Layer, register_layer
-from singd.layers import LAYERS, find_layer, flatten_rows
+from singd._layer import flatten_rows
+from singd.layers import LAYERS, OPTIONAL, find_layer
 from singd.testing import check_layer
 from tests.singd.dense import relative
 
@@ -83,6 +84,61 @@ def test_same_padding_of_even_kernels_is_uneven(kernel: Any, mode: str) -> None:
     check_layer(conv, torch.randn(2, 2, 5, 6, dtype=F64))
 
 
+@law
+@given(st.data())
+def test_transposed_convolutions(data: st.DataObject) -> None:
+    dims, groups = data.draw(st.integers(1, 2)), data.draw(st.sampled_from([1, 2]))
+
+    def each(low: int, high: int) -> tuple[int, ...]:
+        return tuple(data.draw(st.integers(low, high)) for _ in range(dims))
+
+    kernel, stride, dilation = each(1, 3), each(1, 3), each(1, 2)
+    extra = tuple(
+        data.draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True)
+    )
+    convolution = getattr(nn, f"ConvTranspose{dims}d")(
+        2 * groups,
+        3 * groups,
+        kernel,
+        stride=stride,
+        padding=each(0, 1),
+        output_padding=extra,
+        dilation=dilation,
+        groups=groups,
+        dtype=F64,
+    )
+    batch = data.draw(st.sampled_from([(), (2,)]))
+    check_layer(convolution, torch.randn(*batch, 2 * groups, *each(3, 4), dtype=F64))
+
+
+@pytest.mark.parametrize("padding_idx", [None, 2])
+def test_embeddings(padding_idx: int | None) -> None:
+    embedding, x = nn.Embedding(5, 3, padding_idx, dtype=F64), torch.randint(5, (4, 6))
+    check_layer(embedding, x)
+    columns, rows = OPTIONAL[nn.Embedding].columns(embedding, x, "expand", ones=False)
+    counts = torch.tensor([float((x == i).sum()) for i in range(5)], dtype=F64)
+    if padding_idx is not None:
+        counts[padding_idx] = 0
+    torch.testing.assert_close((columns @ columns.mT).diagonal(), counts)
+    assert rows == x.numel()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.LayerNorm(4, dtype=F64), (3, 4)),
+        (nn.LayerNorm((2, 4), dtype=F64), (3, 5, 2, 4)),
+        (nn.RMSNorm(4, dtype=F64), (3, 2, 4)),
+        (nn.GroupNorm(2, 4, dtype=F64), (3, 4, 5)),
+        (nn.BatchNorm1d(4, dtype=F64), (3, 4)),
+        (nn.BatchNorm2d(4, dtype=F64), (3, 4, 2, 3)),
+    ],
+)
+def test_normalizations(module: nn.Module, shape: tuple[int, ...], training: bool) -> None:
+    check_layer(module.train(training), 2 + torch.randn(*shape, dtype=F64))
+
+
 def test_a_layer_off_the_law_is_seen() -> None:
     class Unscaled(Layer):
         def grads(self, module: Any, g: Tensor) -> Tensor:
@@ -97,11 +153,15 @@ def test_a_layer_off_the_law_is_seen() -> None:
             return matrix.flip(0)
 
     linear, x = nn.Linear(4, 3, dtype=F64), torch.randn(2, 5, 4, dtype=F64)
-    for broken, law_broken in ((Unscaled(), "B A"), (Flat(), "shape"), (Turned(), "from_matrix")):
+    for broken, law_broken in (
+        (Unscaled(), "contract"),
+        (Flat(), "shape"),
+        (Turned(), "from_matrix"),
+    ):
         with pytest.raises(AssertionError, match=law_broken):
             check_layer(linear, x, broken)
-    with pytest.raises(TypeError, match="BatchNorm1d"):
-        check_layer(nn.BatchNorm1d(3), torch.randn(2, 3))
+    with pytest.raises(TypeError, match="Bilinear"):
+        check_layer(nn.Bilinear(3, 3, 2), torch.randn(2, 3))
 
 
 # Rows --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from singd import update
-from structured import StructuredMatrix, parse
+from structured import Dense, StructuredMatrix, parse
 from tests.singd import dense
 from tests.singd.dense import STRUCTURES, relative
 
@@ -92,6 +92,9 @@ def test_preconditioning_applies_both_factors(structure: str) -> None:
     G = torch.randn(5, 6, dtype=torch.float64)
     k, c = K.to_dense(), C.to_dense()
     close(update.precondition(K, C, G), c @ c.T @ G @ k @ k.T)
+    if K.closed_under_transpose:
+        KK, CC = K.matmul(K.mT), C.matmul(C.mT)
+        close(update.precondition_products(KK, CC, G), c @ c.T @ G @ k @ k.T)
 
 
 @each_structure
@@ -127,7 +130,7 @@ def test_a_normalized_step_moves_no_entry_by_more_than_lr_cov(
 
 def test_kfac_averages_and_inverts() -> None:
     S, new = (A @ A.T for A in torch.randn(2, 5, 8, dtype=torch.float64))
-    close(update.moving_average(S, new, 0.3), 0.7 * S + 0.3 * new)
+    close(update.moving_average(Dense(S), Dense(new), 0.3).to_dense(), 0.7 * S + 0.3 * new)
     close(update.damped_inverse(S, 0.5), dense.kfac(S, 0.5))
 
 
@@ -165,7 +168,8 @@ def measured_order(n: int, damping: float, seed: int, wrong: float = 1.0) -> flo
     errors = []
     for b1 in steps.tolist():
         k = update.factor_step(K, m, b1).to_dense()
-        expected = update.damped_inverse(update.moving_average(S, new, b1), damping)
+        average = update.moving_average(Dense(S), Dense(new), b1).to_dense()
+        expected = update.damped_inverse(average, damping)
         errors.append(relative(k @ k.T, expected))
     x, y = steps.log(), torch.tensor(errors, dtype=torch.float64).log()
     x, y = x - x.mean(), y - y.mean()
