@@ -1,8 +1,8 @@
 """A layer as a matrix product: the base of every entry of :data:`singd.layers.LAYERS`.
 
 For each of ``N`` samples and ``P`` shared positions, a vector of ``d_in`` inputs is multiplied by
-the weight matrix ``[d_out, d_in]``. Leading dimensions ``...`` hold independent products side by side
-(the groups of a convolution).
+the weight matrix ``[d_out, d_in]``. Leading dimensions ``...`` hold independent products side by
+side (the groups of a convolution).
 """
 
 from __future__ import annotations

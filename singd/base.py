@@ -7,11 +7,10 @@ what it stores and how it turns statistics into a preconditioned gradient.
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +20,10 @@ from torch.optim import AdamW, Optimizer
 from singd import checkpoint
 from singd._layer import flatten_rows
 from singd.capture import Capture, Statistics, Unit
-from singd.grouping import Bucket, Members, buckets, gather, stack
+from singd.grouping import Bucket, Members, buckets
 from singd.layers import OPTIONAL
 from singd.plan import Plan, Row, find_units, owners_of
-from singd.rounding import stochastic_round
-from singd.update import inner, trust_region
+from singd.stepping import Step
 from structured import Structure, StructuredMatrix
 
 LOSS_AVERAGES = (None, "batch", "batch+sequence")
@@ -49,10 +47,16 @@ class KroneckerOptimizer(Optimizer):
         defaults: Options of the preconditioned groups.
         adamw: Options of :class:`torch.optim.AdamW` for all other parameters.
         layers: Types among :data:`singd.layers.OPTIONAL` that are preconditioned as well.
+        max_skipped: Steps in a row that may be skipped since something was not finite; ``None``
+            looks for nothing, and spares the wait for the device that it takes.
+        telemetry: Called after every step with norms, the bound, residuals and skipped steps.
+        process_group: Of the ranks that share the data, if not all do. Statistics are summed over
+            it, and gradients averaged unless ``model`` is wrapped in DistributedDataParallel.
     """
 
     _step_supports_amp_scaling = True  # PyTorch's name: GradScaler hands us scale and infinities
     _identity: tuple[str, ...] = ()  # options that a checkpoint must share
+    _sides = ("K", "C")  # members with the structure of the statistics
 
     def __init__(
         self,
@@ -61,9 +65,13 @@ class KroneckerOptimizer(Optimizer):
         defaults: Group,
         adamw: Mapping[str, Any] | None,
         layers: Collection[type[nn.Module]] = (),
+        max_skipped: int | None = 10,
+        telemetry: Callable[[dict[str, Any]], None] | None = None,
+        process_group: Any = None,
     ) -> None:
-        if isinstance(model, DataParallel | DistributedDataParallel):
-            model = model.module
+        wrapped = isinstance(model, DataParallel | DistributedDataParallel)
+        if wrapped:
+            model = cast(nn.Module, model.module)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         for name, p in model.named_parameters():
@@ -76,8 +84,12 @@ class KroneckerOptimizer(Optimizer):
         self._units: list[Unit] = []
         self._groups: dict[int, Group] = {}  # by id of a parameter
         self._bucket_list: list[Bucket] | None = None
-        self._generators: dict[torch.device, torch.Generator] = {}  # of the step under way
         self._paused = False
+        self._sampled = False  # the statistics are those of curvature()
+        self._process_group = process_group
+        self._reduce_gradients = not wrapped
+        self.skipped = self._skipped_in_row = 0
+        self.max_skipped, self.telemetry = max_skipped, telemetry
         self._terms: float | Tensor = 0  # of the loss, counted for the coming step
         self._capture = Capture(self._wanted, self._measure)
         params = [p for p in model.parameters() if p.requires_grad] if params is None else params
@@ -219,10 +231,15 @@ class KroneckerOptimizer(Optimizer):
 
     # Statistics ---------------------------------------------------------------------------------
 
-    def _wanted(self, unit: Unit) -> bool:
+    def _due(self, unit: Unit) -> bool:
         """Whether the next step updates the unit's factors."""
-        due = unit.group["step"] % unit.group["T"] == 0
-        return due and not self._paused and not self._is_foreign(unit)
+        due: bool = unit.group["step"] % unit.group["T"] == 0
+        return due
+
+    def _wanted(self, unit: Unit) -> bool:
+        """Whether a pass that begins now is captured for the unit."""
+        off = self._paused or self._sampled or self._is_foreign(unit)
+        return self._due(unit) and not off
 
     def _measure(self, unit: Unit, x: Tensor, g: Tensor) -> None:
         """Take in one use of a layer with input ``x`` and output gradient ``g``."""
@@ -266,163 +283,96 @@ class KroneckerOptimizer(Optimizer):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @contextmanager
+    def curvature(self) -> Iterator[None]:
+        """Within this context backward passes feed the curvature alone.
+
+        For the true Fisher: sample labels from the model's output and call ``backward`` on the loss
+        of them in here. Gradients are as before when it ends, and until the next step no other pass
+        is captured.
+        """
+        self._forget()
+        saved = [(p, p.grad) for group in self.param_groups for p in group["params"]]
+        for p, _ in saved:
+            p.grad = None
+        self._sampled = False
+        try:
+            yield
+        finally:
+            self._sampled = True
+            for p, grad in saved:
+                p.grad = grad
+
     # The step -----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update factors that are due, then every parameter that has a gradient.
 
+        If a gradient or a statistic is not finite, nothing is changed, and the step is counted in
+        ``self.skipped``.
+
         Args:
             closure: Evaluates the loss and its gradients; optional.
 
         Returns:
             The loss, if a closure was given.
+
+        Raises:
+            FloatingPointError: If ``max_skipped`` steps in a row were skipped.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        scale = getattr(self, "grad_scale", None)
-        if not self._found_inf():
-            if scale is not None:
-                every = (p.grad for group in self.param_groups for p in group["params"])
-                torch._foreach_mul_([g for g in every if g is not None], 1.0 / scale)
-            self._step(scale)
-        self._forget()
-        for group in self.param_groups:
-            if group["rule"] == KRONECKER:
-                group["step"] += 1
+        self._run(descend=True)
         return loss
 
-    def _found_inf(self) -> bool:
-        """Whether a GradScaler met infinities: then the step is skipped whole."""
-        found = getattr(self, "found_inf", None)
-        return found is not None and bool(found)
+    @torch.no_grad()
+    def precondition(self) -> None:
+        """Replace every gradient of a preconditioned layer by the preconditioned one, bounded.
+
+        Factors that are due are updated. The step of any other optimizer may follow: then this one
+        is only its preconditioner.
+        """
+        self._run(descend=False)
+
+    def _run(self, *, descend: bool) -> None:
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and bool(found_inf):
+            self._forget()  # the GradScaler skips, and counts by itself
+            return
+        step = Step(self, scale)
+        bad = step.run(descend=descend)
+        self._forget()
+        if bad is None:
+            self._skipped_in_row = 0
+            for group in self.param_groups:
+                if group["rule"] == KRONECKER:
+                    group["step"] += 1
+        else:
+            self.skipped += 1
+            self._skipped_in_row += 1
+        if self.telemetry is not None and step.report is not None:
+            self.telemetry({"skipped": self.skipped, **step.report})
+        if self.max_skipped is not None and self._skipped_in_row >= self.max_skipped > 0:
+            raise FloatingPointError(
+                f"{bad}: gradient or statistics not finite in {self._skipped_in_row} steps in a row"
+            )
 
     def _forget(self) -> None:
         """Drop the statistics of the step that ended."""
-        self._terms = 0
+        self._terms, self._sampled = 0, False
         for unit in self._units:
             unit.discard()
 
-    def _step(self, scale: Tensor | None) -> None:
-        self._generators.clear()
-        foreign = [g for g in self.param_groups if g["rule"] == ADAMW] + self._unexplained()
-        naturals: list[tuple[list[Unit], Tensor]] = []
-        quadratic = []
-        for bucket in self._buckets:
-            self._update_bucket(bucket, scale)
-            units = [u for u in bucket.units if any(p.grad is not None for p in u.parameters)]
-            if not units:
-                continue
-            G = gather(units)
-            natural = self._precondition(*bucket.select(units), G)
-            naturals.append((units, natural))
-            if units[0].group["kl_clip"] is not None:
-                quadratic.append(units[0].group["lr"] ** 2 * inner(natural, G))
-        if quadratic:
-            total = torch.stack([q.to(quadratic[0].device) for q in quadratic]).sum()
-            for units, natural in naturals:
-                kl_clip = units[0].group["kl_clip"]
-                if kl_clip is not None:
-                    natural.mul_(trust_region(kl_clip, total).to(natural))
-        self._descend(naturals)
-        if foreign:
-            self._adamw.param_groups, self._adamw.state = foreign, self.state
-            self._adamw.step()
-
-    def _update_bucket(self, bucket: Bucket, scale: Tensor | None) -> None:
-        """Normalise the statistics of a bucket, once, and update its factors."""
-        units = [u for u in bucket.units if u.statistics is not None and u.statistics.rows]
-        if units and self._wanted(units[0]):
-            group = units[0].group
-            seen = [(u.statistics, self._loss_terms(u, scale)) for u in units]
-            U_K = stack([(1.0 / s.rows) * s.U_K for s, _ in seen if s is not None])
-            U_C = stack([terms * s.U_C for s, terms in seen if s is not None])
-            old, _ = bucket.select(units)
-            new = self._update(group, old, U_K, U_C)
-            bucket.write(units, new, lambda x, dtype: self._rounded(x, dtype, group))
-            bucket.products.clear()
-        if not bucket.products:
-            bucket.products = self._products(bucket.units[0].group, bucket.members)
-
-    def _loss_terms(self, unit: Unit, scale: Tensor | None) -> float | Tensor:
-        """What multiplies ``sum g g^T``: the terms of the loss, over the squared gradient scale."""
-        terms, seen = self._terms, unit.statistics
-        if not isinstance(terms, Tensor) and not terms and seen is not None:
-            average = unit.group["loss_average"]
-            terms = 1 if average is None else seen.samples
-            terms *= seen.positions if average == "batch+sequence" else 1
-        return terms if scale is None else terms / scale.double().square()
-
-    def _unexplained(self) -> list[Group]:
-        """AdamW groups for the units whose gradient the capture did not explain."""
-        foreign = [unit for unit in self._units if self._is_foreign(unit)]
-        for unit in foreign:
-            if not self._is_adamw(unit.weight):  # found out just now
-                warnings.warn(
-                    f"{unit.name}: its layer's inputs and outputs do not explain its gradient (is "
-                    "the weight used in another way too?); AdamW trains it instead",
-                    stacklevel=4,
-                )
-                for p in unit.parameters:
-                    self.state.pop(p, None)
-                unit.members.clear()
-                self._bucket_list = None
-        return [self._as_adamw(unit) for unit in foreign]
-
-    def _as_adamw(self, unit: Unit) -> Group:
-        """An AdamW group for a unit, its learning rate scheduled like the unit's own."""
-        group, options = unit.group, dict(self._adamw.defaults)
-        options["lr"] *= group["lr"] / group.get("initial_lr", group["lr"]) if group["lr"] else 0.0
-        return {**options, "params": unit.parameters}
-
-    def _descend(self, naturals: Iterable[tuple[list[Unit], Tensor]]) -> None:
-        """Step every parameter of the units along its preconditioned gradient."""
-        moves: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        for units, natural in naturals:
-            for unit, matrix in zip(units, natural, strict=True):
-                for p, direction in zip(unit.parameters, unit.split(matrix), strict=True):
-                    if p.grad is not None:
-                        moves.setdefault(id(self._groups[id(p)]), []).append((p, direction))
-        for group in self.param_groups:
-            if id(group) in moves:
-                self._descend_group(group, moves[id(group)])
-
-    def _descend_group(self, group: Group, moves: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Weight decay, momentum and the step, for one group."""
-        params = [p for p, _ in moves]
-        directions = [d.to(p.dtype) for p, d in moves]
-        if group["weight_decay"] != 0:
-            torch._foreach_add_(directions, params, alpha=group["weight_decay"])
-        if group["momentum"] != 0:
-            buffers = []
-            for p in params:
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                buffers.append(state["momentum_buffer"])
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, directions)
-            directions = buffers
-        if all(p.dtype in (torch.float32, torch.float64) for p in params):
-            torch._foreach_add_(params, directions, alpha=-group["lr"])
-            return
-        for p, direction in zip(params, directions, strict=True):
-            moved = p.float() - group["lr"] * direction.float()
-            p.copy_(self._rounded(moved, p.dtype, group))
-
-    def _rounded(self, x: Tensor, dtype: torch.dtype, group: Mapping[str, Any]) -> Tensor:
-        """Round stochastically, reproducibly from the seed and the number of the step."""
-        if x.device not in self._generators:
-            generator = torch.Generator(x.device)
-            generator.manual_seed((group["seed"] << 32) + group["step"])
-            self._generators[x.device] = generator
-        return stochastic_round(x, dtype, self._generators[x.device])
-
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset gradients, and forget the statistics that came with them."""
-        self._forget()
+        """Reset gradients, and forget the statistics that came with them.
+
+        What was collected under :meth:`curvature` stays: those gradients were never there.
+        """
+        if not self._sampled:
+            self._forget()
         super().zero_grad(set_to_none)
 
     # Checkpoints --------------------------------------------------------------------------------

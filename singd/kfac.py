@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ class KFAC(KroneckerOptimizer):
         torch.linalg.LinAlgError: In ``step``, if a damped factor is not positive definite.
     """
 
+    _sides = ("S_K", "S_C")
+
     def __init__(
         self,
         model: nn.Module,
@@ -43,6 +45,9 @@ class KFAC(KroneckerOptimizer):
         kl_clip: float | None = 1e-4,
         adamw: Mapping[str, Any] | None = None,
         seed: int = 0,
+        max_skipped: int | None = 10,
+        telemetry: Callable[[dict[str, Any]], None] | None = None,
+        process_group: Any = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -56,7 +61,7 @@ class KFAC(KroneckerOptimizer):
             "kl_clip": kl_clip,
             "seed": seed,
         }
-        super().__init__(model, params, defaults, adamw)
+        super().__init__(model, params, defaults, adamw, (), max_skipped, telemetry, process_group)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

@@ -66,6 +66,14 @@ class SINGD(KroneckerOptimizer):
             :data:`singd.layers.OPTIONAL`.
         adamw: Options of :class:`torch.optim.AdamW` for all other parameters.
         seed: Of the stochastic rounding.
+        max_skipped: Steps in a row that may be skipped since a gradient or statistic was not
+            finite, before that is an error. ``None`` looks for nothing, and spares the wait for
+            the device that it takes.
+        telemetry: Called after every step with a dictionary: per layer the norms of gradient and
+            preconditioned gradient and the residuals of K and C, the factor of the trust region,
+            and the number of skipped steps. Costs nothing if ``None``.
+        process_group: Of the ranks that share the data, if not all do. Statistics are summed over
+            it, and gradients averaged unless ``model`` is wrapped in DistributedDataParallel.
 
     Raises:
         ValueError: If an option is out of range.
@@ -99,6 +107,9 @@ class SINGD(KroneckerOptimizer):
         layers: Collection[type[nn.Module]] = (),
         adamw: Mapping[str, Any] | None = None,
         seed: int = 0,
+        max_skipped: int | None = 10,
+        telemetry: Callable[[dict[str, Any]], None] | None = None,
+        process_group: Any = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -120,7 +131,9 @@ class SINGD(KroneckerOptimizer):
             "wide_structure": wide_structure,
             "seed": seed,
         }
-        super().__init__(model, params, defaults, adamw, layers)
+        super().__init__(
+            model, params, defaults, adamw, layers, max_skipped, telemetry, process_group
+        )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

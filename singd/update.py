@@ -74,6 +74,12 @@ def singd_momenta(
     return 0.5 * m_K.add_scaled_identity(-1.0), 0.5 * m_C.add_scaled_identity(-1.0)
 
 
+def residual(K: StructuredMatrix, U: StructuredMatrix, damping: float) -> Tensor:
+    """``||Pi(K^T (S + lambda I) K) - I||_F``, ``[...]``: zero at the best K of its structure."""
+    H = curvature(K, U) + damping * K.gram()
+    return H.add_scaled_identity(-1.0).frobenius_norm()
+
+
 def factor_step(
     K: StructuredMatrix, m_K: StructuredMatrix, lr_cov: float | Tensor
 ) -> StructuredMatrix:
