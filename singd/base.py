@@ -250,7 +250,7 @@ class KroneckerOptimizer(Optimizer):
         B = flatten_rows(grads, approximation, average=False)
         U_K, U_C = self._statistic(unit, "K", A), self._statistic(unit, "C", B)
         samples, positions = grads.shape[-3:-1]
-        unit.observe(Statistics(U_K, U_C, rows, samples, positions), x, g)
+        unit.observe(Statistics(U_K, U_C, rows, samples, samples * positions), x, g)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -33,22 +33,23 @@ class Statistics:
     U_C: StructuredMatrix  # of the output gradients
     rows: int  # R, of inputs
     samples: int  # N
-    positions: int  # P, shared positions of a sample
+    terms: int  # N P, counting every shared position of a sample
 
     def add(self, other: Statistics) -> None:
         """Include another backward pass."""
         self._sum(other)
         self.samples += other.samples
+        self.terms += other.terms
 
     def reuse(self, other: Statistics) -> None:
         """Include another use of the layer in the same pass: more rows, the same samples."""
         self._sum(other)
         self.samples = max(self.samples, other.samples)
+        self.terms = max(self.terms, other.terms)
 
     def _sum(self, other: Statistics) -> None:
         self.U_K, self.U_C = self.U_K + other.U_K, self.U_C + other.U_C
         self.rows += other.rows
-        self.positions = max(self.positions, other.positions)
 
 
 @dataclass(eq=False)
