@@ -154,7 +154,7 @@ def test_a_layer_off_the_law_is_seen() -> None:
 
     linear, x = nn.Linear(4, 3, dtype=F64), torch.randn(2, 5, 4, dtype=F64)
     for broken, law_broken in (
-        (Unscaled(), "contract"),
+        (Unscaled(), "sum over rows of B"),
         (Flat(), "shape"),
         (Turned(), "from_matrix"),
     ):
