@@ -7,6 +7,7 @@ what it stores and how it turns statistics into a preconditioned gradient.
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -343,7 +344,10 @@ class KroneckerOptimizer(Optimizer):
         if found_inf is not None and bool(found_inf):
             self._forget()  # the GradScaler skips, and counts by itself
             return
-        step = Step(self, scale)
+        unscaled = found_inf is not None and scale is None  # by GradScaler.unscale_
+        if unscaled:
+            scale = _calling_scale()
+        step = Step(self, scale, unscaled=unscaled)
         bad = step.run(descend=descend)
         self._forget()
         if bad is None:
@@ -411,6 +415,21 @@ class KroneckerOptimizer(Optimizer):
             if number in state:
                 self.state[p] = {k: checkpoint.copied(v, k, p) for k, v in state[number].items()}
         self._bind()
+
+
+def _calling_scale() -> Tensor | None:
+    """The scale of the GradScaler that is calling ``step``.
+
+    After ``unscale_`` it hands over no scale, for gradients need none any more; the statistics of
+    the backward pass still do.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, torch.amp.GradScaler):
+            return torch.tensor(caller.get_scale())
+    return None
 
 
 def _parameter(given: Any) -> Any:

@@ -58,6 +58,9 @@ class SINGD(KroneckerOptimizer):
             exceeds 1.
         kl_clip: Bound ``kappa`` of every step: scaled down so that ``lr^2 <natural gradient,
             gradient>`` does not exceed it. ``None`` for the paper's bare rule.
+        factor_clip: Bound, in (0, 1], of ``||lr_cov m_K||_F`` at every update of K, and so of C:
+            they stay invertible, and in range whatever the scale of inputs and gradients. ``None``
+            for the paper's bare rule.
         keep_products: Keep ``K K^T`` and ``C C^T`` between updates of the factors where their
             structure allows: half the work of a step, for the memory of K and C once more.
         max_dim: A factor wider than this takes ``wide_structure`` instead; ``None`` for no limit.
@@ -101,6 +104,7 @@ class SINGD(KroneckerOptimizer):
         init_grad_scale: float = 1.0,
         normalize_lr_cov: bool = False,
         kl_clip: float | None = 1e-4,
+        factor_clip: float | None = 0.5,
         keep_products: bool = True,
         max_dim: int | None = 8192,
         wide_structure: StructureLike = "diagonal",
@@ -126,6 +130,7 @@ class SINGD(KroneckerOptimizer):
             "preconditioner_dtype": preconditioner_dtype,
             "normalize_lr_cov": normalize_lr_cov,
             "kl_clip": kl_clip,
+            "factor_clip": factor_clip,
             "keep_products": keep_products,
             "max_dim": max_dim,
             "wide_structure": wide_structure,
@@ -140,6 +145,8 @@ class SINGD(KroneckerOptimizer):
         in_range("alpha1", group["alpha1"], 0.0, 1.0, open_end=True)
         if not callable(group["lr_cov"]):
             in_range("lr_cov", group["lr_cov"], 0.0, float("inf"))
+        if group["factor_clip"] is not None:
+            in_range("factor_clip", group["factor_clip"], 1e-6, 1.0)
         if group["max_dim"] is not None:
             in_range("max_dim", group["max_dim"], 0, float("inf"))
         given = group["structures"]
@@ -218,6 +225,8 @@ class SINGD(KroneckerOptimizer):
         lr_cov = group["lr_cov"](group["step"]) if callable(group["lr_cov"]) else group["lr_cov"]
         if group["normalize_lr_cov"]:
             lr_cov = update.normalized(lr_cov, m_K)
+        if group["factor_clip"] is not None:
+            lr_cov = update.clipped(lr_cov, m_K, group["factor_clip"])
         new[side] = update.factor_step(K, m_K, lr_cov)
         return new
 

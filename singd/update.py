@@ -92,6 +92,16 @@ def normalized(lr_cov: float, m_K: StructuredMatrix) -> Tensor:
     return lr_cov / m_K.max_abs().clamp(min=1.0)
 
 
+def clipped(lr_cov: float | Tensor, m_K: StructuredMatrix, bound: float) -> Tensor:
+    """``beta_1``, smaller where ``||beta_1 m_K||_F`` would exceed ``bound``, ``[...]``.
+
+    Below 1, no eigenvalue of ``I - beta_1 m_K`` reaches zero: K stays invertible, and in range
+    whatever the scale of the inputs.
+    """
+    norm = m_K.frobenius_norm()
+    return lr_cov * (bound / (lr_cov * norm).clamp(min=bound))
+
+
 def precondition(K: StructuredMatrix, C: StructuredMatrix, G: Tensor) -> Tensor:
     """The natural gradient ``C C^T G K K^T`` for ``G [..., d_out, d_in]``."""
     GKK = K.apply(K.apply_transpose(G.mT)).mT
