@@ -292,7 +292,7 @@ def judge(case: Case, theirs: Result) -> tuple[list[str], bool]:
 def run_ours(case: Case) -> Result:
     from singd import SINGD
 
-    return read_ours(*train(SINGD, case, kl_clip=None))
+    return read_ours(*train(SINGD, case, kl_clip=None, factor_clip=None))
 
 
 def run_peer(cases: list[Case], peer: Path) -> list[Result]:

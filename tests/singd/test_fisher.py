@@ -96,7 +96,7 @@ def factors(name: str, model: Model, X: Tensor, approximation: str, method: str)
     if method == "KFAC":
         optimizer: Any = KFAC(model, lr_cov=1.0, **options | {"damping": 1.0})
     else:
-        optimizer = SINGD(model, lr_cov=1.0, kfac_like=True, **options)
+        optimizer = SINGD(model, lr_cov=1.0, kfac_like=True, factor_clip=None, **options)
     backward(model, X, approximation, name in CONVOLUTIONS)
     optimizer.step()
     states = [optimizer.state[layer.weight] for layer in model]
