@@ -57,8 +57,8 @@ class Gaussian:
 # .. math:: m = \tfrac12 \left( \Pi(K^T S K) - I \right), \qquad K \leftarrow K (I - \beta m) ,
 #
 # so the maximum is where :math:`\Pi(K^T S K) = I`. :math:`S` is never formed. (For a dense
-# :math:`K` and :math:`\beta = 1` this is the Newton-Schulz iteration for :math:`S^{-1/2}`.) Dividing
-# :math:`\beta` by the norm of a long :math:`m` keeps every iterate invertible.
+# :math:`K` and :math:`\beta = 1` this is the Newton-Schulz iteration for :math:`S^{-1/2}`.)
+# Dividing :math:`\beta` by the norm of a long :math:`m` keeps every iterate invertible.
 
 
 def fit(x: Tensor, structure: str, *, beta: float = 0.2, tolerance: float = 1e-6) -> Gaussian:
@@ -113,8 +113,8 @@ for structure, gaussian in fits.items():
 # ----------------------------
 # Nats per held-out image above independent pixels. Each structure is a statement about the pixels.
 # ``block_diagonal(8)`` lets the 8 pixels of a row depend on each other, and the rows not.
-# ``hierarchical(k1, k2)`` lets the pixels in the middle be independent given the first ``k1`` and the
-# last ``k2``; rows at the margin are mostly blank, so this suits digits less.
+# ``hierarchical(k1, k2)`` lets the pixels in the middle be independent given the first ``k1`` and
+# the last ``k2``; rows at the margin are mostly blank, so this suits digits less.
 # ``lower_toeplitz`` says that a pixel depends on those after it in the same way everywhere, and is
 # by far the best buy: 64 numbers capture four tenths of what 4096 do.
 
@@ -140,6 +140,6 @@ for structure, column in zip(shown, axes.T, strict=True):
     column[0].set_title(structure, fontsize=8)
     images = center + scale * fits[structure].sample(len(column), generator)
     for image, axis in zip(images, column, strict=True):
-        axis.imshow(image.view(8, 8), cmap="gray", vmin=0, vmax=17)
+        axis.imshow(image.view(8, 8).numpy(), cmap="gray", vmin=0, vmax=17)
         axis.axis("off")
 plt.show()
