@@ -167,9 +167,9 @@ for name, method in methods.items():
 # %%
 # What it costs and what it gives
 # -------------------------------
-# Without an eigendecomposition, the inverse-free method ends where the one with roots
-# does, or lower, and structured factors keep that at about the memory of AdamW or less. Curves are means of three
-# seeds.
+# Without an eigendecomposition, the inverse-free method ends where the one with roots does, or
+# lower, and structured factors keep that at about the memory of AdamW or less. Curves are means of
+# three seeds.
 
 fig, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
 for name, losses in curves.items():

@@ -253,6 +253,43 @@ def test_shorten_bounds_the_root_mean_square() -> None:
     torch.testing.assert_close(shorten(long / 100, 2.0), long / 100)
 
 
+def test_the_optimizer_against_the_formulas_written_out() -> None:
+    lam, b1, b2, momentum, decay, clip, T, B = 0.1, 0.2, 0.05, 0.7, 0.03, 0.8, 2, 4
+    p = nn.Parameter(random(3, 4))
+    W, buffer = p.detach().clone(), torch.zeros(3, 4).double()
+    optimizer = InverseFreeShampoo(
+        [p],
+        b2,
+        batch_size=B,
+        damping=lam,
+        lr_cov=b1,
+        momentum=momentum,
+        weight_decay=decay,
+        clip=clip,
+        T=T,
+    )
+    clipped = []
+    for t in range(6):
+        p.grad = random(3, 4) * (10.0 if t == 3 else 1.0) / B**0.5
+        G = B**0.5 * p.grad
+        if t == 0:
+            C, K = ((G.square().mean() + lam) ** -0.25 * torch.eye(n).double() for n in (3, 4))
+        if t % T == 0:
+            Y = C.mT @ G @ K
+            m_C = 0.5 * (Y @ Y.mT / 4 + lam * K.square().sum() / 4 * C.mT @ C - torch.eye(3))
+            m_K = 0.5 * (Y.mT @ Y / 3 + lam * C.square().sum() / 3 * K.mT @ K - torch.eye(4))
+            b = b1 / max(1.0, m_C.norm().item(), m_K.norm().item())
+            C, K = C - b * C @ m_C, K - b * K @ m_K
+        Y = C.mT @ G @ K
+        rms = Y.square().mean().sqrt()
+        clipped.append(bool(rms > clip))
+        buffer = momentum * buffer + C @ (Y * min(1.0, clip / rms)) @ K.mT / B**0.5 + decay * W
+        W = W - b2 * buffer
+        optimizer.step()
+        torch.testing.assert_close(p.detach(), W)
+    assert len(set(clipped)) == 2
+
+
 def network() -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2), Scale())
