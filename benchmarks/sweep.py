@@ -1,0 +1,177 @@
+"""The sweep behind the defaults: many settings, judged on digits that are not the test digits.
+
+    python -m benchmarks.sweep rule          # one of STAGES; appends to benchmarks/out/sweep.csv
+
+Besides the bound that :class:`singd.SINGD` has, it tries others, as a :class:`Bounded` subclass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, AdamW
+from tqdm import tqdm
+
+from benchmarks.training import train
+from singd import KFAC, SINGD
+from singd.capture import Unit
+
+OUT = Path("benchmarks/out/sweep.csv")
+COLUMNS = (
+    "stage model precision steps seed method bound kappa lr lr_cov T damping alpha1 "
+    "normalize_lr_cov kfac_like structures loss accuracy worst"
+).split()
+SHORT, LONG = 186, 620  # three and ten epochs of the demo
+
+Settings = dict[str, Any]
+
+
+class Bounded(SINGD):
+    """SINGD with the step of every layer bounded by one of several rules."""
+
+    def __init__(self, model: Any, bound: str, kappa: float, **options: Any) -> None:
+        self.bound, self.kappa = bound, kappa
+        super().__init__(model, kl_clip=kappa if bound == "kl" else None, **options)
+
+    def _precondition(self, unit: Unit, G: Tensor) -> Tensor:
+        natural = super()._precondition(unit, G)
+        N, G32, lr = natural.float(), G.float(), unit.group["lr"]
+        tiny = torch.finfo(torch.float32).tiny
+        if self.bound == "kl layer":
+            inner = (N * G32).sum().clamp(min=tiny)
+            return natural * (self.kappa / inner).sqrt().div(lr).clamp(max=1).to(G.dtype)
+        if self.bound == "graft":
+            return natural * (G32.norm() / N.norm().clamp(min=tiny)).to(G.dtype)
+        if self.bound == "graft adam":
+            return natural * (self._adam_norm(unit, G32) / N.norm().clamp(min=tiny)).to(G.dtype)
+        return natural
+
+    def _adam_norm(self, unit: Unit, G: Tensor) -> Tensor:
+        """Norm of RMSprop's direction with Adam's bias correction."""
+        state, step = self.state[unit.weight], unit.group["step"] + 1
+        square = state.setdefault("square", torch.zeros_like(G))
+        square.lerp_(G.square(), 0.01)
+        return (G / (square / (1 - 0.99**step)).sqrt().add(1e-8)).norm()
+
+
+def make(method: str, bound: str, kappa: float, **options: Any) -> Any:
+    if method == "SGD":
+        return lambda model: SGD(model.parameters(), lr=options["lr"], momentum=0.9)
+    if method == "AdamW":
+        return lambda model: AdamW(model.parameters(), lr=options["lr"])
+    if method == "KFAC":
+        return lambda model: KFAC(model, kl_clip=kappa if bound == "kl" else None, **options)
+    return lambda model: Bounded(model, bound, kappa, **options)
+
+
+def run(settings: Settings) -> Settings:
+    """One row of the table."""
+    options = dict(settings)
+    where = {key: options.pop(key) for key in ("model", "precision", "steps", "seed")}
+    stage = options.pop("stage")
+    if "structures" in options:
+        options["structures"] = (options["structures"],) * 2
+    model = where.pop("model")
+    try:
+        history = train(model, make(**options), split="sweep", **where)
+    except torch.linalg.LinAlgError:
+        return {**settings, "loss": "nan", "accuracy": 0.1, "worst": "nan"}
+    losses = torch.tensor(history.losses)
+    return {
+        **settings,
+        "stage": stage,
+        "loss": f"{losses[-20:].mean():.4f}",
+        "accuracy": f"{history.accuracy:.3f}",
+        "worst": f"{losses[len(losses) // 2 :].max():.3f}",  # late instability shows here
+    }
+
+
+def grid(**axes: Any) -> Iterator[Settings]:
+    """All combinations of the axes given as lists; other values are kept."""
+    lists = {k: v if isinstance(v, list) else [v] for k, v in axes.items()}
+    for values in itertools.product(*lists.values()):
+        yield dict(zip(lists, values, strict=True))
+
+
+BASE: Settings = {
+    "method": "SINGD",
+    "model": ["CNN", "ViT"],
+    "precision": "fp32",
+    "steps": SHORT,
+    "seed": 0,
+    "bound": "kl",
+    "kappa": 1e-3,
+    "lr": 0.1,
+    "lr_cov": 0.1,
+    "T": 1,
+    "damping": 1e-3,
+    "alpha1": 0.5,
+    "normalize_lr_cov": False,
+    "kfac_like": False,
+    "structures": "dense",
+}
+
+
+def baselines(**axes: Any) -> Iterator[Settings]:
+    shared = {k: BASE[k] for k in ("model", "precision", "steps", "seed")}
+    for method, lrs in {"SGD": [0.01, 0.03, 0.1, 0.3], "AdamW": [1e-3, 3e-3, 1e-2]}.items():
+        yield from grid(**{**shared, "method": method, "bound": "", "kappa": 0, "lr": lrs, **axes})
+
+
+def rule() -> Iterator[Settings]:
+    """Which bound, over learning rates and speeds of the factors."""
+    yield from baselines()
+    speeds = [(1, 0.03), (1, 0.1), (10, 0.03), (10, 0.1)]
+    rules = [
+        ("none", [0], [0.003, 0.01, 0.03, 0.1]),
+        ("kl", [1e-4, 1e-3, 1e-2], [0.03, 0.1, 0.3]),
+        ("kl layer", [1e-5, 1e-4, 1e-3], [0.03, 0.1, 0.3]),
+        ("graft", [0], [0.01, 0.03, 0.1, 0.3]),
+        ("graft adam", [0], [0.0003, 0.001, 0.003]),
+    ]
+    for (T, lr_cov), (bound, kappas, lrs) in itertools.product(speeds, rules):
+        own = {"bound": bound, "kappa": kappas, "lr": lrs, "T": T, "lr_cov": lr_cov}
+        yield from grid(**{**BASE, **own})
+
+
+STAGES = {"rule": rule}
+
+
+def run_all(todo: Iterable[Settings], workers: int) -> Iterator[Settings]:
+    pool = ProcessPoolExecutor(
+        workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    )
+    with pool:
+        futures = [pool.submit(run, settings) for settings in todo]
+        for future in tqdm(as_completed(futures), total=len(futures), unit="run"):
+            yield future.result()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    todo = [{"stage": args.stage, **settings} for settings in STAGES[args.stage]()]
+    with args.out.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if file.tell() == 0:
+            writer.writeheader()
+        for row in run_all(todo, args.workers):
+            writer.writerow(row)
+            file.flush()
+
+
+if __name__ == "__main__":
+    main()
