@@ -1,4 +1,4 @@
-"""Two small models of 28 x 28 images in which (almost) every weight is a linear or a convolution."""
+"""Two small models of 28 x 28 images made of linear layers and convolutions."""
 
 from __future__ import annotations
 

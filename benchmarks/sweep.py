@@ -1,6 +1,6 @@
 """The sweep behind the defaults: many settings, judged on digits that are not the test digits.
 
-    python -m benchmarks.sweep rule          # one of STAGES; appends to benchmarks/out/sweep.csv
+    python -m benchmarks.sweep rule    # one of STAGES; adds to benchmarks/out/sweep.csv
 
 Besides the bound that :class:`singd.SINGD` has, it tries others, as a :class:`Bounded` subclass.
 """
@@ -26,10 +26,11 @@ from singd import KFAC, SINGD
 from singd.capture import Unit
 
 OUT = Path("benchmarks/out/sweep.csv")
-COLUMNS = (
-    "stage model precision steps seed method bound kappa lr lr_cov T damping alpha1 "
-    "normalize_lr_cov kfac_like structures loss accuracy worst"
-).split()
+SETTINGS = (
+    *("stage", "model", "precision", "steps", "seed", "method", "bound", "kappa", "lr", "lr_cov"),
+    *("T", "damping", "alpha1", "normalize_lr_cov", "kfac_like", "structures"),
+)
+RESULTS = ("loss", "accuracy", "worst")
 SHORT, LONG = 186, 620  # three and ten epochs of the demo
 
 Settings = dict[str, Any]
@@ -143,7 +144,21 @@ def rule() -> Iterator[Settings]:
         yield from grid(**{**BASE, **own})
 
 
-STAGES = {"rule": rule}
+def speed() -> Iterator[Settings]:
+    """The bounds that held, finer, with faster and with normalised steps of the factors."""
+    rules = [("kl", [1e-5, 3e-5, 1e-4]), ("kl layer", [3e-6, 1e-5, 3e-5])]
+    speeds = [(1, True), (10, True), (10, False)]
+    for (bound, kappas), (T, normalize) in itertools.product(rules, speeds):
+        own = {"bound": bound, "kappa": kappas, "T": T, "lr_cov": [0.03, 0.1, 0.3]}
+        yield from grid(**{**BASE, **own, "normalize_lr_cov": normalize})
+
+
+STAGES = {"rule": rule, "speed": speed}
+
+
+def key(row: Settings) -> tuple[str, ...]:
+    """What tells one run from another, as read back from the file."""
+    return tuple(str(row.get(name, "")) for name in SETTINGS)
 
 
 def run_all(todo: Iterable[Settings], workers: int) -> Iterator[Settings]:
@@ -163,12 +178,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    todo = [{"stage": args.stage, **settings} for settings in STAGES[args.stage]()]
-    with args.out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if file.tell() == 0:
+    with args.out.open("a+", newline="") as file:
+        file.seek(0)
+        done = {key(row) for row in csv.DictReader(file)}
+        writer = csv.DictWriter(file, [*SETTINGS, *RESULTS])
+        if not done:
             writer.writeheader()
-        for row in run_all(todo, args.workers):
+        todo = [{"stage": args.stage, **settings} for settings in STAGES[args.stage]()]
+        for row in run_all([t for t in todo if key(t) not in done], args.workers):
             writer.writerow(row)
             file.flush()
 
