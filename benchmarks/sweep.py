@@ -22,8 +22,9 @@ from torch.optim import SGD, AdamW
 from tqdm import tqdm
 
 from benchmarks.training import train
-from singd import KFAC, SINGD
+from singd import KFAC, SINGD, update
 from singd.capture import Unit
+from structured import StructuredMatrix
 
 OUT = Path("benchmarks/out/sweep.csv")
 SETTINGS = (
@@ -36,8 +37,19 @@ SHORT, LONG = 186, 620  # three and ten epochs of the demo
 Settings = dict[str, Any]
 
 
+def spectral_bound(m: StructuredMatrix) -> Tensor:
+    """``||m||_2 <= |t| + ||m - t I||_F`` with ``t = tr(m) / n``; tight for multiples of I."""
+    t, n = m.trace() / m.n, m.n
+    rest = m.frobenius_norm().square() - n * t.square()
+    return t.abs() + rest.clamp(min=0).sqrt()
+
+
 class Bounded(SINGD):
-    """SINGD with the step of every layer bounded by one of several rules."""
+    """SINGD with the step of every layer bounded by one of several rules.
+
+    ``normalize_lr_cov="spectral"`` bounds the step of the factors: as long as ``lr_cov ||m|| < 1``,
+    ``I - lr_cov m`` is invertible.
+    """
 
     def __init__(self, model: Any, bound: str, kappa: float, **options: Any) -> None:
         self.bound, self.kappa = bound, kappa
@@ -56,12 +68,32 @@ class Bounded(SINGD):
             return natural * (self._adam_norm(unit, G32) / N.norm().clamp(min=tiny)).to(G.dtype)
         return natural
 
+    def _move_factor(
+        self, unit: Unit, name: str, K: StructuredMatrix, m_K: StructuredMatrix
+    ) -> None:
+        group = unit.group
+        if group["normalize_lr_cov"] != "spectral":
+            return super()._move_factor(unit, name, K, m_K)
+        if group["alpha1"] and not group["kfac_like"]:
+            old = self._member(unit, f"m_{name}")
+            m_K = group["alpha1"] * old.to(m_K.dtype) + m_K
+            copy(old, m_K)
+        lr_cov = (1 / spectral_bound(m_K)).clamp(max=group["lr_cov"])
+        K = update.factor_step(K, m_K, lr_cov)
+        for stored, new in zip(self._member(unit, name).tensors(), K.tensors(), strict=True):
+            stored.copy_(self._rounded(new, stored.dtype, group))
+
     def _adam_norm(self, unit: Unit, G: Tensor) -> Tensor:
         """Norm of RMSprop's direction with Adam's bias correction."""
         state, step = self.state[unit.weight], unit.group["step"] + 1
         square = state.setdefault("square", torch.zeros_like(G))
         square.lerp_(G.square(), 0.01)
         return (G / (square / (1 - 0.99**step)).sqrt().add(1e-8)).norm()
+
+
+def copy(target: StructuredMatrix, source: StructuredMatrix) -> None:
+    for stored, new in zip(target.tensors(), source.tensors(), strict=True):
+        stored.copy_(new)
 
 
 def make(method: str, bound: str, kappa: float, **options: Any) -> Any:
@@ -153,7 +185,16 @@ def speed() -> Iterator[Settings]:
         yield from grid(**{**BASE, **own, "normalize_lr_cov": normalize})
 
 
-STAGES = {"rule": rule, "speed": speed}
+def factors() -> Iterator[Settings]:
+    """A bound on the factors' step, so that they may move fast."""
+    rules = [("kl", [1e-5, 3e-5]), ("kl layer", [1e-6, 3e-6])]
+    speeds = [(1, 0.1), (1, 0.3), (5, 0.3), (5, 1.0), (10, 0.3), (10, 1.0)]
+    for (T, lr_cov), (bound, kappas) in itertools.product(speeds, rules):
+        own = {"bound": bound, "kappa": kappas, "T": T, "lr_cov": lr_cov, "alpha1": [0.0, 0.5]}
+        yield from grid(**{**BASE, **own, "normalize_lr_cov": "spectral"})
+
+
+STAGES = {"rule": rule, "speed": speed, "factors": factors}
 
 
 def key(row: Settings) -> tuple[str, ...]:
