@@ -15,6 +15,7 @@ SPLITS = {
     "demo": (range(0, 400), range(400, 500)),
 }
 CLASSES, PER_CLASS = 10, 500
+TRAIN_SIZE = {name: CLASSES * len(train) for name, (train, _) in SPLITS.items()}
 
 
 class Digits(NamedTuple):

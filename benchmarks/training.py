@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.data import Digits, load
+from benchmarks.data import TRAIN_SIZE, Digits, load
 from benchmarks.models import MODELS
 
 BATCH = 64
@@ -33,6 +33,11 @@ class History:
     def accuracy(self) -> float:
         """The last accuracy, on digits that were held out."""
         return self.accuracies[-1] if self.accuracies else nan
+
+
+def steps_of(epochs: int) -> int:
+    """Steps of as many epochs of the demonstration; the last, smaller batch is left out."""
+    return epochs * (TRAIN_SIZE["demo"] // BATCH)
 
 
 def batches(digits: Digits, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
