@@ -157,7 +157,8 @@ BASE: Settings = {
 def baselines(**axes: Any) -> Iterator[Settings]:
     shared = {k: BASE[k] for k in ("model", "precision", "steps", "seed")}
     for method, lrs in {"SGD": [0.01, 0.03, 0.1, 0.3], "AdamW": [1e-3, 3e-3, 1e-2]}.items():
-        yield from grid(**{**shared, "method": method, "bound": "", "kappa": 0, "lr": lrs, **axes})
+        own = {"method": method, "bound": "", "kappa": 0, "lr": lrs}
+        yield from grid(**{**shared, **own, **axes})
 
 
 def rule() -> Iterator[Settings]:
@@ -194,7 +195,56 @@ def factors() -> Iterator[Settings]:
         yield from grid(**{**BASE, **own, "normalize_lr_cov": "spectral"})
 
 
-STAGES = {"rule": rule, "speed": speed, "factors": factors}
+CHOSEN: Settings = {
+    **BASE,
+    "kappa": 3e-5,
+    "T": 5,
+    "lr_cov": 0.3,
+    "alpha1": 0.0,
+    "normalize_lr_cov": "spectral",
+}
+
+
+def late() -> Iterator[Settings]:
+    """Ten epochs, where the curvature has shrunk and K has grown; both precisions."""
+    both = {"precision": ["fp32", "bf16"], "steps": LONG}
+    fair = [("SGD", 0.1), ("AdamW", 1e-3), ("AdamW", 1e-2)]
+    yield from (b for b in baselines(**both) if (b["method"], b["lr"]) in fair)
+    variants: list[Settings] = [
+        {},
+        {"T": 10},
+        {"T": 1, "lr_cov": 0.1},
+        {"kappa": [1e-5, 1e-4]},
+        {"bound": "kl layer", "kappa": 3e-6},
+    ]
+    for variant in variants:
+        yield from grid(**{**CHOSEN, **both, **variant})
+
+
+def around() -> Iterator[Settings]:
+    """One option after another, from the settings chosen."""
+    variants: list[Settings] = [
+        {"seed": [0, 1]},
+        {"lr": [0.01, 0.03, 0.3, 1.0]},
+        {"damping": [1e-4, 1e-2]},
+        {"alpha1": [0.5, 0.9]},
+        {"lr_cov": [0.01, 0.03, 0.1, 1.0]},
+        {"T": [1, 10]},
+        {"normalize_lr_cov": [False, True]},
+        {"kfac_like": True, "kappa": [1e-5, 3e-5, 1e-4]},
+    ]
+    for variant in variants:
+        yield from grid(**{**CHOSEN, **variant})
+
+
+def structures() -> Iterator[Settings]:
+    """Every structure and precision, over the bound."""
+    specs = ["diagonal", "block_diagonal(16)", "hierarchical(8, 8)", "lower_toeplitz"]
+    own = {"structures": specs, "kappa": [1e-5, 3e-5, 1e-4]}
+    yield from grid(**{**CHOSEN, **own})
+
+
+STAGES = {f.__name__: f for f in (rule, speed, factors, late, around, structures)}
 
 
 def key(row: Settings) -> tuple[str, ...]:
