@@ -37,6 +37,10 @@ SHORT, LONG = 186, 620  # three and ten epochs of the demo
 Settings = dict[str, Any]
 
 
+#: Bounds of ``lr_cov ||m||``, by the value of ``normalize_lr_cov`` that asks for them.
+RADII = {"spectral": 1.0, "spectral/2": 0.5}
+
+
 def spectral_bound(m: StructuredMatrix) -> Tensor:
     """``||m||_2 <= |t| + ||m - t I||_F`` with ``t = tr(m) / n``; tight for multiples of I."""
     t, n = m.trace() / m.n, m.n
@@ -47,8 +51,8 @@ def spectral_bound(m: StructuredMatrix) -> Tensor:
 class Bounded(SINGD):
     """SINGD with the step of every layer bounded by one of several rules.
 
-    ``normalize_lr_cov="spectral"`` bounds the step of the factors: as long as ``lr_cov ||m|| < 1``,
-    ``I - lr_cov m`` is invertible.
+    ``normalize_lr_cov="spectral"`` bounds the step of the factors too: while ``lr_cov ||m|| < 1``,
+    ``I - lr_cov m`` is invertible. ``"spectral/2"`` keeps its eigenvalues above one half.
     """
 
     def __init__(self, model: Any, bound: str, kappa: float, **options: Any) -> None:
@@ -72,13 +76,14 @@ class Bounded(SINGD):
         self, unit: Unit, name: str, K: StructuredMatrix, m_K: StructuredMatrix
     ) -> None:
         group = unit.group
-        if group["normalize_lr_cov"] != "spectral":
+        if group["normalize_lr_cov"] not in RADII:
             return super()._move_factor(unit, name, K, m_K)
         if group["alpha1"] and not group["kfac_like"]:
             old = self._member(unit, f"m_{name}")
             m_K = group["alpha1"] * old.to(m_K.dtype) + m_K
             copy(old, m_K)
-        lr_cov = (1 / spectral_bound(m_K)).clamp(max=group["lr_cov"])
+        radius = RADII[group["normalize_lr_cov"]]
+        lr_cov = (radius / spectral_bound(m_K)).clamp(max=group["lr_cov"])
         K = update.factor_step(K, m_K, lr_cov)
         for stored, new in zip(self._member(unit, name).tensors(), K.tensors(), strict=True):
             stored.copy_(self._rounded(new, stored.dtype, group))
@@ -201,7 +206,7 @@ CHOSEN: Settings = {
     "T": 5,
     "lr_cov": 0.3,
     "alpha1": 0.0,
-    "normalize_lr_cov": "spectral",
+    "normalize_lr_cov": "spectral/2",
 }
 
 
@@ -218,7 +223,7 @@ def late() -> Iterator[Settings]:
         {"bound": "kl layer", "kappa": 3e-6},
     ]
     for variant in variants:
-        yield from grid(**{**CHOSEN, **both, **variant})
+        yield from grid(**{**CHOSEN, **both, "normalize_lr_cov": "spectral", **variant})
 
 
 def around() -> Iterator[Settings]:
@@ -230,7 +235,7 @@ def around() -> Iterator[Settings]:
         {"alpha1": [0.5, 0.9]},
         {"lr_cov": [0.01, 0.03, 0.1, 1.0]},
         {"T": [1, 10]},
-        {"normalize_lr_cov": [False, True]},
+        {"normalize_lr_cov": [False, True, "spectral"]},
         {"kfac_like": True, "kappa": [1e-5, 3e-5, 1e-4]},
     ]
     for variant in variants:
@@ -244,7 +249,14 @@ def structures() -> Iterator[Settings]:
     yield from grid(**{**CHOSEN, **own})
 
 
-STAGES = {f.__name__: f for f in (rule, speed, factors, late, around, structures)}
+def kfac() -> Iterator[Settings]:
+    """KFAC, over the bound and the weight of new statistics."""
+    keys = ("model", "precision", "steps", "seed", "bound", "lr", "damping")
+    own = {"method": "KFAC", "T": 10, "lr_cov": [0.05, 0.3], "kappa": [1e-5, 3e-5, 1e-4, 3e-4]}
+    yield from grid(**{**{k: CHOSEN[k] for k in keys}, **own})
+
+
+STAGES = {f.__name__: f for f in (rule, speed, factors, late, around, structures, kfac)}
 
 
 def key(row: Settings) -> tuple[str, ...]:
