@@ -44,7 +44,8 @@ have not yet seen the like of, is shortened to that. As
 this is a trust region.
 
 Source: Lin et al., "Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order
-Perspective", ICML 2024, arXiv 2402.03496, Figure 3. The initial value and the clipping are ours.
+Perspective", ICML 2024, arXiv 2402.03496, Figure 3. Its momentum of the factors is left out; the
+initial value and the clipping are ours.
 """
 
 from __future__ import annotations
