@@ -44,7 +44,8 @@ have not yet seen the like of, is shortened to that. As
 this is a trust region.
 
 Source: Lin et al., "Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order
-Perspective", ICML 2024, arXiv 2402.03496, Figure 3. The initial value and the clipping are ours.
+Perspective", ICML 2024, arXiv 2402.03496, Figure 3. Its momentum of the factors is left out; the
+initial value and the clipping are ours.
 """
 
 from __future__ import annotations
@@ -102,10 +103,10 @@ def factor_steps(factors: Factors, H: Factors, lr_cov: float) -> list[Structured
 
 
 def first_factors(
-    G: Tensor, structures: StructureLike | Sequence[StructureLike], damping: float
+    G: Tensor, structures: StructureLike | tuple[StructureLike, ...], damping: float
 ) -> list[StructuredMatrix]:
     """Equal multiples of the identity for which ``||Y||^2 <= d``, one for each mode of ``G``."""
-    specs = list(structures) if isinstance(structures, list | tuple) else [structures]
+    specs = structures if isinstance(structures, tuple) else (structures,)
     specs += specs[-1:] * (G.ndim - len(specs))
     scale = (G.square().mean() + damping) ** (-0.5 / G.ndim)
     return [
@@ -129,7 +130,7 @@ class InverseFreeShampoo(torch.optim.Optimizer):
     Args:
         params: Parameters of any order, or groups of them.
         lr: Step size of the parameters (beta_2).
-        structures: The structure of all factors, or one each for the first, second, ... mode left
+        structures: The structure of all factors, or a tuple for the first, second, ... mode left
             (the last serves all that follow): specs, classes, or callables ``n -> zero member``,
             which may choose by the size.
         batch_size: Samples ``B`` that a gradient is the mean of; 1 if it is a sum.
@@ -149,7 +150,7 @@ class InverseFreeShampoo(torch.optim.Optimizer):
         params: Iterable[Any],
         lr: float = 1e-3,
         *,
-        structures: StructureLike | Sequence[StructureLike] = "dense",
+        structures: StructureLike | tuple[StructureLike, ...] = "dense",
         batch_size: int = 1,
         damping: float = 1e-4,
         lr_cov: float = 0.1,
@@ -186,13 +187,13 @@ class InverseFreeShampoo(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._move(p, self.state[p], group)
+                    self._move(p, p.grad, self.state[p], group)
         return loss
 
-    def _move(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def _move(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         wide = torch.promote_types(p.dtype, torch.float32)
         scale = math.sqrt(group["batch_size"])
-        G = scale * torch.atleast_1d(p.grad.squeeze()).to(wide)
+        G = scale * torch.atleast_1d(grad.squeeze()).to(wide)
         if not state:
             state["step"], state["buffer"] = 0, torch.zeros_like(p, dtype=wide)
             state["factors"] = first_factors(G, group["structures"], group["damping"])
