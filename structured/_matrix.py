@@ -369,7 +369,8 @@ class StructuredMatrix(Operator):
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
         """The member of the same structure that stores ``tensors``, ordered as :meth:`tensors`."""
-        parts, start = [], 0
+        parts: list[Any] = []
+        start = 0
         for name in self._fields:
             part = getattr(self, name)
             if isinstance(part, StructuredMatrix):

@@ -1,0 +1,468 @@
+"""The torch.optim shell shared by the Kronecker-factored methods.
+
+It decides which parameters are preconditioned, captures their statistics, trains all others with
+AdamW, bounds the step, and keeps state as plain tensors keyed to the parameter. A method fills in
+what it stores and how it turns statistics into a preconditioned gradient.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import AdamW, Optimizer
+
+from singd import checkpoint
+from singd._layer import flatten_rows
+from singd.capture import Capture, Statistics, Unit
+from singd.grouping import Bucket, Members, buckets
+from singd.layers import OPTIONAL
+from singd.plan import Plan, Row, find_units, owners_of
+from singd.stepping import Step
+from structured import Diagonal, Structure, StructuredMatrix
+
+LOSS_AVERAGES = (None, "batch", "batch+sequence")
+KRONECKER, ADAMW = "kronecker", "adamw"
+
+Group = dict[str, Any]
+
+
+class KroneckerOptimizer(Optimizer):
+    """Base of :class:`singd.SINGD` and :class:`singd.KFAC`.
+
+    Every parameter group given is split by rule: the weights (with biases) of supported layers are
+    preconditioned, all other parameters are trained by AdamW with the options ``adamw``. The key
+    ``"rule"`` of a group says which. ``lr`` and ``weight_decay`` of a group are those of its
+    preconditioned part; a group that has none gives them to AdamW.
+
+    Args:
+        model: The model whose layers are hooked.
+        params: Parameters or parameter groups, as for any optimizer; all trainable parameters of
+            ``model`` if ``None``.
+        defaults: Options of the preconditioned groups.
+        adamw: Options of :class:`torch.optim.AdamW` for all other parameters.
+        layers: Types among :data:`singd.layers.OPTIONAL` that are preconditioned as well.
+        max_skipped: Steps in a row that may be skipped since something was not finite; ``None``
+            looks for nothing, and spares the wait for the device that it takes.
+        telemetry: Called after every step with norms, the bound, residuals and skipped steps.
+        process_group: Of the ranks that share the data, if not all do. Statistics are summed over
+            it, and gradients averaged unless ``model`` is wrapped in DistributedDataParallel.
+    """
+
+    _step_supports_amp_scaling = True  # PyTorch's name: GradScaler hands us scale and infinities
+    _identity: tuple[str, ...] = ()  # options that a checkpoint must share
+    _sides = ("K", "C")  # members with the structure of the statistics
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None,
+        defaults: Group,
+        adamw: Mapping[str, Any] | None,
+        layers: Collection[type[nn.Module]] = (),
+        max_skipped: int | None = 10,
+        telemetry: Callable[[dict[str, Any]], None] | None = None,
+        process_group: Any = None,
+    ) -> None:
+        wrapped = isinstance(model, DataParallel | DistributedDataParallel)
+        if wrapped:
+            model = cast(nn.Module, model.module)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        for name, p in model.named_parameters():
+            if isinstance(p, nn.parameter.UninitializedParameter):
+                raise ValueError(f"{name} is not initialised yet: run one forward pass first")
+        self.model, self._layers = model, tuple(layers)
+        for layer in self._layers:
+            one_of("layers", layer, tuple(OPTIONAL))
+        self._adamw = AdamW([torch.zeros(0)], **(adamw or {}))
+        self._units: list[Unit] = []
+        self._groups: dict[int, Group] = {}  # by id of a parameter
+        self._bucket_list: list[Bucket] | None = None
+        self._paused = False
+        self._sampled = False  # the statistics are those of curvature()
+        self._process_group = process_group
+        self._reduce_gradients = not wrapped
+        self.skipped = self._skipped_in_row = 0
+        self.max_skipped, self.telemetry = max_skipped, telemetry
+        self._terms: float | Tensor = 0  # of the loss, counted for the coming step
+        self._capture = Capture(self._wanted, self._measure)
+        params = [p for p in model.parameters() if p.requires_grad] if params is None else params
+        params = [_given(p) if isinstance(p, Mapping) else p for p in params]
+        groups = params if params and isinstance(params[0], dict) else [{"params": params}]
+        self._given = {id(_parameter(p)) for group in groups for p in group["params"]}
+        super().__init__(params, defaults)
+
+    # What a method fills in ---------------------------------------------------------------------
+
+    @abstractmethod
+    def _fresh(self, unit: Unit, batch: tuple[int, ...], device: torch.device | str) -> Members:
+        """What is stored of a unit before any update, with further leading batch dimensions."""
+
+    @abstractmethod
+    def _statistic(self, unit: Unit, side: str, X: Tensor) -> StructuredMatrix:
+        """What to sum of the columns ``X [..., n, R]``; ``side`` is ``"K"`` or ``"C"``."""
+
+    @abstractmethod
+    def _update(
+        self, group: Group, old: Members, U_K: StructuredMatrix, U_C: StructuredMatrix
+    ) -> Members:
+        """New values of what is stored, from the statistics of the Kronecker factors."""
+
+    def _products(self, group: Group, members: Members) -> Members:
+        """Products worth keeping until the next update."""
+        return {}
+
+    @abstractmethod
+    def _precondition(self, members: Members, products: Members, G: Tensor) -> Tensor:
+        """The preconditioned gradient, a new tensor, for ``G [..., d_out, d_in]``."""
+
+    def _structures(self, unit: Unit) -> tuple[Structure, ...]:
+        """The structures of a unit's factors."""
+        return ()
+
+    def _check_group(self, group: Group) -> None:
+        """Raise if an option of a preconditioned group makes no sense."""
+        for name in ("lr", "damping", "weight_decay"):
+            in_range(name, group[name], 0.0, float("inf"))
+        in_range("momentum", group["momentum"], 0.0, 1.0, open_end=True)
+        if not isinstance(group["T"], int) or group["T"] < 1:
+            raise ValueError(f"T: expected an integer >= 1, got {group['T']!r}")
+        one_of("loss_average", group["loss_average"], LOSS_AVERAGES)
+        one_of("kfac_approx", group["kfac_approx"], ("expand", "reduce"))
+        if group["kl_clip"] is not None:
+            in_range("kl_clip", group["kl_clip"], 0.0, float("inf"))
+
+    # Parameters and groups ----------------------------------------------------------------------
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add parameters, split into a preconditioned group and one for AdamW.
+
+        Raises:
+            ValueError: If an option is out of range; nothing is added then.
+        """
+        group = _given(param_group)
+        given = group.pop("params")
+        ids = {id(_parameter(p)) for p in given}
+        self._given |= ids
+        taken = set(self._groups)
+        units = [
+            unit
+            for unit in find_units(self.model, self._given, taken, self._layers)
+            if id(unit.weight) in ids
+        ]
+        ours = {id(p) for unit in (*units, *self._units) for p in unit.parameters}
+        kronecker = [p for p in given if id(_parameter(p)) in ours]
+        others = [p for p in given if id(_parameter(p)) not in ours]
+        self._check_group({**self.defaults, **group})
+        if kronecker or not given:
+            own = {**group, "params": kronecker, "rule": KRONECKER, "step": 0}
+            super().add_param_group(own)
+        if others:
+            shared = {k: v for k, v in group.items() if k in self._adamw.defaults}
+            if kronecker:
+                shared = {k: v for k, v in shared.items() if k not in self.defaults}
+            own = {**self._adamw.defaults, **shared, "params": others, "rule": ADAMW}
+            super().add_param_group(own)
+            for key in self.defaults.keys() - self._adamw.defaults.keys():
+                del self.param_groups[-1][key]
+        self._units += units
+        self._bind()
+        self._capture.watch(units)
+
+    def _bind(self) -> None:
+        """Find every unit's group and state again, after either was replaced."""
+        self._groups = {id(p): g for g in self.param_groups for p in g["params"]}
+        self._bucket_list = None
+        for unit in self._units:
+            unit.group = self._groups.get(id(unit.weight), unit.group)
+            unit.structures = self._structures(unit)
+            unit.members.clear()
+
+    @property
+    def _buckets(self) -> list[Bucket]:
+        """The units that are preconditioned, grouped; their state is made where there is none."""
+        if self._bucket_list is None:
+            units = [unit for unit in self._units if not self._is_foreign(unit)]
+            with torch.no_grad():
+                self._bucket_list = buckets(
+                    units, lambda unit, n: self._fresh(unit, (n,), unit.weight.device), self.state
+                )
+        return self._bucket_list
+
+    def plan(self) -> Plan:
+        """Which rule trains each parameter of the model, and what it stores.
+
+        Nothing is allocated: the model may be on the meta device.
+        """
+        weights = {id(unit.weight): unit for unit in self._units}
+        units = {id(p): unit for unit in self._units for p in unit.parameters}
+        rows, adamw = [], 0
+        for name, p, layer in owners_of(self.model):
+            rule, structures, stored = "frozen", "", 0
+            if id(p) in self._groups:
+                adamw += 2 * _size(p)
+                if self._is_adamw(p):
+                    rule, stored = "AdamW", 2 * _size(p)
+                else:
+                    rule = type(self).__name__
+                    structures = ", ".join(map(str, units[id(p)].structures))
+                    stored = _size(p) if self._groups[id(p)]["momentum"] else 0
+                    if id(p) in weights:
+                        fresh = self._fresh(weights[id(p)], (), "meta")
+                        stored += sum(_size(member.tensors()) for member in fresh.values())
+            elif p.requires_grad:
+                rule = "not given"
+            rows.append(Row(name, tuple(p.shape), layer, rule, structures, stored))
+        return Plan(tuple(rows), adamw)
+
+    def _is_adamw(self, p: Tensor) -> bool:
+        """Whether AdamW trains ``p``: by its group, or since its use was not understood."""
+        return self._groups[id(p)]["rule"] == ADAMW or "exp_avg" in self.state.get(p, {})
+
+    def _is_foreign(self, unit: Unit) -> bool:
+        """Whether a unit is left to AdamW."""
+        return unit.explained is False or self._is_adamw(unit.weight)
+
+    # Statistics ---------------------------------------------------------------------------------
+
+    def _due(self, unit: Unit) -> bool:
+        """Whether the next step updates the unit's factors."""
+        due: bool = unit.group["step"] % unit.group["T"] == 0
+        return due
+
+    def _wanted(self, unit: Unit) -> bool:
+        """Whether a pass that begins now is captured for the unit."""
+        off = self._paused or self._sampled or self._is_foreign(unit)
+        return self._due(unit) and not off
+
+    def _measure(self, unit: Unit, module: nn.Module, x: Tensor, g: Tensor) -> None:
+        """Take in one use of ``module`` with input ``x`` and output gradient ``g``."""
+        _ = self._buckets  # the factors exist from now on
+        approximation, layer = unit.group["kfac_approx"], unit.layer
+        grads, ones = layer.grads(module, g), unit.bias is not None
+        if isinstance(unit.members[self._sides[0]], Diagonal):
+            squares, rows = layer.square_sums(module, x, approximation, ones)
+            U_K: StructuredMatrix = Diagonal(squares)
+        else:
+            A, rows = layer.columns(module, x, approximation, ones)
+            U_K = self._statistic(unit, "K", A)
+        U_C = self._statistic(unit, "C", flatten_rows(grads, approximation, average=False))
+        samples, positions = grads.shape[-3:-1]
+        seen = Statistics(U_K, U_C, rows, samples, samples * positions)
+        unit.observe(module, seen, x, g)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within this context forward passes are not captured."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def count_terms(self, terms: float | Tensor) -> None:
+        """Say how many terms the loss of this backward pass is a mean over.
+
+        For means over a number that the layers cannot know, such as the tokens that are not
+        padding. Counts add up over backward passes, and replace those of ``loss_average`` at the
+        coming step.
+
+        Args:
+            terms: The number; a tensor costs no wait for the device.
+        """
+        self._terms = self._terms + terms
+
+    def close(self) -> None:
+        """Remove every hook from the model."""
+        self._capture.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def curvature(self) -> Iterator[None]:
+        """Within this context backward passes feed the curvature alone.
+
+        For the true Fisher: sample labels from the model's output and call ``backward`` on the loss
+        of them in here. Gradients are as before when it ends, and until the next step no other pass
+        is captured.
+        """
+        self._forget()
+        saved = [(p, p.grad) for group in self.param_groups for p in group["params"]]
+        for p, _ in saved:
+            p.grad = None
+        self._sampled = False
+        try:
+            yield
+        finally:
+            self._sampled = True
+            for p, grad in saved:
+                p.grad = grad
+
+    # The step -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update factors that are due, then every parameter that has a gradient.
+
+        If a gradient or a statistic is not finite, nothing is changed, and the step is counted in
+        ``self.skipped``.
+
+        Args:
+            closure: Evaluates the loss and its gradients; optional.
+
+        Returns:
+            The loss, if a closure was given.
+
+        Raises:
+            FloatingPointError: If ``max_skipped`` steps in a row were skipped.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._run(descend=True)
+        return loss
+
+    @torch.no_grad()
+    def precondition(self) -> None:
+        """Replace every gradient of a preconditioned layer by the preconditioned one, bounded.
+
+        Factors that are due are updated. The step of any other optimizer may follow: then this one
+        is only its preconditioner.
+        """
+        self._run(descend=False)
+
+    def _run(self, *, descend: bool) -> None:
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and bool(found_inf):
+            self._forget()  # the GradScaler skips, and counts by itself
+            return
+        unscaled = found_inf is not None and scale is None  # by GradScaler.unscale_
+        if unscaled:
+            scale = _calling_scale()
+        step = Step(self, scale, unscaled=unscaled)
+        bad = step.run(descend=descend)
+        self._forget()
+        if bad is None:
+            self._skipped_in_row = 0
+            for group in self.param_groups:
+                if group["rule"] == KRONECKER:
+                    group["step"] += 1
+        else:
+            self.skipped += 1
+            self._skipped_in_row += 1
+        if self.telemetry is not None and step.report is not None:
+            self.telemetry({"skipped": self.skipped, **step.report})
+        if self.max_skipped is not None and self._skipped_in_row >= self.max_skipped > 0:
+            raise FloatingPointError(
+                f"{bad}: gradient or statistics not finite in {self._skipped_in_row} steps in a row"
+            )
+
+    def _forget(self) -> None:
+        """Drop the statistics of the step that ended."""
+        self._terms, self._sampled = 0, False
+        for unit in self._units:
+            unit.discard()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset gradients, and forget the statistics that came with them.
+
+        What was collected under :meth:`curvature` stays: those gradients were never there.
+        """
+        if not self._sampled:
+            self._forget()
+        super().zero_grad(set_to_none)
+
+    # Checkpoints --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """State and options as plain tensors, numbers and strings.
+
+        ``torch.load`` restores it with its default ``weights_only=True``. Structures appear as
+        specs; an option that is a function is left out, and kept by the optimizer that loads.
+        """
+        packed: dict[str, Any] = super().state_dict()
+        packed["param_groups"] = [checkpoint.plain_group(g) for g in packed["param_groups"]]
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state. ``state_dict`` is neither changed nor shared; dtypes are kept.
+
+        Raises:
+            ValueError: If the state is of another model, method or structure. Nothing is changed.
+        """
+        state, saved = state_dict["state"], state_dict["param_groups"]
+        units = {id(unit.weight): unit for unit in self._units}
+        checkpoint.check_groups(self.param_groups, saved, ("rule", *self._identity))
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        for p, number in checkpoint.pairs(self.param_groups, saved):
+            expected: dict[str, Any] = {"momentum_buffer": p, "exp_avg": p, "exp_avg_sq": p}
+            if id(p) in units:
+                fresh = self._fresh(units[id(p)], (), "meta")
+                expected |= {name: list(member.tensors()) for name, member in fresh.items()}
+            checkpoint.check_state(names.get(id(p), "parameter"), state.get(number, {}), expected)
+        groups = checkpoint.merged(self.param_groups, saved)
+        super().load_state_dict({"state": state, "param_groups": groups})
+        # The base class casts to the parameter's dtype and may share memory: put copies back.
+        for p, number in checkpoint.pairs(self.param_groups, saved):
+            if number in state:
+                self.state[p] = {k: checkpoint.copied(v, k, p) for k, v in state[number].items()}
+        self._bind()
+
+
+def _calling_scale() -> Tensor | None:
+    """The scale of the GradScaler that is calling ``step``.
+
+    After ``unscale_`` it hands over no scale, for gradients need none any more; the statistics of
+    the backward pass still do.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, torch.amp.GradScaler):
+            return torch.tensor(caller.get_scale())
+    return None
+
+
+def _parameter(given: Any) -> Any:
+    """The parameter, of a parameter or a pair ``(name, parameter)``."""
+    return given[1] if isinstance(given, tuple) else given
+
+
+def _given(group: Mapping[str, Any]) -> Group:
+    """A parameter group as a dictionary whose ``"params"`` is a list."""
+    params = group["params"]
+    return {**group, "params": [params] if isinstance(params, Tensor) else list(params)}
+
+
+def _size(value: Any) -> int:
+    """Bytes of a tensor, or of all in a container."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(_size(v) for v in (value.values() if isinstance(value, dict) else value))
+
+
+def in_range(name: str, value: Any, low: float, high: float, *, open_end: bool = False) -> None:
+    """Raise unless ``low <= value <= high`` (or ``< high``)."""
+    good = isinstance(value, int | float | Tensor) and not isinstance(value, bool)
+    if not good or not (low <= value and (value < high if open_end else value <= high)):
+        bracket = ")" if open_end or high == float("inf") else "]"
+        raise ValueError(f"{name}: expected a number in [{low:g}, {high:g}{bracket}, got {value!r}")
+
+
+def one_of(name: str, value: Any, known: Sequence[Any]) -> None:
+    """Raise unless ``value`` is one of ``known``."""
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")

@@ -1,0 +1,146 @@
+"""The paper's step as pure functions. Read beside arXiv 2312.05705 (Figure 3) and arXiv 2302.09738.
+
+One layer: weight ``W [d_out, d_in]`` with gradient ``G``, inputs ``A [d_in, R]`` and output
+gradients ``B [d_out, R]`` scaled so that ``A A^T`` and ``B B^T`` are the Kronecker factors.
+
+=========  ==========================================  ==============
+letter     meaning                                     argument
+=========  ==========================================  ==============
+S_K, S_C   Kronecker factors of the curvature
+K, C       inverse square roots, ``K K^T ~ S_K^-1``
+m_K, m_C   Riemannian momenta of K and C
+H_K, H_C   ``Pi(K^T S_K K)``, ``Pi(C^T S_C C)``
+Pi         projection onto the structure
+lambda     damping                                     ``damping``
+beta_1     step size of K and C                        ``lr_cov``
+beta_2     step size of W                              ``lr``
+alpha_1    Riemannian momentum                         ``alpha1``
+alpha_2    momentum of W                               ``momentum``
+gamma      weight decay                                ``weight_decay``
+T          steps between two updates of K and C        ``T``
+=========  ==========================================  ==============
+
+All factors may carry batch dimensions: equal layers, or the groups of a convolution, side by side.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from structured import StructuredMatrix
+
+
+def mean_trace(H: StructuredMatrix) -> Tensor:
+    """``tr(H) / n``, ``[...]``."""
+    return H.trace() / max(H.n, 1)
+
+
+def statistic(K: StructuredMatrix, A: Tensor) -> StructuredMatrix:
+    """What to sum over backward passes, of ``A [..., n, R]``: enough to find ``Pi(K^T A A^T K)``.
+
+    A structure closed under transposition commutes with ``Pi``, so ``Pi(A A^T)`` will do and K is
+    applied once, by :func:`curvature`; any other needs ``Pi(K^T A A^T K)`` itself.
+    """
+    return K.project_gram(A if K.closed_under_transpose else K.apply_transpose(A))
+
+
+def curvature(K: StructuredMatrix, U: StructuredMatrix) -> StructuredMatrix:
+    """``H_K = Pi(K^T S K)`` from the :func:`statistic` ``U`` of ``S``."""
+    return K.mT.matmul(U).matmul(K) if K.closed_under_transpose else U
+
+
+def ikfac_momentum(
+    K: StructuredMatrix, H_K: StructuredMatrix, damping: float | Tensor
+) -> StructuredMatrix:
+    """IKFAC: ``m_K = 1/2 (H_K + lambda Pi(K^T K) - I)``; the same for C."""
+    return 0.5 * (H_K + damping * K.gram()).add_scaled_identity(-1.0)
+
+
+def singd_momenta(
+    K: StructuredMatrix,
+    C: StructuredMatrix,
+    H_K: StructuredMatrix,
+    H_C: StructuredMatrix,
+    damping: float | Tensor,
+) -> tuple[StructuredMatrix, StructuredMatrix]:
+    """INGD and SINGD: the new terms of both momenta.
+
+    ``1/2 (tr(H_C)/d_out H_K + lambda tr(C^T C)/d_out Pi(K^T K) - I)``, and K and C exchanged.
+    """
+    KK, CC = K.gram(), C.gram()
+    m_K = mean_trace(H_C) * H_K + (damping * mean_trace(CC)) * KK
+    m_C = mean_trace(H_K) * H_C + (damping * mean_trace(KK)) * CC
+    return 0.5 * m_K.add_scaled_identity(-1.0), 0.5 * m_C.add_scaled_identity(-1.0)
+
+
+def residual(K: StructuredMatrix, U: StructuredMatrix, damping: float) -> Tensor:
+    """``||Pi(K^T (S + lambda I) K) - I||_F``, ``[...]``: zero at the best K of its structure."""
+    H = curvature(K, U) + damping * K.gram()
+    return H.add_scaled_identity(-1.0).frobenius_norm()
+
+
+def factor_step(
+    K: StructuredMatrix, m_K: StructuredMatrix, lr_cov: float | Tensor
+) -> StructuredMatrix:
+    """``K (I - beta_1 m_K)``, the exponential map of the group to first order."""
+    return K - lr_cov * K.matmul(m_K)
+
+
+def normalized(lr_cov: float, m_K: StructuredMatrix) -> Tensor:
+    """``beta_1 / max(1, ||m_K||_max)``: normalized gradient descent on the factors, ``[...]``."""
+    return lr_cov / m_K.max_abs().clamp(min=1.0)
+
+
+def clipped(lr_cov: float | Tensor, m_K: StructuredMatrix, bound: float) -> Tensor:
+    """``beta_1``, smaller where ``||beta_1 m_K||_F`` would exceed ``bound``, ``[...]``.
+
+    Below 1, no eigenvalue of ``I - beta_1 m_K`` reaches zero: K stays invertible, and in range
+    whatever the scale of the inputs.
+    """
+    norm = m_K.frobenius_norm()
+    return lr_cov * (bound / (lr_cov * norm).clamp(min=bound))
+
+
+def precondition(K: StructuredMatrix, C: StructuredMatrix, G: Tensor) -> Tensor:
+    """The natural gradient ``C C^T G K K^T`` for ``G [..., d_out, d_in]``."""
+    GKK = K.apply(K.apply_transpose(G.mT)).mT
+    return C.apply(C.apply_transpose(GKK))
+
+
+def precondition_products(KK: StructuredMatrix, CC: StructuredMatrix, G: Tensor) -> Tensor:
+    """The same from the products ``K K^T`` and ``C C^T``: half the cost."""
+    return CC.apply(KK.apply(G.mT).mT)
+
+
+def inner(X: Tensor, Y: Tensor) -> Tensor:
+    """``sum_ij X_ij Y_ij`` over all dimensions, in float32 at least."""
+    wide = torch.promote_types(X.dtype, torch.float32)
+    return torch.dot(X.flatten().to(wide), Y.flatten().to(wide))
+
+
+def moving_average(S: StructuredMatrix, new: StructuredMatrix, lr_cov: float) -> StructuredMatrix:
+    """KFAC: ``(1 - beta_1) S + beta_1 new``."""
+    return (1.0 - lr_cov) * S + lr_cov * new
+
+
+def damped_inverse(S: Tensor, damping: float) -> Tensor:
+    """KFAC: ``(S + lambda I)^-1`` for ``S [..., n, n]``, by Cholesky in float32 at least.
+
+    Raises:
+        torch.linalg.LinAlgError: If ``S + lambda I`` is not positive definite.
+    """
+    wide = S.to(torch.promote_types(S.dtype, torch.float32))
+    eye = torch.eye(S.shape[-1], dtype=wide.dtype, device=S.device)
+    return torch.cholesky_inverse(torch.linalg.cholesky(wide + damping * eye))
+
+
+def trust_region(kl_clip: float, quadratic: Tensor) -> Tensor:
+    """``nu = min(1, sqrt(kappa / q))`` with ``q = sum beta_2^2 <natural gradient, gradient>``.
+
+    Bounds the (quadratic) KL divergence of a step by ``kappa``. Source: KFAC's trust region, as in
+    Ba et al., "Distributed Second-Order Optimization using Kronecker-Factored Approximations",
+    ICLR 2017, Section 5. A tensor, so that no step waits for the device.
+    """
+    tiny = torch.finfo(quadratic.dtype).tiny
+    return (kl_clip / quadratic.clamp(min=tiny)).sqrt().clamp(max=1.0)
