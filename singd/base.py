@@ -7,11 +7,11 @@ what it stores and how it turns statistics into a preconditioned gradient.
 
 from __future__ import annotations
 
-import warnings
+import sys
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,13 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
 from singd import checkpoint
+from singd._layer import flatten_rows
 from singd.capture import Capture, Statistics, Unit
-from singd.layers import flatten_rows
+from singd.grouping import Bucket, Members, buckets
+from singd.layers import OPTIONAL
 from singd.plan import Plan, Row, find_units, owners_of
-from singd.rounding import stochastic_round
-from singd.update import trust_region
-from structured import StructuredMatrix
+from singd.stepping import Step
+from structured import Structure, StructuredMatrix
 
 LOSS_AVERAGES = (None, "batch", "batch+sequence")
 KRONECKER, ADAMW = "kronecker", "adamw"
@@ -46,10 +47,17 @@ class KroneckerOptimizer(Optimizer):
             ``model`` if ``None``.
         defaults: Options of the preconditioned groups.
         adamw: Options of :class:`torch.optim.AdamW` for all other parameters.
+        layers: Types among :data:`singd.layers.OPTIONAL` that are preconditioned as well.
+        max_skipped: Steps in a row that may be skipped since something was not finite; ``None``
+            looks for nothing, and spares the wait for the device that it takes.
+        telemetry: Called after every step with norms, the bound, residuals and skipped steps.
+        process_group: Of the ranks that share the data, if not all do. Statistics are summed over
+            it, and gradients averaged unless ``model`` is wrapped in DistributedDataParallel.
     """
 
     _step_supports_amp_scaling = True  # PyTorch's name: GradScaler hands us scale and infinities
     _identity: tuple[str, ...] = ()  # options that a checkpoint must share
+    _sides = ("K", "C")  # members with the structure of the statistics
 
     def __init__(
         self,
@@ -57,17 +65,32 @@ class KroneckerOptimizer(Optimizer):
         params: Iterable[Any] | None,
         defaults: Group,
         adamw: Mapping[str, Any] | None,
+        layers: Collection[type[nn.Module]] = (),
+        max_skipped: int | None = 10,
+        telemetry: Callable[[dict[str, Any]], None] | None = None,
+        process_group: Any = None,
     ) -> None:
-        if isinstance(model, DataParallel | DistributedDataParallel):
-            model = model.module
+        wrapped = isinstance(model, DataParallel | DistributedDataParallel)
+        if wrapped:
+            model = cast(nn.Module, model.module)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        self.model = model
+        for name, p in model.named_parameters():
+            if isinstance(p, nn.parameter.UninitializedParameter):
+                raise ValueError(f"{name} is not initialised yet: run one forward pass first")
+        self.model, self._layers = model, tuple(layers)
+        for layer in self._layers:
+            one_of("layers", layer, tuple(OPTIONAL))
         self._adamw = AdamW([torch.zeros(0)], **(adamw or {}))
         self._units: list[Unit] = []
         self._groups: dict[int, Group] = {}  # by id of a parameter
-        self._generators: dict[torch.device, torch.Generator] = {}  # of the step under way
+        self._bucket_list: list[Bucket] | None = None
         self._paused = False
+        self._sampled = False  # the statistics are those of curvature()
+        self._process_group = process_group
+        self._reduce_gradients = not wrapped
+        self.skipped = self._skipped_in_row = 0
+        self.max_skipped, self.telemetry = max_skipped, telemetry
         self._terms: float | Tensor = 0  # of the loss, counted for the coming step
         self._capture = Capture(self._wanted, self._measure)
         params = [p for p in model.parameters() if p.requires_grad] if params is None else params
@@ -79,26 +102,30 @@ class KroneckerOptimizer(Optimizer):
     # What a method fills in ---------------------------------------------------------------------
 
     @abstractmethod
+    def _fresh(self, unit: Unit, batch: tuple[int, ...], device: torch.device | str) -> Members:
+        """What is stored of a unit before any update, with further leading batch dimensions."""
+
+    @abstractmethod
     def _statistic(self, unit: Unit, side: str, X: Tensor) -> StructuredMatrix:
         """What to sum of the columns ``X [..., n, R]``; ``side`` is ``"K"`` or ``"C"``."""
 
     @abstractmethod
     def _update(
-        self, unit: Unit, seen: Statistics, scale_K: float, scale_C: Tensor | float
-    ) -> None:
-        """Update the unit's factors; ``S_K = scale_K U_K`` and ``S_C = scale_C U_C``."""
+        self, group: Group, old: Members, U_K: StructuredMatrix, U_C: StructuredMatrix
+    ) -> Members:
+        """New values of what is stored, from the statistics of the Kronecker factors."""
+
+    def _products(self, group: Group, members: Members) -> Members:
+        """Products worth keeping until the next update."""
+        return {}
 
     @abstractmethod
-    def _precondition(self, unit: Unit, G: Tensor) -> Tensor:
-        """The preconditioned gradient for ``G [..., d_out, d_in]``."""
+    def _precondition(self, members: Members, products: Members, G: Tensor) -> Tensor:
+        """The preconditioned gradient, a new tensor, for ``G [..., d_out, d_in]``."""
 
-    @abstractmethod
-    def _expected_state(self, unit: Unit) -> dict[str, list[Tensor] | Tensor]:
-        """What the state of a unit's weight will hold, on the meta device."""
-
-    def _describe(self, unit: Unit) -> str:
-        """The structures of a unit, for the plan."""
-        return ""
+    def _structures(self, unit: Unit) -> tuple[Structure, ...]:
+        """The structures of a unit's factors."""
+        return ()
 
     def _check_group(self, group: Group) -> None:
         """Raise if an option of a preconditioned group makes no sense."""
@@ -126,7 +153,9 @@ class KroneckerOptimizer(Optimizer):
         self._given |= ids
         taken = set(self._groups)
         units = [
-            unit for unit in find_units(self.model, self._given, taken) if id(unit.weight) in ids
+            unit
+            for unit in find_units(self.model, self._given, taken, self._layers)
+            if id(unit.weight) in ids
         ]
         ours = {id(p) for unit in (*units, *self._units) for p in unit.parameters}
         kronecker = [p for p in given if id(_parameter(p)) in ours]
@@ -150,9 +179,22 @@ class KroneckerOptimizer(Optimizer):
     def _bind(self) -> None:
         """Find every unit's group and state again, after either was replaced."""
         self._groups = {id(p): g for g in self.param_groups for p in g["params"]}
+        self._bucket_list = None
         for unit in self._units:
             unit.group = self._groups.get(id(unit.weight), unit.group)
+            unit.structures = self._structures(unit)
             unit.members.clear()
+
+    @property
+    def _buckets(self) -> list[Bucket]:
+        """The units that are preconditioned, grouped; their state is made where there is none."""
+        if self._bucket_list is None:
+            units = [unit for unit in self._units if not self._is_foreign(unit)]
+            with torch.no_grad():
+                self._bucket_list = buckets(
+                    units, lambda unit, n: self._fresh(unit, (n,), unit.weight.device), self.state
+                )
+        return self._bucket_list
 
     def plan(self) -> Plan:
         """Which rule trains each parameter of the model, and what it stores.
@@ -170,10 +212,11 @@ class KroneckerOptimizer(Optimizer):
                     rule, stored = "AdamW", 2 * _size(p)
                 else:
                     rule = type(self).__name__
-                    structures = self._describe(units[id(p)])
+                    structures = ", ".join(map(str, units[id(p)].structures))
                     stored = _size(p) if self._groups[id(p)]["momentum"] else 0
                     if id(p) in weights:
-                        stored += _size(self._expected_state(weights[id(p)]))
+                        fresh = self._fresh(weights[id(p)], (), "meta")
+                        stored += sum(_size(member.tensors()) for member in fresh.values())
             elif p.requires_grad:
                 rule = "not given"
             rows.append(Row(name, tuple(p.shape), layer, rule, structures, stored))
@@ -183,28 +226,32 @@ class KroneckerOptimizer(Optimizer):
         """Whether AdamW trains ``p``: by its group, or since its use was not understood."""
         return self._groups[id(p)]["rule"] == ADAMW or "exp_avg" in self.state.get(p, {})
 
+    def _is_foreign(self, unit: Unit) -> bool:
+        """Whether a unit is left to AdamW."""
+        return unit.explained is False or self._is_adamw(unit.weight)
+
     # Statistics ---------------------------------------------------------------------------------
 
-    def _wanted(self, unit: Unit) -> bool:
+    def _due(self, unit: Unit) -> bool:
         """Whether the next step updates the unit's factors."""
-        due = unit.group["step"] % unit.group["T"] == 0
-        return due and not self._paused and not self._is_adamw(unit.weight)
+        due: bool = unit.group["step"] % unit.group["T"] == 0
+        return due
+
+    def _wanted(self, unit: Unit) -> bool:
+        """Whether a pass that begins now is captured for the unit."""
+        off = self._paused or self._sampled or self._is_foreign(unit)
+        return self._due(unit) and not off
 
     def _measure(self, unit: Unit, x: Tensor, g: Tensor) -> None:
         """Take in one use of a layer with input ``x`` and output gradient ``g``."""
-        approximation, module = unit.group["kfac_approx"], unit.module
-        inputs, grads = unit.layer.inputs(module, x), unit.layer.grads(module, g)
-        ones = unit.bias is not None
-        A = flatten_rows(inputs, approximation, average=True, ones=ones)
+        _ = self._buckets  # the factors exist from now on
+        approximation, module, layer = unit.group["kfac_approx"], unit.module, unit.layer
+        A, rows = layer.columns(module, x, approximation, ones=unit.bias is not None)
+        grads = layer.grads(module, g)
         B = flatten_rows(grads, approximation, average=False)
-        seen = Statistics(
-            self._statistic(unit, "K", A),
-            self._statistic(unit, "C", B),
-            rows=A.shape[-1],
-            samples=grads.shape[-3],
-            positions=grads.shape[-2],
-        )
-        unit.observe(seen, inputs, grads)
+        U_K, U_C = self._statistic(unit, "K", A), self._statistic(unit, "C", B)
+        samples, positions = grads.shape[-3:-1]
+        unit.observe(Statistics(U_K, U_C, rows, samples, positions), x, g)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -237,146 +284,99 @@ class KroneckerOptimizer(Optimizer):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @contextmanager
+    def curvature(self) -> Iterator[None]:
+        """Within this context backward passes feed the curvature alone.
+
+        For the true Fisher: sample labels from the model's output and call ``backward`` on the loss
+        of them in here. Gradients are as before when it ends, and until the next step no other pass
+        is captured.
+        """
+        self._forget()
+        saved = [(p, p.grad) for group in self.param_groups for p in group["params"]]
+        for p, _ in saved:
+            p.grad = None
+        self._sampled = False
+        try:
+            yield
+        finally:
+            self._sampled = True
+            for p, grad in saved:
+                p.grad = grad
+
     # The step -----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update factors that are due, then every parameter that has a gradient.
 
+        If a gradient or a statistic is not finite, nothing is changed, and the step is counted in
+        ``self.skipped``.
+
         Args:
             closure: Evaluates the loss and its gradients; optional.
 
         Returns:
             The loss, if a closure was given.
+
+        Raises:
+            FloatingPointError: If ``max_skipped`` steps in a row were skipped.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        scale = getattr(self, "grad_scale", None)
-        if not self._found_inf():
-            if scale is not None:
-                every = (p.grad for group in self.param_groups for p in group["params"])
-                torch._foreach_mul_([g for g in every if g is not None], 1.0 / scale)
-            self._step(scale)
-        self._forget()
-        for group in self.param_groups:
-            if group["rule"] == KRONECKER:
-                group["step"] += 1
+        self._run(descend=True)
         return loss
 
-    def _found_inf(self) -> bool:
-        """Whether a GradScaler met infinities: then the step is skipped whole."""
-        found = getattr(self, "found_inf", None)
-        return found is not None and bool(found)
+    @torch.no_grad()
+    def precondition(self) -> None:
+        """Replace every gradient of a preconditioned layer by the preconditioned one, bounded.
+
+        Factors that are due are updated. The step of any other optimizer may follow: then this one
+        is only its preconditioner.
+        """
+        self._run(descend=False)
+
+    def _run(self, *, descend: bool) -> None:
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and bool(found_inf):
+            self._forget()  # the GradScaler skips, and counts by itself
+            return
+        unscaled = found_inf is not None and scale is None  # by GradScaler.unscale_
+        if unscaled:
+            scale = _calling_scale()
+        step = Step(self, scale, unscaled=unscaled)
+        bad = step.run(descend=descend)
+        self._forget()
+        if bad is None:
+            self._skipped_in_row = 0
+            for group in self.param_groups:
+                if group["rule"] == KRONECKER:
+                    group["step"] += 1
+        else:
+            self.skipped += 1
+            self._skipped_in_row += 1
+        if self.telemetry is not None and step.report is not None:
+            self.telemetry({"skipped": self.skipped, **step.report})
+        if self.max_skipped is not None and self._skipped_in_row >= self.max_skipped > 0:
+            raise FloatingPointError(
+                f"{bad}: gradient or statistics not finite in {self._skipped_in_row} steps in a row"
+            )
 
     def _forget(self) -> None:
         """Drop the statistics of the step that ended."""
-        self._terms = 0
+        self._terms, self._sampled = 0, False
         for unit in self._units:
             unit.discard()
 
-    def _step(self, scale: Tensor | None) -> None:
-        self._generators.clear()
-        directions: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
-        quadratic: list[Tensor] = []
-        foreign: list[Group] = [g for g in self.param_groups if g["rule"] == ADAMW]
-        for unit in self._units:
-            if unit.explained is False and not self._is_adamw(unit.weight):
-                self._warn_unexplained(unit)
-            if unit.explained is False or self._is_adamw(unit.weight):
-                foreign.append(self._as_adamw(unit))
-                continue
-            if unit.statistics is not None and self._wanted(unit):
-                self._update_from(unit, unit.statistics, scale)
-            if all(p.grad is None for p in unit.parameters):
-                continue
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in unit.parameters]
-            G = unit.join(grads[0], grads[1] if len(grads) > 1 else None)
-            natural = self._precondition(unit, G)
-            if unit.group["kl_clip"] is not None:
-                inner = torch.sum(natural.float() * G.float())
-                quadratic.append(unit.group["lr"] ** 2 * inner)
-            for p, direction in zip(unit.parameters, unit.split(natural), strict=True):
-                if p.grad is not None:
-                    directions.setdefault(id(self._groups[id(p)]), []).append((p, direction))
-        total = torch.stack([q.to(quadratic[0]) for q in quadratic]).sum() if quadratic else None
-        for group in self.param_groups:
-            if id(group) in directions:
-                self._move(group, directions[id(group)], total)
-        if foreign:
-            self._adamw.param_groups, self._adamw.state = foreign, self.state
-            self._adamw.step()
-
-    def _update_from(self, unit: Unit, seen: Statistics, scale: Tensor | None) -> None:
-        """Normalise the statistics, once, and update the factors."""
-        average = unit.group["loss_average"]
-        terms: float | Tensor = {
-            None: 1,
-            "batch": seen.samples,
-            "batch+sequence": seen.samples * seen.positions,
-        }[average]
-        if isinstance(self._terms, Tensor) or self._terms:
-            terms = self._terms
-        if seen.rows:
-            scale_C = terms if scale is None else terms / scale.double().square()
-            self._update(unit, seen, 1.0 / seen.rows, scale_C)
-
-    def _warn_unexplained(self, unit: Unit) -> None:
-        warnings.warn(
-            f"{unit.name}: its layer's inputs and outputs do not explain its gradient (is the "
-            "weight used in another way too?); AdamW trains it instead",
-            stacklevel=3,
-        )
-
-    def _as_adamw(self, unit: Unit) -> Group:
-        """An AdamW group for a unit, its learning rate scheduled like the unit's own."""
-        group, options = unit.group, dict(self._adamw.defaults)
-        options["lr"] *= group["lr"] / group.get("initial_lr", group["lr"]) if group["lr"] else 0.0
-        return {**options, "params": unit.parameters}
-
-    def _move(
-        self,
-        group: Group,
-        moves: Sequence[tuple[nn.Parameter, Tensor]],
-        quadratic: Tensor | None,
-    ) -> None:
-        """Weight decay, momentum and the step, for one group."""
-        params: list[Tensor] = [p for p, _ in moves]
-        directions = [d.to(p.dtype) for p, d in moves]
-        if group["kl_clip"] is not None and quadratic is not None:
-            nu = trust_region(group["kl_clip"], quadratic)
-            torch._foreach_mul_(directions, nu.to(directions[0].dtype))
-        if group["weight_decay"] != 0:
-            torch._foreach_add_(directions, params, alpha=group["weight_decay"])
-        if group["momentum"] != 0:
-            buffers = []
-            for p in params:
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                buffers.append(state["momentum_buffer"])
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, directions)
-            directions = buffers
-        if all(p.dtype in (torch.float32, torch.float64) for p in params):
-            torch._foreach_add_(params, directions, alpha=-group["lr"])
-            return
-        for p, direction in zip(params, directions, strict=True):
-            moved = p.float() - group["lr"] * direction.float()
-            p.copy_(self._rounded(moved, p.dtype, group))
-
-    def _rounded(self, x: Tensor, dtype: torch.dtype, group: Mapping[str, Any]) -> Tensor:
-        """Round stochastically, reproducibly from the seed and the number of the step."""
-        if x.device not in self._generators:
-            generator = torch.Generator(x.device)
-            generator.manual_seed((group["seed"] << 32) + group["step"])
-            self._generators[x.device] = generator
-        return stochastic_round(x, dtype, self._generators[x.device])
-
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset gradients, and forget the statistics that came with them."""
-        self._forget()
+        """Reset gradients, and forget the statistics that came with them.
+
+        What was collected under :meth:`curvature` stays: those gradients were never there.
+        """
+        if not self._sampled:
+            self._forget()
         super().zero_grad(set_to_none)
 
     # Checkpoints --------------------------------------------------------------------------------
@@ -404,7 +404,8 @@ class KroneckerOptimizer(Optimizer):
         for p, number in checkpoint.pairs(self.param_groups, saved):
             expected: dict[str, Any] = {"momentum_buffer": p, "exp_avg": p, "exp_avg_sq": p}
             if id(p) in units:
-                expected |= self._expected_state(units[id(p)])
+                fresh = self._fresh(units[id(p)], (), "meta")
+                expected |= {name: list(member.tensors()) for name, member in fresh.items()}
             checkpoint.check_state(names.get(id(p), "parameter"), state.get(number, {}), expected)
         groups = checkpoint.merged(self.param_groups, saved)
         super().load_state_dict({"state": state, "param_groups": groups})
@@ -413,6 +414,21 @@ class KroneckerOptimizer(Optimizer):
             if number in state:
                 self.state[p] = {k: checkpoint.copied(v, k, p) for k, v in state[number].items()}
         self._bind()
+
+
+def _calling_scale() -> Tensor | None:
+    """The scale of the GradScaler that is calling ``step``.
+
+    After ``unscale_`` it hands over no scale, for gradients need none any more; the statistics of
+    the backward pass still do.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, torch.amp.GradScaler):
+            return torch.tensor(caller.get_scale())
+    return None
 
 
 def _parameter(given: Any) -> Any:

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd.layers import Layer
-from structured import StructuredMatrix
+from singd._layer import Layer
+from structured import Structure, StructuredMatrix
 
 _PROBES = 8
 
@@ -61,6 +61,7 @@ class Unit:
     weight: nn.Parameter
     bias: nn.Parameter | None
     group: dict[str, Any] = field(default_factory=dict)  # the parameter group of the weight
+    structures: tuple[Structure, ...] = ()
     members: dict[str, StructuredMatrix] = field(default_factory=dict)  # its factors, by name
     statistics: Statistics | None = None
     pending: Statistics | None = None  # of the pass under way
@@ -85,15 +86,8 @@ class Unit:
         """Weight and bias, if there is one."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
-    def join(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Weight and bias (or gradients of them) as one matrix ``[..., d_out, d_in]``."""
-        matrix = self.layer.to_matrix(self.module, weight)
-        if bias is None:
-            return matrix
-        return torch.cat([matrix, bias.reshape(*matrix.shape[:-1], 1)], -1)
-
     def split(self, matrix: Tensor) -> list[Tensor]:
-        """The inverse of :meth:`join`, for :attr:`parameters`."""
+        """A matrix ``[..., d_out, d_in]`` as views shaped like :attr:`parameters`."""
         if self.bias is None:
             return [self.layer.from_matrix(self.module, matrix)]
         weight = self.layer.from_matrix(self.module, matrix[..., :-1])
@@ -101,12 +95,14 @@ class Unit:
 
     # What is seen -------------------------------------------------------------------------------
 
-    def observe(self, seen: Statistics, inputs: Tensor, grads: Tensor) -> None:
+    def observe(self, seen: Statistics, x: Tensor, g: Tensor) -> None:
         """Hold what one use of the layer contributed until the pass reaches the weight."""
         current = torch._C._current_graph_task_id()
         again = self.pending is not None and self.pass_id == current
         if self.explained is None:
-            explained = self._probe_rows(inputs, grads)
+            *_, d_out, d_in = self.layer.shape(self.module)
+            u, v = _directions(d_in, g.device), _directions(d_out, g.device)
+            explained = self.layer.contract(self.module, x, g, u, v)
             if again and self.probes is not None:
                 self.probes = (self.probes[0], self.probes[1] + explained)
             else:
@@ -137,25 +133,19 @@ class Unit:
         self.statistics = self.pending = self.probes = None
         self.passed_by = False
 
-    def _probe_rows(self, inputs: Tensor, grads: Tensor) -> Tensor:
-        """``v^T (B A^T) u`` for a few random ``u`` and ``v``, from the rows, ``[probes, ...]``."""
-        u, v = _directions(inputs.shape[-1]), _directions(grads.shape[-1])
-        left, right = grads.float() @ v.to(grads.device), inputs.float() @ u.to(inputs.device)
-        return (left * right).sum((-3, -2))
-
     def _probe_gradient(self) -> Tensor:
-        """The same of ``weight.grad``."""
-        *_, d_out, d_in = self.layer.shape(self.module)
-        if self.weight.grad is None:
-            return torch.zeros(_PROBES, device=self.weight.device)
-        G = self.layer.to_matrix(self.module, self.weight.grad).float()
-        u, v = _directions(d_in).to(G.device), _directions(d_out).to(G.device)
-        return ((G @ u) * v).sum(-2)
+        """``v^T G u`` for a few random ``u`` and ``v``, of ``weight.grad``, ``[..., probes]``."""
+        grad = self.weight.grad
+        *batch, d_out, d_in = self.layer.shape(self.module)
+        if grad is None:
+            return torch.zeros(*batch, _PROBES, device=self.weight.device)
+        u, v = _directions(d_in, grad.device), _directions(d_out, grad.device)
+        return ((self.layer.to_matrix(self.module, grad).to(u) @ u) * v).sum(-2)
 
 
-def _directions(n: int) -> Tensor:
+def _directions(n: int, device: torch.device) -> Tensor:
     """Random directions ``[n, probes]``, always the same."""
-    return torch.randn(n, _PROBES, generator=torch.Generator().manual_seed(n))
+    return torch.randn(n, _PROBES, generator=torch.Generator().manual_seed(n)).to(device)
 
 
 def _parallel(gradient: Tensor, seen: Tensor) -> bool:

@@ -17,7 +17,9 @@ def plain(value: Any) -> Any:
     """An option as a checkpoint holds it: classes and structures as specs, inside tuples too."""
     if isinstance(value, tuple | list):
         return type(value)(plain(v) for v in value)
-    if isinstance(value, Structure | type):
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, Structure) or callable(value):
         return str(parse(value))
     return value
 
@@ -84,4 +86,4 @@ def copied(value: Any, key: str, p: Tensor) -> Any:
 
 
 def _is_function(name: str, value: Any) -> bool:
-    return name != "structures" and callable(value)
+    return name not in ("structures", "wide_structure") and callable(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -52,12 +52,15 @@ def _times(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "1"
 
 
-def find_units(model: nn.Module, params: set[int], taken: set[int]) -> list[Unit]:
+def find_units(
+    model: nn.Module, params: set[int], taken: set[int], optional: Collection[type[nn.Module]]
+) -> list[Unit]:
     """Supported layers of ``model`` with a weight among ``params`` (ids), none of it ``taken``.
 
     A weight shared by several layers is one unit if all read it alike; otherwise, or if it is a
     parameter of something else too, it is no unit. A bias belongs to its unit if it is among
-    ``params`` as well and shared in the same way.
+    ``params`` as well and shared in the same way. ``optional`` as in
+    :func:`singd.layers.find_layer`.
     """
     owners: dict[int, list[nn.Module]] = {}
     for _, module in model.named_modules():
@@ -66,7 +69,7 @@ def find_units(model: nn.Module, params: set[int], taken: set[int]) -> list[Unit
                 owners.setdefault(id(p), []).append(module)
     units: dict[int, Unit] = {}
     for name, module in model.named_modules():
-        layer, own = find_layer(module), module._parameters
+        layer, own = find_layer(module, optional), module._parameters
         weight, bias = own.get("weight"), own.get("bias")
         if (
             layer is None
@@ -76,9 +79,13 @@ def find_units(model: nn.Module, params: set[int], taken: set[int]) -> list[Unit
         ):
             continue
         shared = owners[id(weight)]
-        if any(find_layer(owner) is not layer for owner in shared):
+        if any(find_layer(owner, optional) is not layer for owner in shared):
             continue
-        if bias is not None and (id(bias) not in params - taken or owners[id(bias)] != shared):
+        if not weight.is_floating_point():
+            continue
+        if bias is not None and (
+            not layer.joins_bias or id(bias) not in params - taken or owners[id(bias)] != shared
+        ):
             bias = None
         qualified = f"{name}.weight" if name else "weight"
         units[id(weight)] = Unit(qualified, shared, layer, weight, bias)

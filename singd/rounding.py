@@ -12,7 +12,9 @@ from torch import Tensor
 _MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
 
 
-def stochastic_round(x: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
+def stochastic_round(
+    x: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
+) -> Tensor:
     """``x`` (float32) in ``dtype``, rounded to one of its two neighbours without bias.
 
     Args:
@@ -27,3 +29,23 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, generator: torch.Generator |
     bits = x.to(torch.float32).view(torch.int32)
     noise = torch.randint(dropped, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     return ((bits + noise) & -dropped).view(torch.float32).to(dtype)
+
+
+class Rounding:
+    """Stochastic rounding that a checkpoint reproduces: randomness from a seed and a step number.
+
+    Args:
+        seed: A non-negative number below 2^30.
+        step: The number of the step.
+        stream: Tells uses within a step apart, 0 or 1.
+    """
+
+    def __init__(self, seed: int, step: int, stream: int = 0) -> None:
+        self.seed = (((seed << 1) + stream) << 32) + step
+        self.generators: dict[torch.device, torch.Generator] = {}
+
+    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``x`` in ``dtype``."""
+        if dtype in _MANTISSA_BITS and x.device not in self.generators:
+            self.generators[x.device] = torch.Generator(x.device).manual_seed(self.seed)
+        return stochastic_round(x, dtype, self.generators.get(x.device))

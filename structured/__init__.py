@@ -15,26 +15,41 @@ from structured.block_triangular import (
     low_rank_lower,
     low_rank_upper,
 )
+from structured.circulant import Circulant
 from structured.dense import Dense
 from structured.diagonal import Diagonal
+from structured.direct_sum import DirectSum
 from structured.kronecker import Kronecker
+from structured.rotated import Rotated
+from structured.scaled_identity import ScaledIdentity
+from structured.strided import Strided
+from structured.tied import Tied
 from structured.toeplitz import LowerToeplitz, UpperToeplitz
 from structured.transposed import Transposed
+from structured.triangular import LowerTriangular, UpperTriangular
 
 __all__ = [
     "BlockDiagonal",
     "BlockLower",
     "BlockUpper",
+    "Circulant",
     "Dense",
     "Diagonal",
+    "DirectSum",
     "Kronecker",
     "LowerToeplitz",
+    "LowerTriangular",
     "Operator",
+    "Rotated",
+    "ScaledIdentity",
+    "Strided",
     "Structure",
     "StructureLike",
     "StructuredMatrix",
+    "Tied",
     "Transposed",
     "UpperToeplitz",
+    "UpperTriangular",
     "hierarchical",
     "low_rank_lower",
     "low_rank_upper",

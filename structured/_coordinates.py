@@ -77,7 +77,8 @@ def _split(flat: Tensor, cores: Sequence[Size], batch: Sequence[int]) -> list[Te
     """Coordinates ``[..., p]`` as the stored tensors."""
     sizes = [core.numel() for core in cores]
     return [
-        part.reshape(*batch, *core) for part, core in zip(flat.split(sizes, -1), cores, strict=True)
+        part.reshape((*batch, *core))
+        for part, core in zip(flat.split(sizes, -1), cores, strict=True)
     ]
 
 

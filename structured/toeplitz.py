@@ -16,8 +16,8 @@ from typing import Any, Self
 import torch
 from scipy.fft import next_fast_len
 from torch import Size, Tensor
-from torch.fft import irfft, rfft
 
+from structured._fft import irfft, rfft
 from structured._matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
 
 
