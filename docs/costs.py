@@ -59,7 +59,7 @@ OPERATIONS: dict[str, Operation] = {
     "`gram()`": lambda A, X: A.gram(),
     "`trace()`": lambda A, X: A.trace(),
 }
-PER_COLUMN = ("`A @ X`", "`A.mT @ X`", "`project_gram(X)`")
+PER_COLUMN = ("`A @ X`", "`A.mT @ X`", "`project_gram(X)`")  # of X
 
 PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2), "mv": (0, 1)}
 CUBIC = ("linalg_solve_ex", "_linalg_solve_ex", "linalg_lu_factor_ex", "linalg_cholesky_ex")
@@ -136,19 +136,27 @@ def row(structure: Structure) -> list[str]:
     return out
 
 
+def spec(name: str) -> str:
+    """The structure that stands for ``name`` in the table."""
+    return SPECS.get(name, catalogue.example(name))
+
+
+def rows() -> dict[str, list[str]]:
+    """The rows of the table, by name."""
+    return {name: [f"`{spec(name)}`", *row(parse(spec(name)))] for name in catalogue.names()}
+
+
 def head() -> list[str]:
+    """The head of the table; what is counted for each column of X has a star."""
     starred = [f"{name} *" if name in PER_COLUMN else name for name in OPERATIONS]
     return ["structure", "numbers", *starred]
 
 
-def table() -> str:
+def markdown(rows: dict[str, list[str]]) -> str:
     """The table in Markdown."""
-    rows = [head(), ["---", *["--:"] * (len(OPERATIONS) + 1)]]
-    for name in catalogue.names():
-        spec = SPECS.get(name, catalogue.example(name))
-        rows.append([f"`{spec}`", *row(parse(spec))])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+    lines = [head(), ["---", *["--:"] * (len(OPERATIONS) + 1)], *rows.values()]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 if __name__ == "__main__":
-    print(table())
+    print(markdown(rows()))
