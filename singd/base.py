@@ -242,16 +242,17 @@ class KroneckerOptimizer(Optimizer):
         off = self._paused or self._sampled or self._is_foreign(unit)
         return self._due(unit) and not off
 
-    def _measure(self, unit: Unit, x: Tensor, g: Tensor) -> None:
-        """Take in one use of a layer with input ``x`` and output gradient ``g``."""
+    def _measure(self, unit: Unit, module: nn.Module, x: Tensor, g: Tensor) -> None:
+        """Take in one use of ``module`` with input ``x`` and output gradient ``g``."""
         _ = self._buckets  # the factors exist from now on
-        approximation, module, layer = unit.group["kfac_approx"], unit.module, unit.layer
+        approximation, layer = unit.group["kfac_approx"], unit.layer
         A, rows = layer.columns(module, x, approximation, ones=unit.bias is not None)
         grads = layer.grads(module, g)
         B = flatten_rows(grads, approximation, average=False)
         U_K, U_C = self._statistic(unit, "K", A), self._statistic(unit, "C", B)
         samples, positions = grads.shape[-3:-1]
-        unit.observe(Statistics(U_K, U_C, rows, samples, positions), x, g)
+        seen = Statistics(U_K, U_C, rows, samples, samples * positions)
+        unit.observe(module, seen, x, g)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

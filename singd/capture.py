@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,22 +34,23 @@ class Statistics:
     U_C: StructuredMatrix  # of the output gradients
     rows: int  # R, of inputs
     samples: int  # N
-    positions: int  # P, shared positions of a sample
+    terms: int  # N P, counting every shared position of a sample
 
     def add(self, other: Statistics) -> None:
         """Include another backward pass."""
         self._sum(other)
         self.samples += other.samples
+        self.terms += other.terms
 
     def reuse(self, other: Statistics) -> None:
         """Include another use of the layer in the same pass: more rows, the same samples."""
         self._sum(other)
         self.samples = max(self.samples, other.samples)
+        self.terms = max(self.terms, other.terms)
 
     def _sum(self, other: Statistics) -> None:
         self.U_K, self.U_C = self.U_K + other.U_K, self.U_C + other.U_C
         self.rows += other.rows
-        self.positions = max(self.positions, other.positions)
 
 
 @dataclass(eq=False)
@@ -95,14 +97,14 @@ class Unit:
 
     # What is seen -------------------------------------------------------------------------------
 
-    def observe(self, seen: Statistics, x: Tensor, g: Tensor) -> None:
-        """Hold what one use of the layer contributed until the pass reaches the weight."""
+    def observe(self, module: nn.Module, seen: Statistics, x: Tensor, g: Tensor) -> None:
+        """Hold what one use of ``module`` contributed until the pass reaches the weight."""
         current = torch._C._current_graph_task_id()
         again = self.pending is not None and self.pass_id == current
         if self.explained is None:
-            *_, d_out, d_in = self.layer.shape(self.module)
+            *_, d_out, d_in = self.layer.shape(module)
             u, v = _directions(d_in, g.device), _directions(d_out, g.device)
-            explained = self.layer.contract(self.module, x, g, u, v)
+            explained = self.layer.contract(module, x, g, u, v)
             if again and self.probes is not None:
                 self.probes = (self.probes[0], self.probes[1] + explained)
             else:
@@ -176,11 +178,14 @@ class Capture:
 
     Args:
         wanted: Whether a unit's next statistics will be used.
-        measure: Called in the backward pass with a unit, an input and an output gradient.
+        measure: Called in the backward pass with a unit, the module of it that was used, an input
+            and an output gradient.
     """
 
     def __init__(
-        self, wanted: Callable[[Unit], bool], measure: Callable[[Unit, Tensor, Tensor], None]
+        self,
+        wanted: Callable[[Unit], bool],
+        measure: Callable[[Unit, nn.Module, Tensor, Tensor], None],
     ) -> None:
         self.wanted, self.measure = wanted, measure
         self.handles: list[Any] = []
@@ -194,9 +199,6 @@ class Capture:
             self.handles.append(unit.weight.register_post_accumulate_grad_hook(unit.commit))
 
     def _forward_hook(self, unit: Unit) -> Callable[..., Tensor | None]:
-        def seen(x: Tensor, g: Tensor) -> None:
-            self.measure(unit, x, g)
-
         @torch.compiler.disable
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -209,7 +211,7 @@ class Capture:
                 unit.passed_by = True
                 return None
             x = args[0] if args else next(iter(kwargs.values()))
-            tapped: Tensor = _Tap.apply(output, x, seen)
+            tapped: Tensor = _Tap.apply(output, x, partial(self.measure, unit, module))
             return tapped
 
         return hook

@@ -21,20 +21,17 @@ def reduce_statistics(statistics: Iterable[Statistics], group: Any) -> None:
     """Sum statistics over the ranks, each of which calls this with as many, in the same order."""
     for seen in statistics:
         tensors = (*seen.U_K.tensors(), *seen.U_C.tensors())
-        counts = [seen.rows, seen.samples, seen.positions]
+        counts = [seen.rows, seen.samples, seen.terms]
         numbers = torch.tensor(counts, dtype=torch.float64, device=tensors[0].device)
-        largest = numbers[2:].clone()
         flat = torch.cat([t.flatten() for t in tensors])
         dist.all_reduce(flat, group=group)
         dist.all_reduce(numbers, group=group)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         pieces = flat.split([t.numel() for t in tensors])
         parts = [piece.view_as(t) for piece, t in zip(pieces, tensors, strict=True)]
         inputs = len(seen.U_K.tensors())
         seen.U_K = seen.U_K.with_tensors(parts[:inputs])
         seen.U_C = seen.U_C.with_tensors(parts[inputs:])
-        seen.rows, seen.samples = (int(n) for n in numbers[:2].tolist())
-        seen.positions = int(largest)
+        seen.rows, seen.samples, seen.terms = (int(n) for n in numbers.tolist())
 
 
 def reduce_gradients(gradients: Iterable[tuple[Tensor, Tensor]], group: Any) -> None:

@@ -158,9 +158,8 @@ class Step:
         """What multiplies ``sum g g^T``: the terms of the loss, over the squared gradient scale."""
         terms = self.optimizer._terms
         if not isinstance(terms, Tensor) and not terms:
-            average = unit.group["loss_average"]
-            terms = 1 if average is None else seen.samples
-            terms *= seen.positions if average == "batch+sequence" else 1
+            counts = {None: 1, "batch": seen.samples, "batch+sequence": seen.terms}
+            terms = counts[unit.group["loss_average"]]
         terms = terms / distributed.size(self.optimizer._process_group) ** 2
         return terms if self.scale is None else terms / self.scale.double().square()
 

@@ -1,8 +1,9 @@
 """Defaults through ``to_dense``: projections onto any structure, from its writing-out alone.
 
 Let ``E`` be the linear map from the ``p`` stored numbers to the ``n x n`` matrix (``to_dense``),
-``T`` transposition, ``G = E^T E`` and ``H = E^T T E``. The orthogonal projection has the coordinates
-``G^+ E^T M``. The projection ``Pi(S)``, the ``r`` of least norm with ``P(r + r^T) = 2 P(S)``, has
+``T`` transposition, ``G = E^T E`` and ``H = E^T T E``. The orthogonal projection has the
+coordinates ``G^+ E^T M``. The projection ``Pi(S)``, the ``r`` of least norm with
+``P(r + r^T) = 2 P(S)``, has
 
     G^{-1/2} ((I + G^{-1/2} H G^{-1/2}) / 2)^+ G^{-1/2}  E^T S.
 
@@ -66,10 +67,8 @@ def _solve(member: M_, M: Tensor, which: str) -> M_:
     cores = [t.shape[dropped:] for t in member.tensors()]
     weights: Tensor = getattr(_weights(member, cores), which).to(M.device, wide)
     pulled = _pull(member, cores, M.to(wide))
-    if weights.ndim == 1:
-        solved = pulled * weights
-    else:
-        solved = (weights @ pulled[..., None])[..., 0]
+    diagonal = weights.ndim == 1
+    solved = pulled * weights if diagonal else (weights @ pulled[..., None])[..., 0]
     return member.with_tensors([t.to(M.dtype) for t in _split(solved, cores, batch)])
 
 
@@ -93,7 +92,7 @@ def _pull(member: StructuredMatrix, cores: Sequence[Size], M: Tensor) -> Tensor:
     """``E^T M``, ``[..., p]`` from ``[..., n, n]``: the adjoint of ``to_dense``, by autograd."""
     p = sum(core.numel() for core in cores)
     origin = M.new_zeros(*M.shape[:-2], p)
-    _, adjoint = torch.func.vjp(functools.partial(_push, member, cores), origin)
+    adjoint = torch.func.vjp(functools.partial(_push, member, cores), origin)[1]
     (pulled,) = adjoint(M)
     return pulled
 

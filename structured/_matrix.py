@@ -208,15 +208,14 @@ class StructuredMatrix(Operator):
 
     @classmethod
     @abstractmethod
-    def zeros(
-        cls,
-        n: int,
-        *options: Any,
-        batch_shape: Sequence[int] = (),
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Self:
-        """The zero member of size ``n``; options such as a block size appear here and only here."""
+    def zeros(cls, n: int, *options: Any, **kwargs: Any) -> Self:
+        """The zero member of size ``n``; options such as a block size appear here and only here.
+
+        Args:
+            n: The size.
+            options: Whatever else makes the structure.
+            kwargs: ``batch_shape=()``, and ``dtype`` and ``device`` as of :func:`torch.zeros`.
+        """
 
     @abstractmethod
     def to_dense(self) -> Tensor:
@@ -326,12 +325,13 @@ class StructuredMatrix(Operator):
         out: list[Tensor] = []
         for name in self._fields:
             part = getattr(self, name)
-            out.extend(part.tensors() if isinstance(part, StructuredMatrix) else (part,))
+            out += part.tensors() if isinstance(part, StructuredMatrix) else [part]
         return tuple(out)
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
         """The member of the same structure that stores ``tensors``, ordered as :meth:`tensors`."""
-        parts, start = [], 0
+        parts: list[Any] = []
+        start = 0
         for name in self._fields:
             part = getattr(self, name)
             if isinstance(part, StructuredMatrix):
@@ -499,7 +499,8 @@ def _check_square(self: StructuredMatrix, S: Tensor, operation: str) -> None:
         raise TypeError(f"{operation}: expected a tensor, got {type(S).__name__}")
     if S.ndim < 2 or S.shape[-2:] != (n, n):
         raise ValueError(
-            f"{type(self).__name__}.{operation}: expected shape [..., {n}, {n}], got {list(S.shape)}"
+            f"{type(self).__name__}.{operation}: expected shape [..., {n}, {n}], "
+            f"got {list(S.shape)}"
         )
     if S.dtype != self.dtype or S.device != self.device:
         raise ValueError(
@@ -514,8 +515,8 @@ def _check_rows(self: StructuredMatrix, X: Tensor, operation: str) -> None:
         raise TypeError(f"{operation}: expected a tensor, got {type(X).__name__}")
     if X.ndim < 2 or X.shape[-2] != self.n or X.dtype != self.dtype or X.device != self.device:
         raise ValueError(
-            f"{type(self).__name__}.{operation}: expected shape [..., {self.n}, m], {self.dtype} on "
-            f"{self.device}, got {list(X.shape)}, {X.dtype} on {X.device}"
+            f"{type(self).__name__}.{operation}: expected shape [..., {self.n}, m], {self.dtype} "
+            f"on {self.device}, got {list(X.shape)}, {X.dtype} on {X.device}"
         )
 
 
@@ -554,6 +555,6 @@ def trailing(c: Tensor, t: Tensor) -> Tensor:
 
 
 def largest(t: Tensor, batch_ndim: int) -> Tensor:
-    """Largest absolute value over all but the first ``batch_ndim`` dimensions; 0 if there is none."""
+    """Largest absolute value over all but the first ``batch_ndim`` dimensions, 0 if none."""
     flat = t.flatten(batch_ndim) if t.ndim > batch_ndim else t[..., None]
     return flat.abs().amax(-1) if flat.shape[-1] else flat.sum(-1)

@@ -150,7 +150,7 @@ def known() -> dict[str, Callable[..., Structure]]:
     return words | _COMPOSITIONS
 
 
-def _descendants(cls: type[StructuredMatrix]) -> Iterator[type[StructuredMatrix]]:
+def _descendants(cls: type[Any]) -> Iterator[type[StructuredMatrix]]:
     for child in cls.__subclasses__():
         yield child
         yield from _descendants(child)

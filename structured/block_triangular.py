@@ -90,7 +90,7 @@ class BlockUpper(_BlockTriangular):
     ) -> Self:
         """The zero matrix of size ``n`` with structures ``first`` and ``last`` on the diagonal.
 
-        ``split`` is a slice index: 15 gives ``first`` at most 15 rows, -15 gives ``last`` at most 15.
+        ``split`` is a slice index: 15 gives ``first`` at most 15 rows, -15 ``last`` at most 15.
         """
         n1, n2 = split_sizes(n, split)
         A = parse(first)(n1, batch_shape=batch_shape, **opts)
@@ -168,7 +168,7 @@ class BlockLower(_BlockTriangular):
     ) -> Self:
         """The zero matrix of size ``n`` with structures ``first`` and ``last`` on the diagonal.
 
-        ``split`` is a slice index: 15 gives ``first`` at most 15 rows, -15 gives ``last`` at most 15.
+        ``split`` is a slice index: 15 gives ``first`` at most 15 rows, -15 ``last`` at most 15.
         """
         n1, n2 = split_sizes(n, split)
         A = parse(first)(n1, batch_shape=batch_shape, **opts)
@@ -268,7 +268,7 @@ def low_rank_upper(k: int) -> Structure:
 
 @composition
 def low_rank_lower(k: int) -> Structure:
-    """The transpose of :func:`low_rank_upper`: a diagonal with ``|k|`` full rows or columns below."""
+    """The transpose of :func:`low_rank_upper`: ``|k|`` full rows or columns below."""
     return _low_rank(BlockLower, k, f"low_rank_lower({k})")
 
 

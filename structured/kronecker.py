@@ -17,7 +17,7 @@ from structured._matrix import Operator
 
 @dataclass(frozen=True, eq=False)
 class Kronecker(Operator):
-    """``C (x) K``: its product with ``vec(G)``, rows of ``G`` one after the other, is ``C G K^T``."""
+    """``C (x) K``; its product with ``vec(G)``, the rows of ``G`` in turn, is ``C G K^T``."""
 
     C: Operator  # [..., p, p]
     K: Operator  # [..., q, q]
