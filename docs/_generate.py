@@ -101,7 +101,7 @@ def reference(package: ModuleType) -> str:
     name = package.__name__
     out = [heading(f"``{name}``", "="), f".. automodule:: {name}", "   :members:"]
     out += ["   :imported-members:", "   :show-inheritance:", ""]
-    exported = {getattr(package, word).__module__ for word in package.__all__}
+    exported = {getattr(getattr(package, word), "__module__", "") for word in package.__all__}
     for info in pkgutil.iter_modules(package.__path__, f"{name}."):
         last = info.name.rsplit(".", 1)[1]
         if last.startswith("_") or info.name in exported or info.ispkg:

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import doctest
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
-def run(page: Path) -> dict[str, Any]:
-    """Execute the page and return its namespace.
+def run(page: Path, containing: str = "") -> dict[str, Any]:
+    """Execute the page, or its fences that contain a text, and return its namespace.
 
     Raises:
         AssertionError: If a ``>>>`` example prints anything else than the page says.
     """
     text = page.read_text()
-    namespace: dict[str, Any] = {"__name__": page.stem}
+    module = ModuleType(f"page_{page.stem.replace('-', '_').lower()}")
+    sys.modules[module.__name__] = module  # what it defines can be pickled
+    namespace = module.__dict__
     for fence in re.finditer(r"^```python\n(.*?)^```", text, re.M | re.S):
         line = text[: fence.start(1)].count("\n")
+        if containing not in fence[1]:
+            continue
         if ">>>" in fence[1]:
             example(fence[1], namespace, page, line)
         else:  # line numbers as in the page
-            exec(compile("\n" * line + fence[1], str(page), "exec", dont_inherit=True), namespace)
+            code = compile("\n" * line + fence[1], str(page), "exec", dont_inherit=True)
+            exec(code, namespace)
     return namespace
 
 

@@ -40,13 +40,17 @@ def cell(operation: costs.Operation, cls: type[StructuredMatrix]) -> str:
     for A in members.values():
         operation(A, torch.randn(A.n, COLUMNS))  # what is found once for a size is not counted
     counted = costs.term({n: costs.count(operation, A, COLUMNS) for n, A in members.items()})
-    duration = seconds(operation, members[max(SIZES)]) * 1e6
-    return f"{counted}; {duration:,.0f} µs" if duration < 1e4 else f"{counted}; {duration / 1e3:,.0f} ms"
+    return f"{counted}; {written(seconds(operation, members[max(SIZES)]))}"
+
+
+def written(duration: float) -> str:
+    """A time with two digits."""
+    return f"{duration * 1e3:.2g} ms" if duration >= 1e-3 else f"{duration * 1e6:.0f} µs"
 
 
 def markdown() -> str:
     """The table in Markdown."""
-    namespace, threads = snippets.run(PAGE), torch.get_num_threads()
+    namespace, threads = snippets.run(PAGE, "class "), torch.get_num_threads()
     torch.set_num_threads(1)
     head = [f"n = {max(SIZES)}", *(f"`{name}`: {what}" for name, what in CLASSES.items())]
     lines = [head, ["---", *["--:"] * len(CLASSES)]]
