@@ -7,9 +7,8 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
-import pkgutil
 import re
 from pathlib import Path
 from types import ModuleType
@@ -85,7 +84,8 @@ def entry(name: str, cells: list[str]) -> str:
     out = [heading(f"``{call}``", "~")]
     spec = catalogue.example(name)
     out += [f".. image:: ../_generated/{name}.svg", f"   :alt: {spec} at four sizes", ""]
-    out += [f"``{spec}``", "", docstring(catalogue.makers()[name]), ""]
+    out += [] if spec == call else [f"``{spec}``", ""]
+    out += [docstring(catalogue.makers()[name]), ""]
     out += [f".. list-table:: Counted for ``{costs.spec(name)}``", "   :header-rows: 1", ""]
     for line in (costs.head()[1:], cells[1:]):
         for place, cell in enumerate(line):
@@ -96,18 +96,21 @@ def entry(name: str, cells: list[str]) -> str:
 # The reference -----------------------------------------------------------------------------------
 
 
+# Modules with more to use than what the packages export.
+MODULES = {
+    "structured": ("testing", "interop", "inverse_root", "divergence", "kernels"),
+    "singd": ("update", "layers", "plan", "rounding"),
+}
+
+
 def reference(package: ModuleType) -> str:
-    """What a package exports, and those of its modules that export nothing by that way."""
+    """What a package exports, and the modules listed above, as far as they exist."""
     name = package.__name__
     out = [heading(f"``{name}``", "="), f".. automodule:: {name}", "   :members:"]
     out += ["   :imported-members:", "   :show-inheritance:", ""]
-    exported = {getattr(getattr(package, word), "__module__", "") for word in package.__all__}
-    for info in pkgutil.iter_modules(package.__path__, f"{name}."):
-        last = info.name.rsplit(".", 1)[1]
-        if last.startswith("_") or info.name in exported or info.ispkg:
-            continue
-        importlib.import_module(info.name)
-        out += [heading(f"``{info.name}``", "-"), f".. automodule:: {info.name}", "   :members:", ""]
+    for module in (f"{name}.{last}" for last in MODULES[name]):
+        if importlib.util.find_spec(module):
+            out += [heading(f"``{module}``", "-"), f".. automodule:: {module}", "   :members:", ""]
     return "\n".join(out)
 
 

@@ -24,6 +24,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
 ]
 exclude_patterns = ["_build", "_generated/*.md", "examples/*", "auto_examples/*.ipynb"]
+highlight_language = "none"
 html_theme = "furo"
 html_title = project
 html_static_path = ["_static"]
