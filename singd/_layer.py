@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -51,6 +52,14 @@ class Layer:
         """``A [..., d_in (+ 1), R]`` with ``A A^T`` the sum over the inputs, and their number R."""
         A = flatten_rows(self.inputs(module, x), approximation, average=True, ones=ones)
         return A, A.shape[-1]
+
+    def square_sums(
+        self, module: Any, x: Tensor, approximation: str, ones: bool
+    ) -> tuple[Tensor, int]:
+        """The diagonal ``[..., d_in (+ 1)]`` of that sum, in float32 at least, and R."""
+        A, rows = self.columns(module, x, approximation, ones)
+        wide = A.to(torch.promote_types(A.dtype, torch.float32))
+        return torch.linalg.vecdot(wide, wide), rows
 
     def contract(self, module: Any, x: Tensor, g: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """``v^T (dL/dW) u`` of what the layer saw, for ``u [d_in, k]`` and ``v [d_out, k]``."""

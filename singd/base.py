@@ -25,7 +25,7 @@ from singd.grouping import Bucket, Members, buckets
 from singd.layers import OPTIONAL
 from singd.plan import Plan, Row, find_units, owners_of
 from singd.stepping import Step
-from structured import Structure, StructuredMatrix
+from structured import Diagonal, Structure, StructuredMatrix
 
 LOSS_AVERAGES = (None, "batch", "batch+sequence")
 KRONECKER, ADAMW = "kronecker", "adamw"
@@ -56,7 +56,7 @@ class KroneckerOptimizer(Optimizer):
     """
 
     _step_supports_amp_scaling = True  # PyTorch's name: GradScaler hands us scale and infinities
-    _identity: tuple[str, ...] = ()  # options that a checkpoint must share
+    _identity: tuple[str, ...] = ("structures",)  # options that a checkpoint must share
     _sides = ("K", "C")  # members with the structure of the statistics
 
     def __init__(
@@ -246,10 +246,14 @@ class KroneckerOptimizer(Optimizer):
         """Take in one use of ``module`` with input ``x`` and output gradient ``g``."""
         _ = self._buckets  # the factors exist from now on
         approximation, layer = unit.group["kfac_approx"], unit.layer
-        A, rows = layer.columns(module, x, approximation, ones=unit.bias is not None)
-        grads = layer.grads(module, g)
-        B = flatten_rows(grads, approximation, average=False)
-        U_K, U_C = self._statistic(unit, "K", A), self._statistic(unit, "C", B)
+        grads, ones = layer.grads(module, g), unit.bias is not None
+        if isinstance(unit.members[self._sides[0]], Diagonal):
+            squares, rows = layer.square_sums(module, x, approximation, ones)
+            U_K: StructuredMatrix = Diagonal(squares)
+        else:
+            A, rows = layer.columns(module, x, approximation, ones)
+            U_K = self._statistic(unit, "K", A)
+        U_C = self._statistic(unit, "C", flatten_rows(grads, approximation, average=False))
         samples, positions = grads.shape[-3:-1]
         seen = Statistics(U_K, U_C, rows, samples, samples * positions)
         unit.observe(module, seen, x, g)

@@ -38,6 +38,33 @@ class Convolution(Layer):
         )
         return patches[:, :, 0] if module.groups == 1 else patches.movedim(2, 0)
 
+    def square_sums(
+        self, module: Any, x: Tensor, approximation: str, ones: bool
+    ) -> tuple[Tensor, int]:
+        """Without patches: a square is seen from every position that the kernel reaches it from.
+
+        That is a correlation of ``x^2`` with a grid of ones as large as the output, stride and
+        dilation exchanged.
+        """
+        if approximation != "expand":
+            return super().square_sums(module, x, approximation, ones)
+        x = self._padded(module, _batched(module, x))
+        squares = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(0)
+        geometry = zip(
+            squares.shape[1:], module.kernel_size, module.stride, module.dilation, strict=True
+        )
+        positions, reached = [], []
+        for size, kernel, stride, dilation in geometry:
+            positions.append((size - dilation * (kernel - 1) - 1) // stride + 1)
+            reached.append((positions[-1] - 1) * stride + dilation * (kernel - 1) + 1)
+        squares = squares[(slice(None), *(slice(r) for r in reached))]
+        correlate = (F.conv1d, F.conv2d, F.conv3d)[len(positions) - 1]
+        grid = squares.new_ones((1, 1, *positions))
+        sums = correlate(squares[:, None], grid, stride=module.dilation, dilation=module.stride)
+        sums = sums.reshape(module.groups, -1) if module.groups > 1 else sums.flatten()
+        rows = x.shape[0] * torch.Size(positions).numel()
+        return (F.pad(sums, (0, 1), value=float(rows)) if ones else sums), rows
+
     def grads(self, module: Any, g: Tensor) -> Tensor:
         """``[(groups,) N, P, d_out / groups]``."""
         return self._channels(module, _batched(module, g))
@@ -69,6 +96,7 @@ class TransposedConvolution(Convolution):
     """
 
     joins_bias = False
+    square_sums = Layer.square_sums  # its inputs are no patches
 
     def shape(self, module: Any) -> tuple[int, ...]:
         """``(d_out, d_in)``, or ``(groups, d_out, d_in / groups)``."""

@@ -35,13 +35,21 @@ class Embedding(Transposed):
 
     input_structure = "diagonal"
 
-    def columns(self, module: Any, x: Tensor, approximation: str, ones: bool) -> tuple[Tensor, int]:
-        """One column ``[d_in, 1]`` of square roots of counts: its gram has the right diagonal."""
-        seen = x.flatten()
+    def inputs(self, module: Any, x: Tensor) -> Tensor:
+        """One-hot rows, ``[N, P, d_in]``; the padding row is never picked."""
+        hot = F.one_hot(x.reshape(x.shape[0] if x.ndim else 1, -1), module.num_embeddings)
         if module.padding_idx is not None:
-            seen = seen[seen != module.padding_idx]
-        counts = torch.bincount(seen, minlength=module.num_embeddings)
-        return counts.to(module.weight.dtype).sqrt()[:, None], x.numel()
+            hot[..., module.padding_idx] = 0
+        return hot.to(module.weight.dtype)
+
+    def square_sums(
+        self, module: Any, x: Tensor, approximation: str, ones: bool
+    ) -> tuple[Tensor, int]:
+        """How often every row was picked."""
+        counts = torch.bincount(x.flatten(), minlength=module.num_embeddings)
+        if module.padding_idx is not None:
+            counts[module.padding_idx] = 0
+        return counts.to(torch.promote_types(module.weight.dtype, torch.float32)), x.numel()
 
     def contract(self, module: Any, x: Tensor, g: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """As :meth:`Layer.contract`; the padding row has no gradient."""

@@ -5,6 +5,7 @@ few tensors. See :class:`StructuredMatrix` for what a member can do and how to a
 :func:`parse` for naming one.
 """
 
+from structured._inverse_root import divergence, inverse_root
 from structured._matrix import Operator, StructuredMatrix, static
 from structured._spec import Structure, StructureLike, parse
 from structured.block_diagonal import BlockDiagonal
@@ -50,7 +51,9 @@ __all__ = [
     "Transposed",
     "UpperToeplitz",
     "UpperTriangular",
+    "divergence",
     "hierarchical",
+    "inverse_root",
     "low_rank_lower",
     "low_rank_upper",
     "parse",
