@@ -98,7 +98,7 @@ def entry(name: str, cells: list[str]) -> str:
 
 # Modules with more to use than what the packages export.
 MODULES = {
-    "structured": ("testing", "interop", "inverse_root", "divergence", "kernels"),
+    "structured": ("testing", "interop", "kernels"),
     "singd": ("update", "layers", "plan", "rounding"),
 }
 
