@@ -37,7 +37,7 @@ class Operation(NamedTuple):
 
 
 OPERATIONS = {
-    "A @ B": Operation(lambda o: o.A @ o.B, lambda o: o.A @ o.B),
+    "matmul": Operation(lambda o: o.A.matmul(o.B), lambda o: o.A @ o.B),
     "A + B": Operation(lambda o: o.A + o.B, lambda o: o.A + o.B),
     "A - B": Operation(lambda o: o.A - o.B, lambda o: o.A + o.B),
     "3 * A": Operation(lambda o: 3 * o.A, lambda o: 3 * o.A),

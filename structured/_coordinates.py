@@ -17,7 +17,7 @@ one random vector (``s = (G^{-1} H)^2 r / r``) once for each structure and size;
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -38,8 +38,9 @@ class Weights(NamedTuple):
     symmetric: Tensor
 
 
-_SHAPES: dict[tuple[Any, ...], Size] = {}
-_WEIGHTS: dict[tuple[Any, ...], Weights] = {}
+# Static tensors are known by their id: kept beside the result, or another could take their id.
+_SHAPES: dict[tuple[Any, ...], tuple[Size, list[Tensor]]] = {}
+_WEIGHTS: dict[tuple[Any, ...], tuple[Weights, tuple[Tensor, ...]]] = {}
 
 
 def shape(member: StructuredMatrix) -> Size:
@@ -47,8 +48,9 @@ def shape(member: StructuredMatrix) -> Size:
     key = member.layout
     if key not in _SHAPES:
         meta = member.map(lambda t: torch.empty_like(t, device="meta"))
-        _SHAPES[key] = meta._with_static(lambda t: t.to("meta")).to_dense().shape
-    return _SHAPES[key]
+        found = meta._with_static(lambda t: t.to("meta")).to_dense().shape
+        _SHAPES[key] = found, list(_statics(member))
+    return _SHAPES[key][0]
 
 
 def orthogonal_project(member: M_, M: Tensor) -> M_:
@@ -65,7 +67,8 @@ def _solve(member: M_, M: Tensor, which: str) -> M_:
     wide = torch.promote_types(M.dtype, torch.float32)
     batch, dropped = M.shape[:-2], len(member.batch_shape)
     cores = [t.shape[dropped:] for t in member.tensors()]
-    weights: Tensor = getattr(_weights(member, cores), which).to(M.device, wide)
+    found = _weights(_key(member, dropped), *_statics(member))
+    weights: Tensor = getattr(found, which).to(M.device, wide)
     pulled = _pull(member, cores, M.to(wide))
     diagonal = weights.ndim == 1
     solved = pulled * weights if diagonal else (weights @ pulled[..., None])[..., 0]
@@ -97,19 +100,66 @@ def _pull(member: StructuredMatrix, cores: Sequence[Size], M: Tensor) -> Tensor:
     return pulled
 
 
-def _weights(member: StructuredMatrix, cores: Sequence[Size]) -> Weights:
-    key = member.with_tensors([torch.empty(c, device="meta") for c in cores]).layout
-    if key not in _WEIGHTS:
+def _key(member: StructuredMatrix, dropped: int) -> tuple[Any, ...]:
+    """A structure without its batch shape and static tensors, as a tuple of constants."""
+    parts = []
+    for name in member._fields:
+        part = getattr(member, name)
+        nested = not isinstance(part, Tensor)
+        parts.append(_key(part, dropped) if nested else tuple(part.shape[dropped:]))
+    statics = []
+    for name in member._static:
+        value = getattr(member, name)
+        statics.append(Tensor if isinstance(value, Tensor) else value)
+    return (type(member), tuple(parts), tuple(statics))
+
+
+def _statics(member: StructuredMatrix) -> Iterator[Tensor]:
+    """The static tensors, nested members flattened."""
+    for name in member._fields:
+        part = getattr(member, name)
+        if not isinstance(part, Tensor):
+            yield from _statics(part)
+    for name in member._static:
+        value = getattr(member, name)
+        if isinstance(value, Tensor):
+            yield value
+
+
+def _template(key: tuple[Any, ...], statics: Iterator[Tensor]) -> StructuredMatrix:
+    """The zero member with the given key, on the CPU in float64."""
+    cls, parts, values = key
+    built = [
+        _template(part, statics)
+        if part and isinstance(part[0], type)
+        else torch.zeros(part, dtype=torch.float64, device="cpu")
+        for part in parts
+    ]
+    member: StructuredMatrix = cls._unflatten(
+        built, [next(statics).to("cpu", torch.float64) if v is Tensor else v for v in values]
+    )
+    return member
+
+
+def _weights(key: tuple[Any, ...], *statics: Tensor) -> Weights:
+    full = (key, *map(id, statics))
+    if full not in _WEIGHTS:
         with torch.no_grad():
-            _WEIGHTS[key] = _analyse(member, cores)
-    return _WEIGHTS[key]
+            _WEIGHTS[full] = _analyse(_template(key, iter(statics))), statics
+    return _WEIGHTS[full][0]
 
 
-def _analyse(member: StructuredMatrix, cores: Sequence[Size]) -> Weights:
+# What torch.compiler.assume_constant_result does, less the import of the compiler.
+_weights._dynamo_marked_constant = True  # type: ignore[attr-defined]  # an attribute of a function
+
+
+def _analyse(template: StructuredMatrix) -> Weights:
     """Find the weights of a structure on the CPU in float64."""
-    template = member.with_tensors([torch.zeros(c, dtype=torch.float64) for c in cores])
+    cores = [t.shape for t in template.tensors()]
     p = sum(core.numel() for core in cores)
-    r = torch.randn(p, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    r = torch.randn(
+        p, dtype=torch.float64, generator=torch.Generator().manual_seed(0), device="cpu"
+    )
 
     def G(flat: Tensor) -> Tensor:
         return _pull(template, cores, _push(template, cores, flat))
@@ -122,7 +172,7 @@ def _analyse(member: StructuredMatrix, cores: Sequence[Size]) -> Weights:
         s = H(H(r) / g) / g / r
         if (torch.minimum(s.abs(), (s - 1).abs()) < _TOLERANCE).all():
             return Weights(1 / g, 2 / (g * (1 + s.round())))
-    basis = _push(template, cores, torch.eye(p, dtype=torch.float64))
+    basis = _push(template, cores, torch.eye(p, dtype=torch.float64, device="cpu"))
     return Weights(*_matrices(basis))
 
 

@@ -109,13 +109,13 @@ class BlockUpper(_BlockTriangular):
 
     def matmul(self, other: Self) -> Self:
         """``[[A A', A B' + B C'], [0, C C']]``."""
-        B = self.A @ other.B + self.B @ other.C
-        return self._build([self.A @ other.A, B, self.C @ other.C])
+        B = self.A.apply(other.B) + torch.matmul(self.B, other.C)
+        return self._build([self.A.matmul(other.A), B, self.C.matmul(other.C)])
 
     def apply(self, X: Tensor) -> Tensor:
         """``[A x1 + B x2, C x2]``."""
         x1, x2 = self._split(X)
-        return torch.cat([self.A @ x1 + self.B @ x2, self.C @ x2], -2)
+        return torch.cat([self.A.apply(x1) + self.B @ x2, self.C.apply(x2)], -2)
 
     def apply_transpose(self, X: Tensor) -> Tensor:
         """``[A^T x1, B^T x1 + C^T x2]``."""
@@ -187,13 +187,13 @@ class BlockLower(_BlockTriangular):
 
     def matmul(self, other: Self) -> Self:
         """``[[A A', 0], [B A' + C B', C C']]``."""
-        B = self.B @ other.A + self.C @ other.B
-        return self._build([self.A @ other.A, B, self.C @ other.C])
+        B = torch.matmul(self.B, other.A) + self.C.apply(other.B)
+        return self._build([self.A.matmul(other.A), B, self.C.matmul(other.C)])
 
     def apply(self, X: Tensor) -> Tensor:
         """``[A x1, B x1 + C x2]``."""
         x1, x2 = self._split(X)
-        return torch.cat([self.A @ x1, self.B @ x1 + self.C @ x2], -2)
+        return torch.cat([self.A.apply(x1), self.B @ x1 + self.C.apply(x2)], -2)
 
     def apply_transpose(self, X: Tensor) -> Tensor:
         """``[A^T x1 + B^T x2, C^T x2]``."""

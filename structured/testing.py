@@ -60,21 +60,24 @@ def check(
         AssertionError: Names the law, the structure and a counterexample.
         ValueError: If a law is unknown.
     """
-    choices = structure if isinstance(structure, SearchStrategy) else st.just(parse(structure))
+    drawn = isinstance(structure, SearchStrategy)
+    choices = structure if drawn else st.just(parse(structure))
     for name in laws:
         if name not in LAWS:
             raise ValueError(f"expected one of the laws {', '.join(LAWS)}, got {name!r}")
-        _check(LAWS[name], choices, sizes, examples, shrink)
+        letters = tuple(inspect.signature(LAWS[name]).parameters)
+        once = letters == ("structure",) and not drawn  # nothing to draw
+        _check(LAWS[name], letters, choices, sizes, 1 if once else examples, shrink)
 
 
 def _check(
     law: Law,
+    letters: Sequence[str],
     choices: SearchStrategy[Structure],
     sizes: Sequence[int],
     examples: int | None,
     shrink: bool,
 ) -> None:
-    letters = tuple(inspect.signature(law).parameters)
     last: dict[str, Any] = {}
 
     @settings(
