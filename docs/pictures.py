@@ -1,7 +1,7 @@
 """Structures drawn as SVG, from ``to_dense`` alone.
 
 Blue places belong to ``D``, the part that is closed under transposition and that ``Pi`` takes over
-as it is; orange ones to ``N``, which ``Pi`` doubles. Places that hold the same number share a shade.
+as it is; orange ones to ``N``, which ``Pi`` doubles. Places of the same number share a shade.
 All colours are legible on white and on black.
 """
 
