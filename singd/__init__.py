@@ -4,8 +4,9 @@
 pure functions are in :mod:`singd.update`, the supported layers in :mod:`singd.layers`.
 """
 
+from singd._layer import Layer
 from singd.kfac import KFAC
-from singd.layers import Layer, register_layer
+from singd.layers import register_layer
 from singd.optimizer import SINGD
 
 __all__ = ["KFAC", "SINGD", "Layer", "register_layer"]

@@ -7,9 +7,11 @@ what it stores and how it turns statistics into a preconditioned gradient.
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +19,18 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
 from singd import checkpoint
+from singd._layer import flatten_rows
 from singd.capture import Capture, Statistics, Unit
-from singd.layers import find_layer, flatten_rows
-from singd.rounding import stochastic_round
-from singd.update import trust_region
-from structured import StructuredMatrix
+from singd.grouping import Bucket, Members, buckets
+from singd.layers import OPTIONAL
+from singd.plan import Plan, Row, find_units, owners_of
+from singd.stepping import Step
+from structured import Diagonal, Structure, StructuredMatrix
 
 LOSS_AVERAGES = (None, "batch", "batch+sequence")
 KRONECKER, ADAMW = "kronecker", "adamw"
+
+Group = dict[str, Any]
 
 
 class KroneckerOptimizer(Optimizer):
@@ -32,7 +38,8 @@ class KroneckerOptimizer(Optimizer):
 
     Every parameter group given is split by rule: the weights (with biases) of supported layers are
     preconditioned, all other parameters are trained by AdamW with the options ``adamw``. The key
-    ``"rule"`` of a group says which.
+    ``"rule"`` of a group says which. ``lr`` and ``weight_decay`` of a group are those of its
+    preconditioned part; a group that has none gives them to AdamW.
 
     Args:
         model: The model whose layers are hooked.
@@ -40,30 +47,63 @@ class KroneckerOptimizer(Optimizer):
             ``model`` if ``None``.
         defaults: Options of the preconditioned groups.
         adamw: Options of :class:`torch.optim.AdamW` for all other parameters.
+        layers: Types among :data:`singd.layers.OPTIONAL` that are preconditioned as well.
+        max_skipped: Steps in a row that may be skipped since something was not finite; ``None``
+            looks for nothing, and spares the wait for the device that it takes.
+        telemetry: Called after every step with norms, the bound, residuals and skipped steps.
+        process_group: Of the ranks that share the data, if not all do. Statistics are summed over
+            it, and gradients averaged unless ``model`` is wrapped in DistributedDataParallel.
     """
 
     _step_supports_amp_scaling = True  # PyTorch's name: GradScaler hands us scale and infinities
+    _identity: tuple[str, ...] = ("structures",)  # options that a checkpoint must share
+    _sides = ("K", "C")  # members with the structure of the statistics
 
     def __init__(
         self,
         model: nn.Module,
         params: Iterable[Any] | None,
-        defaults: dict[str, Any],
+        defaults: Group,
         adamw: Mapping[str, Any] | None,
+        layers: Collection[type[nn.Module]] = (),
+        max_skipped: int | None = 10,
+        telemetry: Callable[[dict[str, Any]], None] | None = None,
+        process_group: Any = None,
     ) -> None:
-        if isinstance(model, DataParallel | DistributedDataParallel):
-            model = model.module
-        self.model = model
+        wrapped = isinstance(model, DataParallel | DistributedDataParallel)
+        if wrapped:
+            model = cast(nn.Module, model.module)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        for name, p in model.named_parameters():
+            if isinstance(p, nn.parameter.UninitializedParameter):
+                raise ValueError(f"{name} is not initialised yet: run one forward pass first")
+        self.model, self._layers = model, tuple(layers)
+        for layer in self._layers:
+            one_of("layers", layer, tuple(OPTIONAL))
         self._adamw = AdamW([torch.zeros(0)], **(adamw or {}))
         self._units: list[Unit] = []
-        self._groups: dict[int, dict[str, Any]] = {}  # by id of a parameter
-        self._generators: dict[torch.device, torch.Generator] = {}  # of the step under way
+        self._groups: dict[int, Group] = {}  # by id of a parameter
+        self._bucket_list: list[Bucket] | None = None
+        self._paused = False
+        self._sampled = False  # the statistics are those of curvature()
+        self._process_group = process_group
+        self._reduce_gradients = not wrapped
+        self.skipped = self._skipped_in_row = 0
+        self.max_skipped, self.telemetry = max_skipped, telemetry
+        self._terms: float | Tensor = 0  # of the loss, counted for the coming step
         self._capture = Capture(self._wanted, self._measure)
-        if params is None:
-            params = [p for p in model.parameters() if p.requires_grad]
+        params = [p for p in model.parameters() if p.requires_grad] if params is None else params
+        params = [_given(p) if isinstance(p, Mapping) else p for p in params]
+        groups = params if params and isinstance(params[0], dict) else [{"params": params}]
+        self._given = {id(_parameter(p)) for group in groups for p in group["params"]}
         super().__init__(params, defaults)
 
     # What a method fills in ---------------------------------------------------------------------
+
+    @abstractmethod
+    def _fresh(self, unit: Unit, batch: tuple[int, ...], device: torch.device | str) -> Members:
+        """What is stored of a unit before any update, with further leading batch dimensions."""
 
     @abstractmethod
     def _statistic(self, unit: Unit, side: str, X: Tensor) -> StructuredMatrix:
@@ -71,18 +111,23 @@ class KroneckerOptimizer(Optimizer):
 
     @abstractmethod
     def _update(
-        self, unit: Unit, seen: Statistics, scale_K: float, scale_C: Tensor | float
-    ) -> None:
-        """Update the unit's factors; ``S_K = scale_K U_K`` and ``S_C = scale_C U_C``."""
+        self, group: Group, old: Members, U_K: StructuredMatrix, U_C: StructuredMatrix
+    ) -> Members:
+        """New values of what is stored, from the statistics of the Kronecker factors."""
+
+    def _products(self, group: Group, members: Members) -> Members:
+        """Products worth keeping until the next update."""
+        return {}
 
     @abstractmethod
-    def _precondition(self, unit: Unit, G: Tensor) -> Tensor:
-        """The preconditioned gradient for ``G [..., d_out, d_in]``."""
+    def _precondition(self, members: Members, products: Members, G: Tensor) -> Tensor:
+        """The preconditioned gradient, a new tensor, for ``G [..., d_out, d_in]``."""
 
-    def _attach(self, unit: Unit) -> None:
-        """Bind the unit to its state, after construction and after loading."""
+    def _structures(self, unit: Unit) -> tuple[Structure, ...]:
+        """The structures of a unit's factors."""
+        return ()
 
-    def _check_group(self, group: dict[str, Any]) -> None:
+    def _check_group(self, group: Group) -> None:
         """Raise if an option of a preconditioned group makes no sense."""
         for name in ("lr", "damping", "weight_decay"):
             in_range(name, group[name], 0.0, float("inf"))
@@ -96,35 +141,37 @@ class KroneckerOptimizer(Optimizer):
 
     # Parameters and groups ----------------------------------------------------------------------
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: Group) -> None:
         """Add parameters, split into a preconditioned group and one for AdamW.
 
         Raises:
             ValueError: If an option is out of range; nothing is added then.
         """
-        group = dict(param_group)
+        group = _given(param_group)
         given = group.pop("params")
-        given = [given] if isinstance(given, Tensor) else list(given)
-        named = [p if isinstance(p, tuple) else (None, p) for p in given]
-        taken = {id(p) for g in self.param_groups for p in g["params"]}
-        units = self._find_units({id(p) for _, p in named} - taken)
-        ours = {id(p) for unit in units for p in unit.parameters}
-        rules = {
-            KRONECKER: [n_p for n_p in named if id(n_p[1]) in ours],
-            ADAMW: [n_p for n_p in named if id(n_p[1]) not in ours],
-        }
+        ids = {id(_parameter(p)) for p in given}
+        self._given |= ids
+        taken = set(self._groups)
+        units = [
+            unit
+            for unit in find_units(self.model, self._given, taken, self._layers)
+            if id(unit.weight) in ids
+        ]
+        ours = {id(p) for unit in (*units, *self._units) for p in unit.parameters}
+        kronecker = [p for p in given if id(_parameter(p)) in ours]
+        others = [p for p in given if id(_parameter(p)) not in ours]
         self._check_group({**self.defaults, **group})
-        for rule, members in rules.items():
-            if not members and (named or rule == ADAMW):
-                continue
-            params = [p if name is None else (name, p) for name, p in members]
-            own = group if rule == KRONECKER else self._adamw.defaults
-            super().add_param_group({**own, "params": params, "rule": rule})
-            if rule == ADAMW:
-                for key in self.defaults.keys() - self._adamw.defaults.keys():
-                    del self.param_groups[-1][key]
-            else:
-                self.param_groups[-1].setdefault("step", 0)
+        if kronecker or not given:
+            own = {**group, "params": kronecker, "rule": KRONECKER, "step": 0}
+            super().add_param_group(own)
+        if others:
+            shared = {k: v for k, v in group.items() if k in self._adamw.defaults}
+            if kronecker:
+                shared = {k: v for k, v in shared.items() if k not in self.defaults}
+            own = {**self._adamw.defaults, **shared, "params": others, "rule": ADAMW}
+            super().add_param_group(own)
+            for key in self.defaults.keys() - self._adamw.defaults.keys():
+                del self.param_groups[-1][key]
         self._units += units
         self._bind()
         self._capture.watch(units)
@@ -132,54 +179,135 @@ class KroneckerOptimizer(Optimizer):
     def _bind(self) -> None:
         """Find every unit's group and state again, after either was replaced."""
         self._groups = {id(p): g for g in self.param_groups for p in g["params"]}
+        self._bucket_list = None
         for unit in self._units:
-            unit.group = self._groups[id(unit.weight)]
-            self._attach(unit)
+            unit.group = self._groups.get(id(unit.weight), unit.group)
+            unit.structures = self._structures(unit)
+            unit.members.clear()
 
-    def _find_units(self, params: set[int]) -> list[Unit]:
-        """Supported layers of the model with a weight among ``params`` (ids)."""
-        owners: dict[int, list[tuple[str, nn.Module]]] = {}
-        for name, module in self.model.named_modules():
-            for p in module._parameters.values():
-                if p is not None:
-                    owners.setdefault(id(p), []).append((name, module))
-        units = {}
-        for module_name, module in self.model.named_modules():
-            layer = find_layer(module)
-            weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-            if layer is None or weight is None or id(weight) not in params:
-                continue
-            shared = [owner for _, owner in owners[id(weight)]]
-            if id(weight) in units or any(find_layer(owner) is not layer for owner in shared):
-                continue
-            if bias is not None and (
-                id(bias) not in params or len(owners[id(bias)]) != len(shared)
-            ):
-                bias = None
-            units[id(weight)] = Unit(module_name, shared, layer, weight, bias, {})
-        return list(units.values())
+    @property
+    def _buckets(self) -> list[Bucket]:
+        """The units that are preconditioned, grouped; their state is made where there is none."""
+        if self._bucket_list is None:
+            units = [unit for unit in self._units if not self._is_foreign(unit)]
+            with torch.no_grad():
+                self._bucket_list = buckets(
+                    units, lambda unit, n: self._fresh(unit, (n,), unit.weight.device), self.state
+                )
+        return self._bucket_list
+
+    def plan(self) -> Plan:
+        """Which rule trains each parameter of the model, and what it stores.
+
+        Nothing is allocated: the model may be on the meta device.
+        """
+        weights = {id(unit.weight): unit for unit in self._units}
+        units = {id(p): unit for unit in self._units for p in unit.parameters}
+        rows, adamw = [], 0
+        for name, p, layer in owners_of(self.model):
+            rule, structures, stored = "frozen", "", 0
+            if id(p) in self._groups:
+                adamw += 2 * _size(p)
+                if self._is_adamw(p):
+                    rule, stored = "AdamW", 2 * _size(p)
+                else:
+                    rule = type(self).__name__
+                    structures = ", ".join(map(str, units[id(p)].structures))
+                    stored = _size(p) if self._groups[id(p)]["momentum"] else 0
+                    if id(p) in weights:
+                        fresh = self._fresh(weights[id(p)], (), "meta")
+                        stored += sum(_size(member.tensors()) for member in fresh.values())
+            elif p.requires_grad:
+                rule = "not given"
+            rows.append(Row(name, tuple(p.shape), layer, rule, structures, stored))
+        return Plan(tuple(rows), adamw)
+
+    def _is_adamw(self, p: Tensor) -> bool:
+        """Whether AdamW trains ``p``: by its group, or since its use was not understood."""
+        return self._groups[id(p)]["rule"] == ADAMW or "exp_avg" in self.state.get(p, {})
+
+    def _is_foreign(self, unit: Unit) -> bool:
+        """Whether a unit is left to AdamW."""
+        return unit.explained is False or self._is_adamw(unit.weight)
 
     # Statistics ---------------------------------------------------------------------------------
 
-    def _wanted(self, unit: Unit) -> bool:
+    def _due(self, unit: Unit) -> bool:
         """Whether the next step updates the unit's factors."""
         due: bool = unit.group["step"] % unit.group["T"] == 0
         return due
 
-    def _measure(self, unit: Unit, x: Tensor, g: Tensor) -> Statistics:
-        """The contribution of one use of a layer with input ``x`` and output gradient ``g``."""
-        approximation, module = unit.group["kfac_approx"], unit.module
-        inputs, grads = unit.layer.inputs(module, x), unit.layer.grads(module, g)
-        ones = unit.bias is not None
-        A = flatten_rows(inputs, approximation, average=True, ones=ones)
-        B = flatten_rows(grads, approximation, average=False)
-        return Statistics(
-            self._statistic(unit, "K", A),
-            self._statistic(unit, "C", B),
-            rows=A.shape[-1],
-            samples=grads.shape[-3],
-            positions=grads.shape[-2],
-        )
+    def _wanted(self, unit: Unit) -> bool:
+        """Whether a pass that begins now is captured for the unit."""
+        off = self._paused or self._sampled or self._is_foreign(unit)
+        return self._due(unit) and not off
+
+    def _measure(self, unit: Unit, module: nn.Module, x: Tensor, g: Tensor) -> None:
+        """Take in one use of ``module`` with input ``x`` and output gradient ``g``."""
+        _ = self._buckets  # the factors exist from now on
+        approximation, layer = unit.group["kfac_approx"], unit.layer
+        grads, ones = layer.grads(module, g), unit.bias is not None
+        if isinstance(unit.members[self._sides[0]], Diagonal):
+            squares, rows = layer.square_sums(module, x, approximation, ones)
+            U_K: StructuredMatrix = Diagonal(squares)
+        else:
+            A, rows = layer.columns(module, x, approximation, ones)
+            U_K = self._statistic(unit, "K", A)
+        U_C = self._statistic(unit, "C", flatten_rows(grads, approximation, average=False))
+        samples, positions = grads.shape[-3:-1]
+        seen = Statistics(U_K, U_C, rows, samples, samples * positions)
+        unit.observe(module, seen, x, g)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within this context forward passes are not captured."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def count_terms(self, terms: float | Tensor) -> None:
+        """Say how many terms the loss of this backward pass is a mean over.
+
+        For means over a number that the layers cannot know, such as the tokens that are not
+        padding. Counts add up over backward passes, and replace those of ``loss_average`` at the
+        coming step.
+
+        Args:
+            terms: The number; a tensor costs no wait for the device.
+        """
+        self._terms = self._terms + terms
+
+    def close(self) -> None:
+        """Remove every hook from the model."""
+        self._capture.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def curvature(self) -> Iterator[None]:
+        """Within this context backward passes feed the curvature alone.
+
+        For the true Fisher: sample labels from the model's output and call ``backward`` on the loss
+        of them in here. Gradients are as before when it ends, and until the next step no other pass
+        is captured.
+        """
+        self._forget()
+        saved = [(p, p.grad) for group in self.param_groups for p in group["params"]]
+        for p, _ in saved:
+            p.grad = None
+        self._sampled = False
+        try:
+            yield
+        finally:
+            self._sampled = True
+            for p, grad in saved:
+                p.grad = grad
 
     # The step -----------------------------------------------------------------------------------
 
@@ -187,128 +315,76 @@ class KroneckerOptimizer(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update factors that are due, then every parameter that has a gradient.
 
+        If a gradient or a statistic is not finite, nothing is changed, and the step is counted in
+        ``self.skipped``.
+
         Args:
             closure: Evaluates the loss and its gradients; optional.
 
         Returns:
             The loss, if a closure was given.
+
+        Raises:
+            FloatingPointError: If ``max_skipped`` steps in a row were skipped.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        scale = getattr(self, "grad_scale", None)
-        if not self._found_inf():
-            if scale is not None:
-                grads = [
-                    p.grad for g in self.param_groups for p in g["params"] if p.grad is not None
-                ]
-                torch._foreach_mul_(grads, 1.0 / scale)
-            self._step(scale)
-        for unit in self._units:
-            unit.discard()
-        for group in self.param_groups:
-            if group["rule"] == KRONECKER:
-                group["step"] += 1
+        self._run(descend=True)
         return loss
 
-    def _found_inf(self) -> bool:
-        """Whether a GradScaler met infinities: then the step is skipped whole."""
-        found = getattr(self, "found_inf", None)
-        return found is not None and bool(found)
+    @torch.no_grad()
+    def precondition(self) -> None:
+        """Replace every gradient of a preconditioned layer by the preconditioned one, bounded.
 
-    def _step(self, scale: Tensor | None) -> None:
-        self._generators.clear()
-        directions: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
-        quadratic: list[Tensor] = []
-        for unit in self._units:
-            if unit.statistics is not None and self._wanted(unit):
-                self._update_from(unit, unit.statistics, scale)
-            if all(p.grad is None for p in unit.parameters):
-                continue
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in unit.parameters]
-            G = unit.join(grads[0], grads[1] if len(grads) > 1 else None)
-            natural = self._precondition(unit, G)
-            if unit.group["kl_clip"] is not None:
-                inner = torch.sum(natural.float() * G.float())
-                quadratic.append(unit.group["lr"] ** 2 * inner)
-            for p, direction in zip(unit.parameters, unit.split(natural), strict=True):
-                if p.grad is not None:
-                    directions.setdefault(id(self._groups[id(p)]), []).append((p, direction))
-        total = torch.stack([q.to(quadratic[0]) for q in quadratic]).sum() if quadratic else None
-        for group in self.param_groups:
-            if id(group) in directions:
-                self._move(group, directions[id(group)], total)
-        self._adamw.param_groups = [g for g in self.param_groups if g["rule"] == ADAMW]
-        if self._adamw.param_groups:
-            self._adamw.state = self.state
-            self._adamw.step()
+        Factors that are due are updated. The step of any other optimizer may follow: then this one
+        is only its preconditioner.
+        """
+        self._run(descend=False)
 
-    def _update_from(self, unit: Unit, seen: Statistics, scale: Tensor | None) -> None:
-        """Normalise the statistics, once, and update the factors."""
-        average = unit.group["loss_average"]
-        terms = {None: 1, "batch": seen.samples, "batch+sequence": seen.samples * seen.positions}
-        scale_C = terms[average] if scale is None else terms[average] / scale.double().square()
-        if seen.rows:
-            self._update(unit, seen, 1.0 / seen.rows, scale_C)
-
-    def _move(
-        self,
-        group: dict[str, Any],
-        moves: Sequence[tuple[nn.Parameter, Tensor]],
-        quadratic: Tensor | None,
-    ) -> None:
-        """Weight decay, momentum and the step, for one group."""
-        params: list[Tensor] = [p for p, _ in moves]
-        directions = [d.to(p.dtype) for p, d in moves]
-        if group["kl_clip"] is not None and quadratic is not None:
-            nu = trust_region(group["kl_clip"], quadratic)
-            torch._foreach_mul_(directions, nu.to(directions[0].dtype))
-        if group["weight_decay"] != 0:
-            torch._foreach_add_(directions, params, alpha=group["weight_decay"])
-        if group["momentum"] != 0:
-            buffers = []
-            for p in params:
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                buffers.append(state["momentum_buffer"])
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, directions)
-            directions = buffers
-        if all(p.dtype in (torch.float32, torch.float64) for p in params):
-            torch._foreach_add_(params, directions, alpha=-group["lr"])
+    def _run(self, *, descend: bool) -> None:
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and bool(found_inf):
+            self._forget()  # the GradScaler skips, and counts by itself
             return
-        for p, direction in zip(params, directions, strict=True):
-            moved = p.float() - group["lr"] * direction.float()
-            p.copy_(self._rounded(moved, p.dtype, group))
+        unscaled = found_inf is not None and scale is None  # by GradScaler.unscale_
+        if unscaled:
+            scale = _calling_scale()
+        step = Step(self, scale, unscaled=unscaled)
+        bad = step.run(descend=descend)
+        self._forget()
+        if bad is None:
+            self._skipped_in_row = 0
+            for group in self.param_groups:
+                if group["rule"] == KRONECKER:
+                    group["step"] += 1
+        else:
+            self.skipped += 1
+            self._skipped_in_row += 1
+        if self.telemetry is not None and step.report is not None:
+            self.telemetry({"skipped": self.skipped, **step.report})
+        if self.max_skipped is not None and self._skipped_in_row >= self.max_skipped > 0:
+            raise FloatingPointError(
+                f"{bad}: gradient or statistics not finite in {self._skipped_in_row} steps in a row"
+            )
 
-    def _rounded(self, x: Tensor, dtype: torch.dtype, group: Mapping[str, Any]) -> Tensor:
-        """Round stochastically, reproducibly from the seed and the number of the step."""
-        if x.device not in self._generators:
-            generator = torch.Generator(x.device)
-            generator.manual_seed((group["seed"] << 32) + group["step"])
-            self._generators[x.device] = generator
-        return stochastic_round(x, dtype, self._generators[x.device])
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset gradients, and forget the statistics that came with them."""
+    def _forget(self) -> None:
+        """Drop the statistics of the step that ended."""
+        self._terms, self._sampled = 0, False
         for unit in self._units:
             unit.discard()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset gradients, and forget the statistics that came with them.
+
+        What was collected under :meth:`curvature` stays: those gradients were never there.
+        """
+        if not self._sampled:
+            self._forget()
         super().zero_grad(set_to_none)
 
-    def close(self) -> None:
-        """Remove every hook from the model."""
-        self._capture.close()
-
     # Checkpoints --------------------------------------------------------------------------------
-
-    _identity: tuple[str, ...] = ()  # options that a checkpoint must share
-
-    def _expected_shapes(self, p: Tensor, unit: Unit | None) -> dict[str, Any]:
-        """Shapes of the state of a parameter, by key."""
-        like = checkpoint.shapes(p)
-        return {"momentum_buffer": like, "exp_avg": like, "exp_avg_sq": like}
 
     def state_dict(self) -> dict[str, Any]:
         """State and options as plain tensors, numbers and strings.
@@ -331,7 +407,10 @@ class KroneckerOptimizer(Optimizer):
         checkpoint.check_groups(self.param_groups, saved, ("rule", *self._identity))
         names = {id(p): name for name, p in self.model.named_parameters()}
         for p, number in checkpoint.pairs(self.param_groups, saved):
-            expected = self._expected_shapes(p, units.get(id(p)))
+            expected: dict[str, Any] = {"momentum_buffer": p, "exp_avg": p, "exp_avg_sq": p}
+            if id(p) in units:
+                fresh = self._fresh(units[id(p)], (), "meta")
+                expected |= {name: list(member.tensors()) for name, member in fresh.items()}
             checkpoint.check_state(names.get(id(p), "parameter"), state.get(number, {}), expected)
         groups = checkpoint.merged(self.param_groups, saved)
         super().load_state_dict({"state": state, "param_groups": groups})
@@ -340,6 +419,39 @@ class KroneckerOptimizer(Optimizer):
             if number in state:
                 self.state[p] = {k: checkpoint.copied(v, k, p) for k, v in state[number].items()}
         self._bind()
+
+
+def _calling_scale() -> Tensor | None:
+    """The scale of the GradScaler that is calling ``step``.
+
+    After ``unscale_`` it hands over no scale, for gradients need none any more; the statistics of
+    the backward pass still do.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, torch.amp.GradScaler):
+            return torch.tensor(caller.get_scale())
+    return None
+
+
+def _parameter(given: Any) -> Any:
+    """The parameter, of a parameter or a pair ``(name, parameter)``."""
+    return given[1] if isinstance(given, tuple) else given
+
+
+def _given(group: Mapping[str, Any]) -> Group:
+    """A parameter group as a dictionary whose ``"params"`` is a list."""
+    params = group["params"]
+    return {**group, "params": [params] if isinstance(params, Tensor) else list(params)}
+
+
+def _size(value: Any) -> int:
+    """Bytes of a tensor, or of all in a container."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(_size(v) for v in (value.values() if isinstance(value, dict) else value))
 
 
 def in_range(name: str, value: Any, low: float, high: float, *, open_end: bool = False) -> None:

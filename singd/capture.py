@@ -5,20 +5,25 @@ the way autograd does. So the input is shared with autograd, freed with it, reco
 activation checkpointing, and there again for a second backward. In-place activations may follow.
 
 What a backward pass sees becomes part of the statistics when the pass adds to ``weight.grad``;
-``torch.autograd.grad`` for another purpose leaves no trace.
+``torch.autograd.grad`` for another purpose leaves no trace. The first pass is checked: if what the
+hooks saw does not explain the gradient (the weight is also used in another way), the unit is
+``unexplained`` and must not be preconditioned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from singd.layers import Layer
-from structured import StructuredMatrix
+from singd._layer import Layer
+from structured import Structure, StructuredMatrix
+
+_PROBES = 8
 
 
 @dataclass
@@ -29,38 +34,43 @@ class Statistics:
     U_C: StructuredMatrix  # of the output gradients
     rows: int  # R, of inputs
     samples: int  # N
-    positions: int  # P, shared positions of a sample
+    terms: int  # N P, counting every shared position of a sample
 
     def add(self, other: Statistics) -> None:
         """Include another backward pass."""
         self._sum(other)
         self.samples += other.samples
+        self.terms += other.terms
 
     def reuse(self, other: Statistics) -> None:
         """Include another use of the layer in the same pass: more rows, the same samples."""
         self._sum(other)
         self.samples = max(self.samples, other.samples)
+        self.terms = max(self.terms, other.terms)
 
     def _sum(self, other: Statistics) -> None:
         self.U_K, self.U_C = self.U_K + other.U_K, self.U_C + other.U_C
         self.rows += other.rows
-        self.positions = max(self.positions, other.positions)
 
 
 @dataclass(eq=False)
 class Unit:
     """A weight matrix that is preconditioned, its layer, and what was seen of it."""
 
-    name: str
+    name: str  # of the weight, in the model
     modules: list[nn.Module]  # more than one if they share the weight
     layer: Layer
     weight: nn.Parameter
     bias: nn.Parameter | None
-    group: dict[str, Any]  # the parameter group of the weight
-    statistics: Statistics | None = None
-    pending: Statistics | None = None
-    pass_id: int = -1
+    group: dict[str, Any] = field(default_factory=dict)  # the parameter group of the weight
+    structures: tuple[Structure, ...] = ()
     members: dict[str, StructuredMatrix] = field(default_factory=dict)  # its factors, by name
+    statistics: Statistics | None = None
+    pending: Statistics | None = None  # of the pass under way
+    pass_id: int = -1
+    passed_by: bool = False  # a forward since the last step was not wanted
+    explained: bool | None = None  # whether the first pass explained the gradient
+    probes: tuple[Tensor, Tensor] | None = None  # of the gradient: before the pass, seen in it
 
     @property
     def module(self) -> nn.Module:
@@ -78,24 +88,28 @@ class Unit:
         """Weight and bias, if there is one."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
-    def join(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Weight and bias (or gradients of them) as one matrix ``[..., d_out, d_in]``."""
-        matrix = self.layer.to_matrix(self.module, weight)
-        if bias is None:
-            return matrix
-        return torch.cat([matrix, bias.reshape(*matrix.shape[:-1], 1)], -1)
-
     def split(self, matrix: Tensor) -> list[Tensor]:
-        """The inverse of :meth:`join`, for :attr:`parameters`."""
+        """A matrix ``[..., d_out, d_in]`` as views shaped like :attr:`parameters`."""
         if self.bias is None:
             return [self.layer.from_matrix(self.module, matrix)]
         weight = self.layer.from_matrix(self.module, matrix[..., :-1])
         return [weight, matrix[..., -1].reshape(self.bias.shape)]
 
-    def observe(self, seen: Statistics) -> None:
-        """Hold what one use of the layer contributed until the pass reaches the weight."""
+    # What is seen -------------------------------------------------------------------------------
+
+    def observe(self, module: nn.Module, seen: Statistics, x: Tensor, g: Tensor) -> None:
+        """Hold what one use of ``module`` contributed until the pass reaches the weight."""
         current = torch._C._current_graph_task_id()
-        if self.pending is not None and self.pass_id == current:
+        again = self.pending is not None and self.pass_id == current
+        if self.explained is None:
+            *_, d_out, d_in = self.layer.shape(module)
+            u, v = _directions(d_in, g.device), _directions(d_out, g.device)
+            explained = self.layer.contract(module, x, g, u, v)
+            if again and self.probes is not None:
+                self.probes = (self.probes[0], self.probes[1] + explained)
+            else:
+                self.probes = (self._probe_gradient(), explained)
+        if again and self.pending is not None:
             self.pending.reuse(seen)
         else:
             self.pending, self.pass_id = seen, current
@@ -103,7 +117,13 @@ class Unit:
     def commit(self, _: Tensor | None = None) -> None:
         """The pass has added to ``weight.grad``: what it saw counts."""
         if self.pending is None or self.pass_id != torch._C._current_graph_task_id():
+            if not self.passed_by and self.explained is None:
+                self.explained = False
             return
+        if self.explained is None and self.probes is not None:
+            before, seen = self.probes
+            self.explained = _parallel(self._probe_gradient() - before, seen)
+            self.probes = None
         if self.statistics is None:
             self.statistics = self.pending
         else:
@@ -112,7 +132,29 @@ class Unit:
 
     def discard(self) -> None:
         """Forget what was seen since the last step."""
-        self.statistics = self.pending = None
+        self.statistics = self.pending = self.probes = None
+        self.passed_by = False
+
+    def _probe_gradient(self) -> Tensor:
+        """``v^T G u`` for a few random ``u`` and ``v``, of ``weight.grad``, ``[..., probes]``."""
+        grad = self.weight.grad
+        *batch, d_out, d_in = self.layer.shape(self.module)
+        if grad is None:
+            return torch.zeros(*batch, _PROBES, device=self.weight.device)
+        u, v = _directions(d_in, grad.device), _directions(d_out, grad.device)
+        return ((self.layer.to_matrix(self.module, grad).to(u) @ u) * v).sum(-2)
+
+
+def _directions(n: int, device: torch.device) -> Tensor:
+    """Random directions ``[n, probes]``, always the same."""
+    return torch.randn(n, _PROBES, generator=torch.Generator().manual_seed(n)).to(device)
+
+
+def _parallel(gradient: Tensor, seen: Tensor) -> bool:
+    """Whether the two agree but for a positive factor (of a gradient scaler, of averaging)."""
+    gradient, seen = gradient.flatten().double(), seen.flatten().double()
+    norms = gradient.norm() * seen.norm()
+    return bool(gradient @ seen >= 0.99 * norms) or not bool(norms.isfinite())
 
 
 class _Tap(torch.autograd.Function):
@@ -136,13 +178,14 @@ class Capture:
 
     Args:
         wanted: Whether a unit's next statistics will be used.
-        measure: Turns a unit, an input and an output gradient into :class:`Statistics`.
+        measure: Called in the backward pass with a unit, the module of it that was used, an input
+            and an output gradient.
     """
 
     def __init__(
         self,
         wanted: Callable[[Unit], bool],
-        measure: Callable[[Unit, Tensor, Tensor], Statistics],
+        measure: Callable[[Unit, nn.Module, Tensor, Tensor], None],
     ) -> None:
         self.wanted, self.measure = wanted, measure
         self.handles: list[Any] = []
@@ -156,19 +199,19 @@ class Capture:
             self.handles.append(unit.weight.register_post_accumulate_grad_hook(unit.commit))
 
     def _forward_hook(self, unit: Unit) -> Callable[..., Tensor | None]:
-        def seen(x: Tensor, g: Tensor) -> None:
-            unit.observe(self.measure(unit, x, g))
-
         @torch.compiler.disable
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> Tensor | None:
-            if not (torch.is_grad_enabled() and unit.weight.requires_grad and self.wanted(unit)):
+            if not (torch.is_grad_enabled() and unit.weight.requires_grad):
                 return None
             if torch._C._are_functorch_transforms_active():
                 return None
+            if not self.wanted(unit):
+                unit.passed_by = True
+                return None
             x = args[0] if args else next(iter(kwargs.values()))
-            tapped: Tensor = _Tap.apply(output, x, seen)
+            tapped: Tensor = _Tap.apply(output, x, partial(self.measure, unit, module))
             return tapped
 
         return hook

@@ -17,7 +17,9 @@ def plain(value: Any) -> Any:
     """An option as a checkpoint holds it: classes and structures as specs, inside tuples too."""
     if isinstance(value, tuple | list):
         return type(value)(plain(v) for v in value)
-    if isinstance(value, Structure | type):
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, Structure) or callable(value):
         return str(parse(value))
     return value
 
@@ -47,10 +49,10 @@ def check_groups(ours: Sequence[Group], saved: Sequence[Group], keys: Sequence[s
         raise ValueError(f"load_state_dict: expected {len(ours)} groups, got {len(saved)}")
     for index, (own, other) in enumerate(zip(ours, saved, strict=True)):
         for key in keys:
-            if key in own and plain(own[key]) != other.get(key):
+            expected, got = plain(own.get(key)), other.get(key)
+            if expected != got:
                 raise ValueError(
-                    f"load_state_dict: group {index}: expected {key} = {plain(own[key])!r}, "
-                    f"got {other.get(key)!r}"
+                    f"load_state_dict: group {index}: expected {key} = {expected!r}, got {got!r}"
                 )
         if len(own["params"]) != len(other["params"]):
             raise ValueError(
@@ -62,9 +64,9 @@ def check_groups(ours: Sequence[Group], saved: Sequence[Group], keys: Sequence[s
 def check_state(name: str, state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raise unless the saved tensors of the parameter ``name`` have the expected shapes."""
     for key, value in state.items():
-        if key in expected and shapes(value) != expected[key]:
+        if key in expected and shapes(value) != shapes(expected[key]):
             raise ValueError(
-                f"load_state_dict: {name}: expected {key} of shape {expected[key]}, "
+                f"load_state_dict: {name}: expected {key} of shape {shapes(expected[key])}, "
                 f"got {shapes(value)}"
             )
 
@@ -84,4 +86,4 @@ def copied(value: Any, key: str, p: Tensor) -> Any:
 
 
 def _is_function(name: str, value: Any) -> bool:
-    return name != "structures" and callable(value)
+    return name not in ("structures", "wide_structure") and callable(value)

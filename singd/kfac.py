@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from singd import update
-from singd.base import KroneckerOptimizer, in_range
-from singd.capture import Statistics, Unit
+from singd.base import Group, KroneckerOptimizer, in_range
+from singd.capture import Unit
+from singd.grouping import Members
 from structured import Dense, StructuredMatrix
 
 
@@ -27,6 +28,8 @@ class KFAC(KroneckerOptimizer):
         torch.linalg.LinAlgError: In ``step``, if a damped factor is not positive definite.
     """
 
+    _sides = ("S_K", "S_C")
+
     def __init__(
         self,
         model: nn.Module,
@@ -42,6 +45,9 @@ class KFAC(KroneckerOptimizer):
         kl_clip: float | None = 1e-4,
         adamw: Mapping[str, Any] | None = None,
         seed: int = 0,
+        max_skipped: int | None = 10,
+        telemetry: Callable[[dict[str, Any]], None] | None = None,
+        process_group: Any = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -55,40 +61,37 @@ class KFAC(KroneckerOptimizer):
             "kl_clip": kl_clip,
             "seed": seed,
         }
-        super().__init__(model, params, defaults, adamw)
+        super().__init__(model, params, defaults, adamw, (), max_skipped, telemetry, process_group)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         in_range("lr_cov", group["lr_cov"], 0.0, 1.0)
 
+    def _fresh(self, unit: Unit, batch: tuple[int, ...], device: torch.device | str) -> Members:
+        *inner, d_out, d_in = unit.shape
+        wide = torch.promote_types(unit.weight.dtype, torch.float32)
+        members: Members = {}
+        for side, n in (("K", d_in), ("C", d_out)):
+            for name in ("S", "inverse"):
+                shape = (*batch, *inner)
+                eye = Dense.identity(n, batch_shape=shape, dtype=wide, device=device)
+                members[f"{name}_{side}"] = eye
+        return members
+
     def _statistic(self, unit: Unit, side: str, X: Tensor) -> StructuredMatrix:
-        wide = torch.promote_types(X.dtype, torch.float32)
-        template = Dense.zeros(X.shape[-2], dtype=wide, device=X.device)
-        return template.project_gram(X.to(wide))
+        S = unit.members[f"S_{side}"]
+        return S.project_gram(X.to(S.dtype))
 
     def _update(
-        self, unit: Unit, seen: Statistics, scale_K: float, scale_C: Tensor | float
-    ) -> None:
-        state, group = self.state[unit.weight], unit.group
-        for side, S in (("K", scale_K * seen.U_K), ("C", scale_C * seen.U_C)):
-            new = S.to_dense()
-            eye = torch.eye(S.n, dtype=new.dtype, device=new.device).expand_as(new)
-            average = update.moving_average(state.get(f"S_{side}", eye), new, group["lr_cov"])
-            state[f"inverse_{side}"] = update.damped_inverse(average, group["damping"])
-            state[f"S_{side}"] = average
+        self, group: Group, old: Members, U_K: StructuredMatrix, U_C: StructuredMatrix
+    ) -> Members:
+        new: Members = {}
+        for side, U in (("K", U_K), ("C", U_C)):
+            S = update.moving_average(old[f"S_{side}"], U, group["lr_cov"])
+            inverse = update.damped_inverse(S.to_dense(), group["damping"])
+            new |= {f"S_{side}": S, f"inverse_{side}": Dense(inverse)}
+        return new
 
-    def _precondition(self, unit: Unit, G: Tensor) -> Tensor:
-        state = self.state[unit.weight]
-        if "inverse_K" not in state:  # nothing seen yet: the identity
-            return G.clone()
-        inverse_K, inverse_C = state["inverse_K"], state["inverse_C"]
-        return (inverse_C @ G.to(inverse_C.dtype) @ inverse_K).to(G.dtype)
-
-    def _expected_shapes(self, p: Tensor, unit: Unit | None) -> dict[str, Any]:
-        expected = super()._expected_shapes(p, unit)
-        if unit is not None:
-            *batch, d_out, d_in = unit.shape
-            for side, n in (("K", d_in), ("C", d_out)):
-                like = [*batch, n, n]
-                expected |= {f"S_{side}": like, f"inverse_{side}": like}
-        return expected
+    def _precondition(self, members: Members, products: Members, G: Tensor) -> Tensor:
+        K, C = members["inverse_K"], members["inverse_C"]
+        return update.precondition_products(K, C, G.to(K.dtype)).to(G.dtype)

@@ -1,112 +1,157 @@
-"""What each type of layer contributes: one table, :data:`LAYERS`.
-
-A layer is seen as a matrix product: for each of ``N`` samples and ``P`` shared positions, a vector
-of ``d_in`` inputs is multiplied by the weight matrix ``[d_out, d_in]``. Leading dimensions ``...``
-hold independent products side by side (the groups of a convolution).
-"""
+"""What each type of layer contributes: one table, :data:`LAYERS`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from singd._layer import Layer
+from singd.convolution import Convolution, TransposedConvolution
 
 
-class Layer:
-    """How to read a type of layer as a matrix product. Derive and register for your own.
-
-    The default is right for a layer whose weight is ``[d_out, d_in]`` and which maps
-    ``[N, ..., d_in]`` to ``[N, ..., d_out]``, such as :class:`torch.nn.Linear`.
-    """
+class Transposed(Layer):
+    """Linear layers whose weight is ``[d_in, d_out]``."""
 
     def shape(self, module: Any) -> tuple[int, ...]:
-        """``(..., d_out, d_in)``, without bias."""
-        shape: tuple[int, ...] = tuple(module.weight.shape)
-        return shape
-
-    def inputs(self, module: Any, x: Tensor) -> Tensor:
-        """The inputs of the product, ``[..., N, P, d_in]``, from the input of the layer."""
-        return _positions(x)
-
-    def grads(self, module: Any, g: Tensor) -> Tensor:
-        """Gradients of the product, ``[..., N, P, d_out]``, from those of the layer's output."""
-        return _positions(g)
+        """``(d_out, d_in)``."""
+        d_in, d_out = module.weight.shape
+        return d_out, d_in
 
     def to_matrix(self, module: Any, weight: Tensor) -> Tensor:
-        """The weight, or its gradient, as ``[..., d_out, d_in]``."""
-        return weight.reshape(self.shape(module))
+        """``[d_out, d_in]``."""
+        return weight.mT
 
     def from_matrix(self, module: Any, matrix: Tensor) -> Tensor:
-        """The inverse of :meth:`to_matrix`."""
-        return matrix.reshape(module.weight.shape)
+        """``[d_in, d_out]``."""
+        return matrix.mT
 
 
-def _positions(x: Tensor) -> Tensor:
-    """``[N, ..., d]`` (or ``[d]``) as ``[N, P, d]``."""
-    return x.reshape(1, 1, -1) if x.ndim == 1 else x.reshape(x.shape[0], -1, x.shape[-1])
+class Embedding(Transposed):
+    """Embeddings: the input picks a row, so its factor is diagonal and counts how often."""
 
-
-class Convolution(Layer):
-    """Convolutions in one, two or three dimensions: every position sees one patch of the input."""
-
-    def shape(self, module: Any) -> tuple[int, ...]:
-        """``(d_out, d_in)``, or ``(groups, d_out / groups, d_in)``."""
-        d_out, *rest = module.weight.shape
-        d_in = torch.Size(rest).numel()
-        groups = module.groups
-        return (d_out, d_in) if groups == 1 else (groups, d_out // groups, d_in)
+    input_structure = "diagonal"
 
     def inputs(self, module: Any, x: Tensor) -> Tensor:
-        """The patches, ``[(groups,) N, P, d_in]``."""
-        kernel = module.kernel_size
-        x = self._padded(module, x if x.ndim == len(kernel) + 2 else x[None])
-        for d, (size, stride, dilation) in enumerate(
-            zip(kernel, module.stride, module.dilation, strict=True)
-        ):
-            x = x.unfold(2 + d, dilation * (size - 1) + 1, stride)[..., ::dilation]
-        # [N, channels, *positions, *kernel] -> [N, P, groups, channels / groups * kernel]
-        N, _, *positions = x.shape[: 2 + len(kernel)]
-        patches = x.movedim(1, 1 + len(kernel)).reshape(
-            N, torch.Size(positions).numel(), module.groups, -1
-        )
-        return patches[:, :, 0] if module.groups == 1 else patches.movedim(2, 0)
+        """One-hot rows, ``[N, P, d_in]``; the padding row is never picked."""
+        hot = F.one_hot(x.reshape(x.shape[0] if x.ndim else 1, -1), module.num_embeddings)
+        if module.padding_idx is not None:
+            hot[..., module.padding_idx] = 0
+        return hot.to(module.weight.dtype)
+
+    def square_sums(
+        self, module: Any, x: Tensor, approximation: str, ones: bool
+    ) -> tuple[Tensor, int]:
+        """How often every row was picked."""
+        counts = torch.bincount(x.flatten(), minlength=module.num_embeddings)
+        if module.padding_idx is not None:
+            counts[module.padding_idx] = 0
+        return counts.to(torch.promote_types(module.weight.dtype, torch.float32)), x.numel()
+
+    def contract(self, module: Any, x: Tensor, g: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """As :meth:`Layer.contract`; the padding row has no gradient."""
+        u = u.clone()
+        if module.padding_idx is not None:
+            u[module.padding_idx] = 0
+        return ((g.flatten(0, -2).to(v) @ v) * u[x.flatten()]).sum(0)
+
+
+class Normalization(Layer):
+    """Scale and shift of a normalization: for each of them a product of its own, ``[d, 1, 1]``."""
+
+    def __init__(self, normalize: Callable[[Any, Tensor], Tensor], channels_last: bool) -> None:
+        self.normalize, self.channels_last = normalize, channels_last
+
+    def shape(self, module: Any) -> tuple[int, ...]:
+        """``(d, 1, 1)``."""
+        return module.weight.numel(), 1, 1
+
+    def inputs(self, module: Any, x: Tensor) -> Tensor:
+        """The normalized input, ``[d, N, P, 1]``."""
+        return self._split(module, self.normalize(module, x))
 
     def grads(self, module: Any, g: Tensor) -> Tensor:
-        """``[(groups,) N, P, d_out / groups]``."""
-        g = g if g.ndim == len(module.kernel_size) + 2 else g[None]
-        flat = g.reshape(g.shape[0], module.groups, g.shape[1] // module.groups, -1)
-        return flat[:, 0].mT if module.groups == 1 else flat.movedim(1, 0).mT
+        """``[d, N, P, 1]``."""
+        return self._split(module, g)
 
-    def _padded(self, module: Any, x: Tensor) -> Tensor:
-        """``x`` with the padding that the layer adds, by number, ``"same"`` or ``"valid"``."""
-        padding = module.padding
-        if padding == "valid":
-            return x
-        if padding == "same":
-            totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-            sides = [(total // 2, total - total // 2) for total in totals]
+    def _split(self, module: Any, x: Tensor) -> Tensor:
+        d = module.weight.numel()
+        if self.channels_last:
+            rows = x.reshape(x.shape[0] if x.ndim > module.weight.ndim else 1, -1, d)
         else:
-            sides = [(p, p) for p in padding]
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        flat = [side for pair in reversed(sides) for side in pair]
-        return nn.functional.pad(x, flat, mode=mode)
+            rows = x.reshape(*x.shape[:2], -1).mT
+        return rows.movedim(-1, 0)[..., None]
 
 
-#: Types of layers that are preconditioned. Subclasses are found through their base.
-LAYERS: dict[type[nn.Module], Layer] = {
+def _batch_norm(m: Any, x: Tensor) -> Tensor:
+    batch_statistics = m.training or m.running_mean is None
+    mean, var = (None, None) if batch_statistics else (m.running_mean, m.running_var)
+    return F.batch_norm(x, mean, var, training=batch_statistics, eps=m.eps)
+
+
+def _layer_norm(m: Any, x: Tensor) -> Tensor:
+    return F.layer_norm(x, m.normalized_shape, eps=m.eps)
+
+
+def _rms_norm(m: Any, x: Tensor) -> Tensor:
+    return F.rms_norm(x, list(m.normalized_shape), eps=m.eps)
+
+
+def _group_norm(m: Any, x: Tensor) -> Tensor:
+    return F.group_norm(x, m.num_groups, eps=m.eps)
+
+
+_BATCH_NORM = Normalization(_batch_norm, channels_last=False)
+
+#: Types of layers that are preconditioned; subclasses are found through their base. ``None`` means
+#: that AdamW trains them.
+LAYERS: dict[type[nn.Module], Layer | None] = {
     nn.Linear: Layer(),
+    nn.modules.linear.NonDynamicallyQuantizableLinear: None,  # inside MultiheadAttention
     nn.Conv1d: Convolution(),
     nn.Conv2d: Convolution(),
     nn.Conv3d: Convolution(),
+    nn.ConvTranspose1d: TransposedConvolution(),
+    nn.ConvTranspose2d: TransposedConvolution(),
+    nn.ConvTranspose3d: TransposedConvolution(),
+}
+
+#: Further types, preconditioned where ``SINGD(..., layers=...)`` names them.
+OPTIONAL: dict[type[nn.Module], Layer] = {
+    nn.Embedding: Embedding(),
+    nn.LayerNorm: Normalization(_layer_norm, channels_last=True),
+    nn.RMSNorm: Normalization(_rms_norm, channels_last=True),
+    nn.GroupNorm: Normalization(_group_norm, channels_last=False),
+    nn.BatchNorm1d: _BATCH_NORM,
+    nn.BatchNorm2d: _BATCH_NORM,
+    nn.BatchNorm3d: _BATCH_NORM,
+}
+
+#: Types of other packages, by name, so that they need not be imported.
+FOREIGN: dict[str, Layer] = {
+    "transformers.pytorch_utils.Conv1D": Transposed(),
+    "torch_geometric.nn.dense.linear.Linear": Layer(),
 }
 
 
-def find_layer(module: nn.Module) -> Layer | None:
-    """The entry of the table for ``module``, or ``None``."""
+def find_layer(module: nn.Module, optional: Collection[type[nn.Module]] = ()) -> Layer | None:
+    """The entry of the tables for ``module``, or ``None``.
+
+    Args:
+        module: Any module.
+        optional: The types of :data:`OPTIONAL` that count.
+    """
     for cls in type(module).__mro__:
         if cls in LAYERS:
             return LAYERS[cls]
+        if cls in OPTIONAL and cls in optional:
+            return OPTIONAL[cls]
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        if name in FOREIGN:
+            return FOREIGN[name]
     return None
 
 
@@ -126,24 +171,3 @@ def register_layer(module_type: type[nn.Module], layer: Layer) -> None:
     if not isinstance(layer, Layer):
         raise TypeError(f"register_layer: expected a Layer, got {type(layer).__name__}")
     LAYERS[module_type] = layer
-
-
-def flatten_rows(
-    values: Tensor, approximation: str, *, average: bool, ones: bool = False
-) -> Tensor:
-    """``[..., N, P, d]`` as the columns ``[..., d (+ 1), R]`` of ``A`` or ``B``.
-
-    KFAC-expand keeps every shared position as a row, KFAC-reduce averages inputs and sums gradients
-    over them first (Eschenhagen et al., arXiv 2311.00636).
-
-    Args:
-        values: From :meth:`Layer.inputs` or :meth:`Layer.grads`.
-        approximation: ``"expand"`` or ``"reduce"``.
-        average: Under ``"reduce"``, average (inputs) or sum (gradients).
-        ones: Append the constant input of a bias.
-    """
-    if approximation == "reduce":
-        rows = values.mean(-2) if average else values.sum(-2)
-    else:
-        rows = values.flatten(-3, -2)
-    return (nn.functional.pad(rows, (0, 1), value=1.0) if ones else rows).mT

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from fnmatch import fnmatch
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from singd import checkpoint, update
-from singd.base import KroneckerOptimizer, in_range
-from singd.capture import Statistics, Unit
-from structured import StructuredMatrix, StructureLike, parse
+from singd import update
+from singd.base import Group, KroneckerOptimizer, in_range
+from singd.capture import Unit
+from singd.grouping import Members
+from structured import Structure, StructuredMatrix, StructureLike, parse
+
+Structures: TypeAlias = tuple[StructureLike, StructureLike]
 
 
 class SINGD(KroneckerOptimizer):
@@ -39,7 +43,8 @@ class SINGD(KroneckerOptimizer):
             ``"batch+sequence"`` (samples times shared positions), or ``None`` for a sum.
         lr_cov: Step size of the factors (beta_1), or a function of the step number.
         structures: Structures of K (input side) and C (output side): specs, classes or callables,
-            see :func:`structured.parse`.
+            see :func:`structured.parse`. Or a mapping from patterns of parameter names, as for
+            :mod:`fnmatch`, to such pairs: the first that matches counts, dense if none does.
         kfac_approx: ``"expand"`` or ``"reduce"`` for layers that share their weight over positions
             (Eschenhagen et al., arXiv 2311.00636).
         warn_unsupported: Accepted for scripts written for PyPI ``singd``; nothing is left
@@ -53,14 +58,31 @@ class SINGD(KroneckerOptimizer):
             exceeds 1.
         kl_clip: Bound ``kappa`` of every step: scaled down so that ``lr^2 <natural gradient,
             gradient>`` does not exceed it. ``None`` for the paper's bare rule.
+        factor_clip: Bound, in (0, 1], of ``||lr_cov m_K||_F`` at every update of K, and so of C:
+            they stay invertible, and in range whatever the scale of inputs and gradients. ``None``
+            for the paper's bare rule.
+        keep_products: Keep ``K K^T`` and ``C C^T`` between updates of the factors where their
+            structure allows: half the work of a step, for the memory of K and C once more.
+        max_dim: A factor wider than this takes ``wide_structure`` instead; ``None`` for no limit.
+        wide_structure: See ``max_dim``.
+        layers: Further types to precondition: embeddings and normalizations, as listed in
+            :data:`singd.layers.OPTIONAL`.
         adamw: Options of :class:`torch.optim.AdamW` for all other parameters.
         seed: Of the stochastic rounding.
+        max_skipped: Steps in a row that may be skipped since a gradient or statistic was not
+            finite, before that is an error. ``None`` looks for nothing, and spares the wait for
+            the device that it takes.
+        telemetry: Called after every step with a dictionary: per layer the norms of gradient and
+            preconditioned gradient and the residuals of K and C, the factor of the trust region,
+            and the number of skipped steps. Costs nothing if ``None``.
+        process_group: Of the ranks that share the data, if not all do. Statistics are summed over
+            it, and gradients averaged unless ``model`` is wrapped in DistributedDataParallel.
 
     Raises:
         ValueError: If an option is out of range.
     """
 
-    _identity = ("structures", "kfac_like")
+    _identity = ("structures", "kfac_like", "max_dim", "wide_structure")
 
     def __init__(
         self,
@@ -74,7 +96,7 @@ class SINGD(KroneckerOptimizer):
         T: int = 10,
         loss_average: str | None = "batch",
         lr_cov: float | Callable[[int], float] = 1e-2,
-        structures: tuple[StructureLike, StructureLike] = ("dense", "dense"),
+        structures: Structures | Mapping[str, Structures] = ("dense", "dense"),
         kfac_approx: str = "expand",
         warn_unsupported: bool = True,
         kfac_like: bool = False,
@@ -82,8 +104,16 @@ class SINGD(KroneckerOptimizer):
         init_grad_scale: float = 1.0,
         normalize_lr_cov: bool = False,
         kl_clip: float | None = 1e-4,
+        factor_clip: float | None = 0.5,
+        keep_products: bool = True,
+        max_dim: int | None = 8192,
+        wide_structure: StructureLike = "diagonal",
+        layers: Collection[type[nn.Module]] = (),
         adamw: Mapping[str, Any] | None = None,
         seed: int = 0,
+        max_skipped: int | None = 10,
+        telemetry: Callable[[dict[str, Any]], None] | None = None,
+        process_group: Any = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -100,100 +130,123 @@ class SINGD(KroneckerOptimizer):
             "preconditioner_dtype": preconditioner_dtype,
             "normalize_lr_cov": normalize_lr_cov,
             "kl_clip": kl_clip,
+            "factor_clip": factor_clip,
+            "keep_products": keep_products,
+            "max_dim": max_dim,
+            "wide_structure": wide_structure,
             "seed": seed,
         }
-        super().__init__(model, params, defaults, adamw)
+        super().__init__(
+            model, params, defaults, adamw, layers, max_skipped, telemetry, process_group
+        )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         in_range("alpha1", group["alpha1"], 0.0, 1.0, open_end=True)
         if not callable(group["lr_cov"]):
             in_range("lr_cov", group["lr_cov"], 0.0, float("inf"))
-        for name in ("structures", "preconditioner_dtype"):
-            if not isinstance(group[name], tuple | list) or len(group[name]) != 2:
-                raise ValueError(f"{name}: expected a pair, for K and for C, got {group[name]!r}")
-        for spec in group["structures"]:
+        if group["factor_clip"] is not None:
+            in_range("factor_clip", group["factor_clip"], 1e-6, 1.0)
+        if group["max_dim"] is not None:
+            in_range("max_dim", group["max_dim"], 0, float("inf"))
+        given = group["structures"]
+        pairs = list(given.values()) if isinstance(given, Mapping) else [given]
+        for pair in (*pairs, group["preconditioner_dtype"]):
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise ValueError(
+                    "structures, preconditioner_dtype: expected a pair, for K and for C, "
+                    f"got {pair!r}"
+                )
+        for spec in (group["wide_structure"], *(spec for pair in pairs for spec in pair)):
             parse(spec)
 
-    # State --------------------------------------------------------------------------------------
+    # What is stored -----------------------------------------------------------------------------
 
-    def _attach(self, unit: Unit) -> None:
-        unit.members.clear()
+    def _structures(self, unit: Unit) -> tuple[Structure, ...]:
+        given, limit = unit.group["structures"], unit.group["max_dim"]
+        if isinstance(given, Mapping):
+            matching = [pair for pattern, pair in given.items() if fnmatch(unit.name, pattern)]
+            given = matching[0] if matching else ("dense", "dense")
+        *_, d_out, d_in = unit.layer.shape(unit.module)
+        sides = [(d_in, unit.layer.input_structure or given[0]), (d_out, given[1])]
+        wide = unit.group["wide_structure"]
+        return tuple(parse(wide if limit is not None and n > limit else s) for n, s in sides)
 
-    def _member(self, unit: Unit, name: str) -> StructuredMatrix:
-        """``K``, ``C``, ``m_K`` or ``m_C`` of a unit; its tensors are those in the state."""
-        if name not in unit.members:
-            state, device = self.state[unit.weight], unit.weight.device
-            zero = self._zero(unit, name[-1], "meta" if name in state else device)
-            if name not in state:
-                first = zero if name.startswith("m_") else zero.add_scaled_identity(1.0)
-                state[name] = list(first.tensors())
-            unit.members[name] = zero.with_tensors(state[name])
-        return unit.members[name]
-
-    def _zero(self, unit: Unit, side: str, device: torch.device | str) -> StructuredMatrix:
-        """The zero member of the structure of ``side``, ``"K"`` or ``"C"``."""
-        *batch, d_out, d_in = unit.shape
-        index = "KC".index(side)
-        dtype = unit.group["preconditioner_dtype"][index] or unit.weight.dtype
-        structure = parse(unit.group["structures"][index])
-        n = (d_in, d_out)[index]
-        return structure(n, batch_shape=tuple(batch), dtype=dtype, device=device)
-
-    def _expected_shapes(self, p: Tensor, unit: Unit | None) -> dict[str, Any]:
-        expected = super()._expected_shapes(p, unit)
-        if unit is not None:
-            for side in "KC":
-                like = checkpoint.shapes(self._zero(unit, side, "meta").tensors())
-                expected |= {side: like, f"m_{side}": like}
-        return expected
+    def _fresh(self, unit: Unit, batch: tuple[int, ...], device: torch.device | str) -> Members:
+        *inner, d_out, d_in = unit.shape
+        members: Members = {}
+        for index, (side, n) in enumerate((("K", d_in), ("C", d_out))):
+            dtype = unit.group["preconditioner_dtype"][index] or unit.weight.dtype
+            shape = (*batch, *inner)
+            zero = unit.structures[index](n, batch_shape=shape, dtype=dtype, device=device)
+            members[side] = zero.add_scaled_identity(1.0)
+            if unit.group["alpha1"] and not unit.group["kfac_like"]:
+                members[f"m_{side}"] = zero
+        return members
 
     # The rule -----------------------------------------------------------------------------------
 
     def _statistic(self, unit: Unit, side: str, X: Tensor) -> StructuredMatrix:
-        K = self._member(unit, side)
+        K = unit.members[side]
         compute = torch.float32 if X.dtype == torch.float16 else X.dtype
         wide = torch.promote_types(compute, torch.float32)
         return update.statistic(K.to(compute), X.to(compute)).to(wide)
 
     def _update(
-        self, unit: Unit, seen: Statistics, scale_K: float, scale_C: Tensor | float
-    ) -> None:
-        group = unit.group
-        U_K, U_C = scale_K * seen.U_K, scale_C * seen.U_C
-        K = self._member(unit, "K").to(U_K.dtype)
-        C = self._member(unit, "C").to(U_C.dtype)
-        H_K, H_C = update.curvature(K, U_K), update.curvature(C, U_C)
+        self, group: Group, old: Members, U_K: StructuredMatrix, U_C: StructuredMatrix
+    ) -> Members:
+        K, C = _wide(old["K"], U_K), _wide(old["C"], U_C)
+        H_K, H_C = update.curvature(K, U_K.to(K.dtype)), update.curvature(C, U_C.to(C.dtype))
         if group["kfac_like"]:
             m_K = update.ikfac_momentum(K, H_K, group["damping"])
             m_C = update.ikfac_momentum(C, H_C, group["damping"])
         else:
             m_K, m_C = update.singd_momenta(K, C, H_K, H_C, group["damping"])
-        for name, factor, m in (("K", K, m_K), ("C", C, m_C)):
-            self._move_factor(unit, name, factor, m)
+        new: Members = {}
+        for side, factor, m in (("K", K, m_K), ("C", C, m_C)):
+            new |= self._move_factor(group, side, factor, m, old.get(f"m_{side}"))
+        return new
 
     def _move_factor(
-        self, unit: Unit, name: str, K: StructuredMatrix, m_K: StructuredMatrix
-    ) -> None:
+        self,
+        group: Group,
+        side: str,
+        K: StructuredMatrix,
+        m_K: StructuredMatrix,
+        old: StructuredMatrix | None,
+    ) -> Members:
         """Momentum and step of one factor."""
-        group = unit.group
-        alpha1 = 0.0 if group["kfac_like"] else group["alpha1"]
+        new: Members = {}
+        alpha1 = 0.0 if old is None else group["alpha1"]
         if group["normalize_lr_cov"]:
             m_K = (1 - alpha1) * m_K  # else the largest entry could only grow
-        if alpha1:
-            old = self._member(unit, f"m_{name}")
-            m_K = alpha1 * old.to(m_K.dtype) + m_K
-            for stored, new in zip(old.tensors(), m_K.tensors(), strict=True):
-                stored.copy_(new)
+        if old is not None:
+            m_K = new[f"m_{side}"] = alpha1 * old.to(m_K.dtype) + m_K
         lr_cov = group["lr_cov"](group["step"]) if callable(group["lr_cov"]) else group["lr_cov"]
         if group["normalize_lr_cov"]:
             lr_cov = update.normalized(lr_cov, m_K)
-        K = update.factor_step(K, m_K, lr_cov)
-        for stored, new in zip(self._member(unit, name).tensors(), K.tensors(), strict=True):
-            stored.copy_(self._rounded(new, stored.dtype, group))
+        if group["factor_clip"] is not None:
+            lr_cov = update.clipped(lr_cov, m_K, group["factor_clip"])
+        new[side] = update.factor_step(K, m_K, lr_cov)
+        return new
 
-    def _precondition(self, unit: Unit, G: Tensor) -> Tensor:
-        K, C = self._member(unit, "K"), self._member(unit, "C")
+    def _products(self, group: Group, members: Members) -> Members:
+        K, C = members["K"], members["C"]
+        if not (group["keep_products"] and K.closed_under_transpose and C.closed_under_transpose):
+            return {}
+        return {"KK": K.matmul(K.mT), "CC": C.matmul(C.mT)}
+
+    def _precondition(self, members: Members, products: Members, G: Tensor) -> Tensor:
+        K, C = members["K"], members["C"]
         wide = torch.promote_types(K.dtype, C.dtype)
-        natural = update.precondition(K.to(wide), C.to(wide), G.to(wide))
+        if products:
+            KK, CC = products["KK"].to(wide), products["CC"].to(wide)
+            natural = update.precondition_products(KK, CC, G.to(wide))
+        else:
+            natural = update.precondition(K.to(wide), C.to(wide), G.to(wide))
         return natural.to(G.dtype)
+
+
+def _wide(K: StructuredMatrix, U: StructuredMatrix) -> StructuredMatrix:
+    """``K`` in the wider precision of the two."""
+    return K.to(torch.promote_types(K.dtype, U.dtype))

@@ -74,6 +74,12 @@ def singd_momenta(
     return 0.5 * m_K.add_scaled_identity(-1.0), 0.5 * m_C.add_scaled_identity(-1.0)
 
 
+def residual(K: StructuredMatrix, U: StructuredMatrix, damping: float) -> Tensor:
+    """``||Pi(K^T (S + lambda I) K) - I||_F``, ``[...]``: zero at the best K of its structure."""
+    H = curvature(K, U) + damping * K.gram()
+    return H.add_scaled_identity(-1.0).frobenius_norm()
+
+
 def factor_step(
     K: StructuredMatrix, m_K: StructuredMatrix, lr_cov: float | Tensor
 ) -> StructuredMatrix:
@@ -86,15 +92,36 @@ def normalized(lr_cov: float, m_K: StructuredMatrix) -> Tensor:
     return lr_cov / m_K.max_abs().clamp(min=1.0)
 
 
+def clipped(lr_cov: float | Tensor, m_K: StructuredMatrix, bound: float) -> Tensor:
+    """``beta_1``, smaller where ``||beta_1 m_K||_F`` would exceed ``bound``, ``[...]``.
+
+    Below 1, no eigenvalue of ``I - beta_1 m_K`` reaches zero: K stays invertible, and in range
+    whatever the scale of the inputs.
+    """
+    norm = m_K.frobenius_norm()
+    return lr_cov * (bound / (lr_cov * norm).clamp(min=bound))
+
+
 def precondition(K: StructuredMatrix, C: StructuredMatrix, G: Tensor) -> Tensor:
     """The natural gradient ``C C^T G K K^T`` for ``G [..., d_out, d_in]``."""
     GKK = K.apply(K.apply_transpose(G.mT)).mT
     return C.apply(C.apply_transpose(GKK))
 
 
-def moving_average(S: Tensor, new: Tensor, lr_cov: float) -> Tensor:
+def precondition_products(KK: StructuredMatrix, CC: StructuredMatrix, G: Tensor) -> Tensor:
+    """The same from the products ``K K^T`` and ``C C^T``: half the cost."""
+    return CC.apply(KK.apply(G.mT).mT)
+
+
+def inner(X: Tensor, Y: Tensor) -> Tensor:
+    """``sum_ij X_ij Y_ij`` over all dimensions, in float32 at least."""
+    wide = torch.promote_types(X.dtype, torch.float32)
+    return torch.dot(X.flatten().to(wide), Y.flatten().to(wide))
+
+
+def moving_average(S: StructuredMatrix, new: StructuredMatrix, lr_cov: float) -> StructuredMatrix:
     """KFAC: ``(1 - beta_1) S + beta_1 new``."""
-    return torch.lerp(S, new, lr_cov)
+    return (1.0 - lr_cov) * S + lr_cov * new
 
 
 def damped_inverse(S: Tensor, damping: float) -> Tensor:

@@ -5,6 +5,7 @@ few tensors. See :class:`StructuredMatrix` for what a member can do and how to a
 :func:`parse` for naming one.
 """
 
+from structured._inverse_root import divergence, inverse_root
 from structured._matrix import Operator, StructuredMatrix, static
 from structured._spec import Structure, StructureLike, parse
 from structured.block_diagonal import BlockDiagonal
@@ -15,27 +16,44 @@ from structured.block_triangular import (
     low_rank_lower,
     low_rank_upper,
 )
+from structured.circulant import Circulant
 from structured.dense import Dense
 from structured.diagonal import Diagonal
+from structured.direct_sum import DirectSum
 from structured.kronecker import Kronecker
+from structured.rotated import Rotated
+from structured.scaled_identity import ScaledIdentity
+from structured.strided import Strided
+from structured.tied import Tied
 from structured.toeplitz import LowerToeplitz, UpperToeplitz
 from structured.transposed import Transposed
+from structured.triangular import LowerTriangular, UpperTriangular
 
 __all__ = [
     "BlockDiagonal",
     "BlockLower",
     "BlockUpper",
+    "Circulant",
     "Dense",
     "Diagonal",
+    "DirectSum",
     "Kronecker",
     "LowerToeplitz",
+    "LowerTriangular",
     "Operator",
+    "Rotated",
+    "ScaledIdentity",
+    "Strided",
     "Structure",
     "StructureLike",
     "StructuredMatrix",
+    "Tied",
     "Transposed",
     "UpperToeplitz",
+    "UpperTriangular",
+    "divergence",
     "hierarchical",
+    "inverse_root",
     "low_rank_lower",
     "low_rank_upper",
     "parse",

@@ -1,8 +1,9 @@
 """Defaults through ``to_dense``: projections onto any structure, from its writing-out alone.
 
 Let ``E`` be the linear map from the ``p`` stored numbers to the ``n x n`` matrix (``to_dense``),
-``T`` transposition, ``G = E^T E`` and ``H = E^T T E``. The orthogonal projection has the coordinates
-``G^+ E^T M``. The projection ``Pi(S)``, the ``r`` of least norm with ``P(r + r^T) = 2 P(S)``, has
+``T`` transposition, ``G = E^T E`` and ``H = E^T T E``. The orthogonal projection has the
+coordinates ``G^+ E^T M``. The projection ``Pi(S)``, the ``r`` of least norm with
+``P(r + r^T) = 2 P(S)``, has
 
     G^{-1/2} ((I + G^{-1/2} H G^{-1/2}) / 2)^+ G^{-1/2}  E^T S.
 
@@ -16,7 +17,7 @@ one random vector (``s = (G^{-1} H)^2 r / r``) once for each structure and size;
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -37,8 +38,9 @@ class Weights(NamedTuple):
     symmetric: Tensor
 
 
-_SHAPES: dict[tuple[Any, ...], Size] = {}
-_WEIGHTS: dict[tuple[Any, ...], Weights] = {}
+# Static tensors are known by their id: kept beside the result, or another could take their id.
+_SHAPES: dict[tuple[Any, ...], tuple[Size, list[Tensor]]] = {}
+_WEIGHTS: dict[tuple[Any, ...], tuple[Weights, tuple[Tensor, ...]]] = {}
 
 
 def shape(member: StructuredMatrix) -> Size:
@@ -46,8 +48,9 @@ def shape(member: StructuredMatrix) -> Size:
     key = member.layout
     if key not in _SHAPES:
         meta = member.map(lambda t: torch.empty_like(t, device="meta"))
-        _SHAPES[key] = meta._with_static(lambda t: t.to("meta")).to_dense().shape
-    return _SHAPES[key]
+        found = meta._with_static(lambda t: t.to("meta")).to_dense().shape
+        _SHAPES[key] = found, list(_statics(member))
+    return _SHAPES[key][0]
 
 
 def orthogonal_project(member: M_, M: Tensor) -> M_:
@@ -64,12 +67,11 @@ def _solve(member: M_, M: Tensor, which: str) -> M_:
     wide = torch.promote_types(M.dtype, torch.float32)
     batch, dropped = M.shape[:-2], len(member.batch_shape)
     cores = [t.shape[dropped:] for t in member.tensors()]
-    weights: Tensor = getattr(_weights(member, cores), which).to(M.device, wide)
+    found = _weights(_key(member, dropped), *_statics(member))
+    weights: Tensor = getattr(found, which).to(M.device, wide)
     pulled = _pull(member, cores, M.to(wide))
-    if weights.ndim == 1:
-        solved = pulled * weights
-    else:
-        solved = (weights @ pulled[..., None])[..., 0]
+    diagonal = weights.ndim == 1
+    solved = pulled * weights if diagonal else (weights @ pulled[..., None])[..., 0]
     return member.with_tensors([t.to(M.dtype) for t in _split(solved, cores, batch)])
 
 
@@ -77,7 +79,8 @@ def _split(flat: Tensor, cores: Sequence[Size], batch: Sequence[int]) -> list[Te
     """Coordinates ``[..., p]`` as the stored tensors."""
     sizes = [core.numel() for core in cores]
     return [
-        part.reshape(*batch, *core) for part, core in zip(flat.split(sizes, -1), cores, strict=True)
+        part.reshape((*batch, *core))
+        for part, core in zip(flat.split(sizes, -1), cores, strict=True)
     ]
 
 
@@ -92,24 +95,71 @@ def _pull(member: StructuredMatrix, cores: Sequence[Size], M: Tensor) -> Tensor:
     """``E^T M``, ``[..., p]`` from ``[..., n, n]``: the adjoint of ``to_dense``, by autograd."""
     p = sum(core.numel() for core in cores)
     origin = M.new_zeros(*M.shape[:-2], p)
-    _, adjoint = torch.func.vjp(functools.partial(_push, member, cores), origin)
+    adjoint = torch.func.vjp(functools.partial(_push, member, cores), origin)[1]
     (pulled,) = adjoint(M)
     return pulled
 
 
-def _weights(member: StructuredMatrix, cores: Sequence[Size]) -> Weights:
-    key = member.with_tensors([torch.empty(c, device="meta") for c in cores]).layout
-    if key not in _WEIGHTS:
+def _key(member: StructuredMatrix, dropped: int) -> tuple[Any, ...]:
+    """A structure without its batch shape and static tensors, as a tuple of constants."""
+    parts = []
+    for name in member._fields:
+        part = getattr(member, name)
+        nested = not isinstance(part, Tensor)
+        parts.append(_key(part, dropped) if nested else tuple(part.shape[dropped:]))
+    statics = []
+    for name in member._static:
+        value = getattr(member, name)
+        statics.append(Tensor if isinstance(value, Tensor) else value)
+    return (type(member), tuple(parts), tuple(statics))
+
+
+def _statics(member: StructuredMatrix) -> Iterator[Tensor]:
+    """The static tensors, nested members flattened."""
+    for name in member._fields:
+        part = getattr(member, name)
+        if not isinstance(part, Tensor):
+            yield from _statics(part)
+    for name in member._static:
+        value = getattr(member, name)
+        if isinstance(value, Tensor):
+            yield value
+
+
+def _template(key: tuple[Any, ...], statics: Iterator[Tensor]) -> StructuredMatrix:
+    """The zero member with the given key, on the CPU in float64."""
+    cls, parts, values = key
+    built = [
+        _template(part, statics)
+        if part and isinstance(part[0], type)
+        else torch.zeros(part, dtype=torch.float64, device="cpu")
+        for part in parts
+    ]
+    member: StructuredMatrix = cls._unflatten(
+        built, [next(statics).to("cpu", torch.float64) if v is Tensor else v for v in values]
+    )
+    return member
+
+
+def _weights(key: tuple[Any, ...], *statics: Tensor) -> Weights:
+    full = (key, *map(id, statics))
+    if full not in _WEIGHTS:
         with torch.no_grad():
-            _WEIGHTS[key] = _analyse(member, cores)
-    return _WEIGHTS[key]
+            _WEIGHTS[full] = _analyse(_template(key, iter(statics))), statics
+    return _WEIGHTS[full][0]
 
 
-def _analyse(member: StructuredMatrix, cores: Sequence[Size]) -> Weights:
+# What torch.compiler.assume_constant_result does, less the import of the compiler.
+_weights._dynamo_marked_constant = True  # type: ignore[attr-defined]  # an attribute of a function
+
+
+def _analyse(template: StructuredMatrix) -> Weights:
     """Find the weights of a structure on the CPU in float64."""
-    template = member.with_tensors([torch.zeros(c, dtype=torch.float64) for c in cores])
+    cores = [t.shape for t in template.tensors()]
     p = sum(core.numel() for core in cores)
-    r = torch.randn(p, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    r = torch.randn(
+        p, dtype=torch.float64, generator=torch.Generator().manual_seed(0), device="cpu"
+    )
 
     def G(flat: Tensor) -> Tensor:
         return _pull(template, cores, _push(template, cores, flat))
@@ -122,7 +172,7 @@ def _analyse(member: StructuredMatrix, cores: Sequence[Size]) -> Weights:
         s = H(H(r) / g) / g / r
         if (torch.minimum(s.abs(), (s - 1).abs()) < _TOLERANCE).all():
             return Weights(1 / g, 2 / (g * (1 + s.round())))
-    basis = _push(template, cores, torch.eye(p, dtype=torch.float64))
+    basis = _push(template, cores, torch.eye(p, dtype=torch.float64, device="cpu"))
     return Weights(*_matrices(basis))
 
 

@@ -17,6 +17,7 @@ import dataclasses
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, Self, TypeAlias, dataclass_transform
 
 import numpy as np
@@ -36,6 +37,19 @@ def static(**kwargs: Any) -> Any:
     the same structure only if their static fields are equal (tensors: the same object).
     """
     return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+# PyTorch's names for our operators, and whether their arguments are swapped.
+_OPERATORS = {
+    "matmul": ("matmul", False),
+    "__rmatmul__": ("matmul", True),
+    "mul": ("mul", False),
+    "div": ("truediv", False),
+    "__rdiv__": ("truediv", True),
+    "add": ("add", False),
+    "sub": ("sub", False),
+    "__rsub__": ("sub", True),
+}
 
 
 class Operator(ABC):
@@ -98,6 +112,28 @@ class Operator(ABC):
         if other.ndim == 1:
             return self.apply_transpose(other[:, None])[..., 0]
         return self.apply_transpose(other.mT).mT
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """What ``torch.matmul(A, X)``, ``c * A`` and their like mean: our operator of that name."""
+        name = func.__name__
+        if name not in _OPERATORS or kwargs or len(args) != 2:
+            return NotImplemented
+        if func is Tensor.matmul and torch.compiler.is_compiling():
+            # PyTorch up to 2.13 traces both ``A @ X`` and ``X @ A`` to this call
+            raise TypeError("@ in torch.compile: expected A.apply(X) or torch.matmul, got @")
+        operator, swapped = _OPERATORS[name]
+        a, b = reversed(args) if swapped else args
+        method = getattr(a, f"__{operator}__") if isinstance(a, Operator) else None
+        if method is None:
+            method, b = getattr(b, f"__r{operator}__", None), a
+        return NotImplemented if method is None else method(b)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """The dense matrix as a NumPy array (bfloat16 arrives as float32)."""
@@ -208,15 +244,14 @@ class StructuredMatrix(Operator):
 
     @classmethod
     @abstractmethod
-    def zeros(
-        cls,
-        n: int,
-        *options: Any,
-        batch_shape: Sequence[int] = (),
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Self:
-        """The zero member of size ``n``; options such as a block size appear here and only here."""
+    def zeros(cls, n: int, *options: Any, **kwargs: Any) -> Self:
+        """The zero member of size ``n``; options such as a block size appear here and only here.
+
+        Args:
+            n: The size.
+            options: Whatever else makes the structure.
+            kwargs: ``batch_shape=()``, and ``dtype`` and ``device`` as of :func:`torch.zeros`.
+        """
 
     @abstractmethod
     def to_dense(self) -> Tensor:
@@ -326,12 +361,16 @@ class StructuredMatrix(Operator):
         out: list[Tensor] = []
         for name in self._fields:
             part = getattr(self, name)
-            out.extend(part.tensors() if isinstance(part, StructuredMatrix) else (part,))
+            if isinstance(part, StructuredMatrix):
+                out.extend(part.tensors())
+            else:
+                out.append(part)
         return tuple(out)
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
         """The member of the same structure that stores ``tensors``, ordered as :meth:`tensors`."""
-        parts, start = [], 0
+        parts: list[Any] = []
+        start = 0
         for name in self._fields:
             part = getattr(self, name)
             if isinstance(part, StructuredMatrix):
@@ -408,7 +447,7 @@ class StructuredMatrix(Operator):
     def __mul__(self, c: Scalar) -> Self:
         """``c A`` for a number or a tensor of the batch shape; keeps the dtype of ``A``."""
         if not isinstance(c, Tensor):
-            return self.map(lambda t: t * c) if np.isscalar(c) else NotImplemented
+            return self.map(lambda t: t * c) if isinstance(c, Real) else NotImplemented
         self._check_scalar(c, "*")
         return self.map(lambda t: (t * trailing(c, t)).to(t.dtype))
 
@@ -417,7 +456,7 @@ class StructuredMatrix(Operator):
     def __truediv__(self, c: Scalar) -> Self:
         """``A / c`` for a number or a tensor of the batch shape; keeps the dtype of ``A``."""
         if not isinstance(c, Tensor):
-            return self.map(lambda t: t / c) if np.isscalar(c) else NotImplemented
+            return self.map(lambda t: t / c) if isinstance(c, Real) else NotImplemented
         self._check_scalar(c, "/")
         return self.map(lambda t: (t / trailing(c, t)).to(t.dtype))
 
@@ -499,7 +538,8 @@ def _check_square(self: StructuredMatrix, S: Tensor, operation: str) -> None:
         raise TypeError(f"{operation}: expected a tensor, got {type(S).__name__}")
     if S.ndim < 2 or S.shape[-2:] != (n, n):
         raise ValueError(
-            f"{type(self).__name__}.{operation}: expected shape [..., {n}, {n}], got {list(S.shape)}"
+            f"{type(self).__name__}.{operation}: expected shape [..., {n}, {n}], "
+            f"got {list(S.shape)}"
         )
     if S.dtype != self.dtype or S.device != self.device:
         raise ValueError(
@@ -514,15 +554,15 @@ def _check_rows(self: StructuredMatrix, X: Tensor, operation: str) -> None:
         raise TypeError(f"{operation}: expected a tensor, got {type(X).__name__}")
     if X.ndim < 2 or X.shape[-2] != self.n or X.dtype != self.dtype or X.device != self.device:
         raise ValueError(
-            f"{type(self).__name__}.{operation}: expected shape [..., {self.n}, m], {self.dtype} on "
-            f"{self.device}, got {list(X.shape)}, {X.dtype} on {X.device}"
+            f"{type(self).__name__}.{operation}: expected shape [..., {self.n}, m], {self.dtype} "
+            f"on {self.device}, got {list(X.shape)}, {X.dtype} on {X.device}"
         )
 
 
 def _check_alpha(self: StructuredMatrix, alpha: Any, operation: str) -> None:
     if isinstance(alpha, Tensor):
         self._check_scalar(alpha, operation)
-    elif not np.isscalar(alpha):
+    elif not isinstance(alpha, Real):
         raise TypeError(
             f"{type(self).__name__}.{operation}: expected a number or a tensor, "
             f"got {type(alpha).__name__}"
@@ -554,6 +594,6 @@ def trailing(c: Tensor, t: Tensor) -> Tensor:
 
 
 def largest(t: Tensor, batch_ndim: int) -> Tensor:
-    """Largest absolute value over all but the first ``batch_ndim`` dimensions; 0 if there is none."""
+    """Largest absolute value over all but the first ``batch_ndim`` dimensions, 0 if none."""
     flat = t.flatten(batch_ndim) if t.ndim > batch_ndim else t[..., None]
     return flat.abs().amax(-1) if flat.shape[-1] else flat.sum(-1)

@@ -20,6 +20,7 @@ from structured._matrix import StructuredMatrix
 StructureLike: TypeAlias = "str | type[StructuredMatrix] | Structure | Callable[..., Any]"
 
 _COMPOSITIONS: dict[str, Callable[..., Structure]] = {}
+_WORDS: set[str] = set()
 
 # Names used by the PyPI package `singd`.
 _ALIASES = (
@@ -119,6 +120,11 @@ def composition(function: Callable[..., Structure]) -> Callable[..., Structure]:
     return function
 
 
+def words(*names: str) -> None:
+    """Let options be given as bare words in specs: ``rotated(diagonal, hadamard)``."""
+    _WORDS.update(names)
+
+
 def snake_case(name: str) -> str:
     """``LowerToeplitz`` as ``lower_toeplitz``."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
@@ -144,7 +150,7 @@ def known() -> dict[str, Callable[..., Structure]]:
     return words | _COMPOSITIONS
 
 
-def _descendants(cls: type[StructuredMatrix]) -> Iterator[type[StructuredMatrix]]:
+def _descendants(cls: type[Any]) -> Iterator[type[StructuredMatrix]]:
     for child in cls.__subclasses__():
         yield child
         yield from _descendants(child)
@@ -163,21 +169,23 @@ def _parse_text(text: str) -> Structure:
         ) from None
     structure = _evaluate(tree, text)
     if not isinstance(structure, Structure):
-        raise ValueError(f"structure {text!r}: expected the name of a structure, got a number")
+        raise ValueError(f"structure {text!r}: expected the name of a structure, got {structure!r}")
     try:
-        structure(2, device="meta")
+        structure(0, device="meta")  # every structure has a member of size 0
     except (TypeError, AttributeError) as error:
         raise ValueError(f"structure {text!r}: {error}") from error
     return structure
 
 
 def _evaluate(node: ast.expr, text: str) -> Any:
-    """The value of one node of the spec: a structure or a number."""
+    """The value of one node of the spec: a structure, a number or a word."""
     match node:
         case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
             return value
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
             return -value
+        case ast.Name(id=word) if word in _WORDS:
+            return word
         case ast.Name(id=word):
             return _make(word, (), text)
         case ast.Call(func=ast.Name(id=word), args=args, keywords=[]):
@@ -188,14 +196,15 @@ def _evaluate(node: ast.expr, text: str) -> Any:
 
 
 def _make(word: str, options: tuple[Any, ...], text: str) -> Structure:
-    words = known()
-    if word not in words:
-        near = difflib.get_close_matches(word, words, n=1, cutoff=0.0)[0]
+    makers = known()
+    if word not in makers:
+        names = sorted(makers.keys() | _WORDS)
+        near = difflib.get_close_matches(word, names, n=1, cutoff=0.0)[0]
         raise ValueError(
             f"structure {text!r}: unknown name {word!r}, did you mean {near!r}? "
-            f"Known: {', '.join(sorted(words))}"
+            f"Known: {', '.join(names)}"
         )
     try:
-        return words[word](*options)
+        return makers[word](*options)
     except TypeError as error:
         raise ValueError(f"structure {text!r}: {error}") from error

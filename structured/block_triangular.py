@@ -90,7 +90,7 @@ class BlockUpper(_BlockTriangular):
     ) -> Self:
         """The zero matrix of size ``n`` with structures ``first`` and ``last`` on the diagonal.
 
-        ``split`` is a slice index: 15 gives ``first`` at most 15 rows, -15 gives ``last`` at most 15.
+        ``split`` is a slice index: 15 gives ``first`` at most 15 rows, -15 ``last`` at most 15.
         """
         n1, n2 = split_sizes(n, split)
         A = parse(first)(n1, batch_shape=batch_shape, **opts)
@@ -109,13 +109,13 @@ class BlockUpper(_BlockTriangular):
 
     def matmul(self, other: Self) -> Self:
         """``[[A A', A B' + B C'], [0, C C']]``."""
-        B = self.A @ other.B + self.B @ other.C
-        return self._build([self.A @ other.A, B, self.C @ other.C])
+        B = self.A.apply(other.B) + torch.matmul(self.B, other.C)
+        return self._build([self.A.matmul(other.A), B, self.C.matmul(other.C)])
 
     def apply(self, X: Tensor) -> Tensor:
         """``[A x1 + B x2, C x2]``."""
         x1, x2 = self._split(X)
-        return torch.cat([self.A @ x1 + self.B @ x2, self.C @ x2], -2)
+        return torch.cat([self.A.apply(x1) + self.B @ x2, self.C.apply(x2)], -2)
 
     def apply_transpose(self, X: Tensor) -> Tensor:
         """``[A^T x1, B^T x1 + C^T x2]``."""
@@ -168,7 +168,7 @@ class BlockLower(_BlockTriangular):
     ) -> Self:
         """The zero matrix of size ``n`` with structures ``first`` and ``last`` on the diagonal.
 
-        ``split`` is a slice index: 15 gives ``first`` at most 15 rows, -15 gives ``last`` at most 15.
+        ``split`` is a slice index: 15 gives ``first`` at most 15 rows, -15 ``last`` at most 15.
         """
         n1, n2 = split_sizes(n, split)
         A = parse(first)(n1, batch_shape=batch_shape, **opts)
@@ -187,13 +187,13 @@ class BlockLower(_BlockTriangular):
 
     def matmul(self, other: Self) -> Self:
         """``[[A A', 0], [B A' + C B', C C']]``."""
-        B = self.B @ other.A + self.C @ other.B
-        return self._build([self.A @ other.A, B, self.C @ other.C])
+        B = torch.matmul(self.B, other.A) + self.C.apply(other.B)
+        return self._build([self.A.matmul(other.A), B, self.C.matmul(other.C)])
 
     def apply(self, X: Tensor) -> Tensor:
         """``[A x1, B x1 + C x2]``."""
         x1, x2 = self._split(X)
-        return torch.cat([self.A @ x1, self.B @ x1 + self.C @ x2], -2)
+        return torch.cat([self.A.apply(x1), self.B @ x1 + self.C.apply(x2)], -2)
 
     def apply_transpose(self, X: Tensor) -> Tensor:
         """``[A^T x1 + B^T x2, C^T x2]``."""
@@ -268,7 +268,7 @@ def low_rank_upper(k: int) -> Structure:
 
 @composition
 def low_rank_lower(k: int) -> Structure:
-    """The transpose of :func:`low_rank_upper`: a diagonal with ``|k|`` full rows or columns below."""
+    """The transpose of :func:`low_rank_upper`: ``|k|`` full rows or columns below."""
     return _low_rank(BlockLower, k, f"low_rank_lower({k})")
 
 

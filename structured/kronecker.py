@@ -17,7 +17,7 @@ from structured._matrix import Operator
 
 @dataclass(frozen=True, eq=False)
 class Kronecker(Operator):
-    """``C (x) K``: its product with ``vec(G)``, rows of ``G`` one after the other, is ``C G K^T``."""
+    """``C (x) K``; its product with ``vec(G)``, the rows of ``G`` in turn, is ``C G K^T``."""
 
     C: Operator  # [..., p, p]
     K: Operator  # [..., q, q]
@@ -54,14 +54,14 @@ class Kronecker(Operator):
 
     def apply_matrix(self, G: Tensor) -> Tensor:
         """``C G K^T`` for ``G [..., p, q]``."""
-        return self.C @ (self.K @ G.mT).mT
+        return self.C.apply(self.K.apply(G.mT).mT)
 
     def apply(self, X: Tensor) -> Tensor:
         """``(C (x) K) X`` for ``X [..., p q, m]``."""
         self._check_columns(X, "apply")
         p, q, m = self.C.n, self.K.n, X.shape[-1]
-        Y = self.K @ X.unflatten(-2, (p, q)).movedim(-3, -2).flatten(-2)  # [..., q, p m]
-        Y = self.C @ Y.unflatten(-1, (p, m)).movedim(-2, -3).flatten(-2)  # [..., p, q m]
+        Y = self.K.apply(X.unflatten(-2, (p, q)).movedim(-3, -2).flatten(-2))  # [..., q, p m]
+        Y = self.C.apply(Y.unflatten(-1, (p, m)).movedim(-2, -3).flatten(-2))  # [..., p, q m]
         return Y.unflatten(-1, (q, m)).flatten(-3, -2)
 
     def apply_transpose(self, X: Tensor) -> Tensor:

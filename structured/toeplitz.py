@@ -14,11 +14,25 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
-from scipy.fft import next_fast_len
 from torch import Size, Tensor
-from torch.fft import irfft, rfft
 
+from structured._fft import irfft, rfft
 from structured._matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
+
+
+def fft_length(n: int) -> int:
+    """The least length ``2^a 3^b 5^c`` of at least ``2n - 1``: no wrap-around, and fast."""
+    length = max(2 * n - 1, 1)
+    while not _is_smooth(length):
+        length += 1
+    return length
+
+
+def _is_smooth(k: int) -> bool:
+    for prime in (2, 3, 5):
+        while k % prime == 0:
+            k //= prime
+    return k == 1
 
 
 def _convolve(t: Tensor, X: Tensor, *, adjoint: bool = False) -> Tensor:
@@ -27,12 +41,35 @@ def _convolve(t: Tensor, X: Tensor, *, adjoint: bool = False) -> Tensor:
     FFTs run in float32 at least: torch.fft has no bfloat16.
     """
     n, wide = t.shape[-1], at_least_float32(t.dtype)
-    if n == 0:
+    if not t.numel() or not X.numel():  # an empty FFT is an error
         return t * X
-    length = next_fast_len(2 * n - 1, real=True)
+    length = fft_length(n)
     F = rfft(t.to(wide), length)
     Y = (F.conj() if adjoint else F) * rfft(X.to(wide), length)
     return irfft(Y, length)[..., :n].to(X.dtype)
+
+
+def _dense_is_faster(n: int, m: int) -> bool:
+    """Whether to write the matrix out for ``m`` columns: it is then at most half as large as they.
+
+    Measured, see ``benchmarks/results/toeplitz_crossover.csv``; from n = 512 the FFT always wins.
+    """
+    return n < 512 and 2 * n <= m
+
+
+def _multiply(t: Tensor, X: Tensor, *, adjoint: bool = False) -> Tensor:
+    """``T X`` (adjoint: ``T^T X``) for the lower Toeplitz matrix of ``t`` and ``X [..., n, m]``."""
+    if _dense_is_faster(*X.shape[-2:]):
+        T = lower(t)
+        return (T.mT if adjoint else T) @ X
+    return _convolve(t[..., None, :], X.mT, adjoint=adjoint).mT
+
+
+def lower(t: Tensor) -> Tensor:
+    """``T_ij = t_{i-j}`` for ``i >= j``, ``[..., n, n]`` from ``t [..., n]``."""
+    ramp = torch.arange(t.shape[-1], device=t.device)
+    lag = ramp[:, None] - ramp
+    return torch.where(lag >= 0, t[..., lag.clamp(min=0)], 0)
 
 
 def _counts(t: Tensor) -> Tensor:
@@ -46,7 +83,7 @@ def _double_off_diagonal(sums: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat([means[..., :1] / 2, means[..., 1:]], -1).to(dtype)
 
 
-def _diagonal_sums(M: Tensor) -> Tensor:
+def diagonal_sums(M: Tensor) -> Tensor:
     """Sums of the n lower diagonals of ``M [..., n, n]``, in float32 at least.
 
     Padded to ``n + 1`` columns fewer than it is read back with, each row slides one place further.
@@ -78,14 +115,16 @@ class _TriangularToeplitz(StructuredMatrix):
 
     def project(self, S: Tensor) -> Self:
         """Means of the diagonals of ``S [..., n, n]``, twice off the main one."""
-        return self._build([_double_off_diagonal(_diagonal_sums(S), S.dtype)])
+        return self._build([_double_off_diagonal(diagonal_sums(S), S.dtype)])
 
     def project_gram(self, X: Tensor) -> Self:
         """Autocorrelation of the columns of ``X [..., n, m]``, O(n log n) a column."""
-        n = X.shape[-2]
-        if n == 0:
+        n, m = X.shape[-2:]
+        if not X.numel():
             return self._build([X.sum(-1)])
-        length = next_fast_len(2 * n - 1, real=True)
+        if _dense_is_faster(n, m):
+            return self.project(X @ X.mT)
+        length = fft_length(n)
         F = rfft(X.mT.to(at_least_float32(X.dtype)), length)
         power = (F.real.square() + F.imag.square()).sum(-2)
         return self._build([_double_off_diagonal(irfft(power, length)[..., :n], X.dtype)])
@@ -135,10 +174,7 @@ class LowerToeplitz(_TriangularToeplitz):
 
     def to_dense(self) -> Tensor:
         """Every diagonal filled with its number."""
-        n = self.n
-        ramp = torch.arange(n, device=self.t.device)
-        lag = ramp[:, None] - ramp
-        return torch.where(lag >= 0, self.t[..., lag.clamp(min=0)], 0)
+        return lower(self.t)
 
     @property
     def mT(self) -> UpperToeplitz:
@@ -147,20 +183,20 @@ class LowerToeplitz(_TriangularToeplitz):
 
     def apply(self, X: Tensor) -> Tensor:
         """Causal convolution of every column of ``X [..., n, m]``."""
-        return _convolve(self.t[..., None, :], X.mT).mT
+        return _multiply(self.t, X)
 
     def apply_transpose(self, X: Tensor) -> Tensor:
         """Anticausal convolution of every column of ``X [..., n, m]``."""
-        return _convolve(self.t[..., None, :], X.mT, adjoint=True).mT
+        return _multiply(self.t, X, adjoint=True)
 
     def orthogonal_project(self, M: Tensor) -> Self:
         """Means of the lower diagonals of ``M [..., n, n]``."""
-        return self._build([(_diagonal_sums(M) / _counts(M)).to(M.dtype)])
+        return self._build([(diagonal_sums(M) / _counts(M)).to(M.dtype)])
 
     def solve(self, X: Tensor) -> Tensor:
         """Product with the inverse, O(n log n) a column."""
         wide = at_least_float32(X.dtype)
-        return _convolve(self._inverse_series()[..., None, :], X.mT.to(wide)).mT.to(X.dtype)
+        return _multiply(self._inverse_series(), X.to(wide)).to(X.dtype)
 
 
 class UpperToeplitz(_TriangularToeplitz):
@@ -190,5 +226,4 @@ class UpperToeplitz(_TriangularToeplitz):
     def solve(self, X: Tensor) -> Tensor:
         """Product with the inverse, O(n log n) a column."""
         wide = at_least_float32(X.dtype)
-        inverse = self._inverse_series()[..., None, :]
-        return _convolve(inverse, X.mT.to(wide), adjoint=True).mT.to(X.dtype)
+        return _multiply(self._inverse_series(), X.to(wide), adjoint=True).to(X.dtype)

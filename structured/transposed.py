@@ -46,7 +46,7 @@ class Transposed(StructuredMatrix):
 
     def matmul(self, other: Self) -> Self:
         """``A^T B^T = (B A)^T``."""
-        return self._build([other.A @ self.A])
+        return self._build([other.A.matmul(self.A)])
 
     def apply(self, X: Tensor) -> Tensor:
         """``A^T X``."""

@@ -1,0 +1,93 @@
+"""A layer as a matrix product: the base of every entry of :data:`singd.layers.LAYERS`.
+
+For each of ``N`` samples and ``P`` shared positions, a vector of ``d_in`` inputs is multiplied by
+the weight matrix ``[d_out, d_in]``. Leading dimensions ``...`` hold independent products side by
+side (the groups of a convolution).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Layer:
+    """How to read a type of layer as a matrix product. Derive and register for your own.
+
+    The default is right for a layer whose weight is ``[d_out, d_in]`` and which maps
+    ``[N, ..., d_in]`` to ``[N, ..., d_out]``, such as :class:`torch.nn.Linear`.
+    """
+
+    joins_bias = True
+    """Whether the bias is one more column of the weight matrix, with constant input."""
+
+    input_structure: str | None = None
+    """The structure of the input factor, where the inputs leave no choice."""
+
+    def shape(self, module: Any) -> tuple[int, ...]:
+        """``(..., d_out, d_in)``, without bias."""
+        shape: tuple[int, ...] = tuple(module.weight.shape)
+        return shape
+
+    def inputs(self, module: Any, x: Tensor) -> Tensor:
+        """The inputs of the product, ``[..., N, P, d_in]``, from the input of the layer."""
+        return _positions(x)
+
+    def grads(self, module: Any, g: Tensor) -> Tensor:
+        """Gradients of the product, ``[..., N, P, d_out]``, from those of the layer's output."""
+        return _positions(g)
+
+    def to_matrix(self, module: Any, weight: Tensor) -> Tensor:
+        """The weight, or its gradient, as ``[..., d_out, d_in]``."""
+        return weight.reshape(self.shape(module))
+
+    def from_matrix(self, module: Any, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`to_matrix`."""
+        return matrix.reshape(module.weight.shape)
+
+    def columns(self, module: Any, x: Tensor, approximation: str, ones: bool) -> tuple[Tensor, int]:
+        """``A [..., d_in (+ 1), R]`` with ``A A^T`` the sum over the inputs, and their number R."""
+        A = flatten_rows(self.inputs(module, x), approximation, average=True, ones=ones)
+        return A, A.shape[-1]
+
+    def square_sums(
+        self, module: Any, x: Tensor, approximation: str, ones: bool
+    ) -> tuple[Tensor, int]:
+        """The diagonal ``[..., d_in (+ 1)]`` of that sum, in float32 at least, and R."""
+        A, rows = self.columns(module, x, approximation, ones)
+        wide = A.to(torch.promote_types(A.dtype, torch.float32))
+        return torch.linalg.vecdot(wide, wide), rows
+
+    def contract(self, module: Any, x: Tensor, g: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """``v^T (dL/dW) u`` of what the layer saw, for ``u [d_in, k]`` and ``v [d_out, k]``."""
+        left, right = self.grads(module, g).to(v) @ v, self.inputs(module, x).to(u) @ u
+        return (left * right).sum((-3, -2))
+
+
+def _positions(x: Tensor) -> Tensor:
+    """``[N, ..., d]`` (or ``[d]``) as ``[N, P, d]``."""
+    return x.reshape(1, 1, -1) if x.ndim == 1 else x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def flatten_rows(
+    values: Tensor, approximation: str, *, average: bool, ones: bool = False
+) -> Tensor:
+    """``[..., N, P, d]`` as the columns ``[..., d (+ 1), R]`` of ``A`` or ``B``.
+
+    KFAC-expand keeps every shared position as a row, KFAC-reduce averages inputs and sums gradients
+    over them first (Eschenhagen et al., arXiv 2311.00636).
+
+    Args:
+        values: From :meth:`Layer.inputs` or :meth:`Layer.grads`.
+        approximation: ``"expand"`` or ``"reduce"``.
+        average: Under ``"reduce"``, average (inputs) or sum (gradients).
+        ones: Append the constant input of a bias.
+    """
+    if approximation == "reduce":
+        rows = values.mean(-2) if average else values.sum(-2)
+    else:
+        rows = values.flatten(-3, -2)
+    return (F.pad(rows, (0, 1), value=1.0) if ones else rows).mT

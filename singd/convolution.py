@@ -1,0 +1,139 @@
+"""Convolutions as matrix products: every position sees one patch of the input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from singd._layer import Layer
+
+
+class Convolution(Layer):
+    """Convolutions in one, two or three dimensions: every position sees one patch of the input."""
+
+    def shape(self, module: Any) -> tuple[int, ...]:
+        """``(d_out, d_in)``, or ``(groups, d_out / groups, d_in)``."""
+        d_out, *rest = module.weight.shape
+        d_in = torch.Size(rest).numel()
+        groups = module.groups
+        return (d_out, d_in) if groups == 1 else (groups, d_out // groups, d_in)
+
+    def inputs(self, module: Any, x: Tensor) -> Tensor:
+        """The patches, ``[(groups,) N, P, d_in]``."""
+        return self._patches(module, self._padded(module, _batched(module, x)))
+
+    def _patches(self, module: Any, x: Tensor) -> Tensor:
+        kernel = module.kernel_size
+        for d, (size, stride, dilation) in enumerate(
+            zip(kernel, module.stride, module.dilation, strict=True)
+        ):
+            x = x.unfold(2 + d, dilation * (size - 1) + 1, stride)[..., ::dilation]
+        # [N, channels, *positions, *kernel] -> [N, P, groups, channels / groups * kernel]
+        N, _, *positions = x.shape[: 2 + len(kernel)]
+        patches = x.movedim(1, 1 + len(kernel)).reshape(
+            N, torch.Size(positions).numel(), module.groups, -1
+        )
+        return patches[:, :, 0] if module.groups == 1 else patches.movedim(2, 0)
+
+    def square_sums(
+        self, module: Any, x: Tensor, approximation: str, ones: bool
+    ) -> tuple[Tensor, int]:
+        """Without patches: a square is seen from every position that the kernel reaches it from.
+
+        That is a correlation of ``x^2`` with a grid of ones as large as the output, stride and
+        dilation exchanged.
+        """
+        if approximation != "expand":
+            return super().square_sums(module, x, approximation, ones)
+        x = self._padded(module, _batched(module, x))
+        squares = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(0)
+        geometry = zip(
+            squares.shape[1:], module.kernel_size, module.stride, module.dilation, strict=True
+        )
+        positions, reached = [], []
+        for size, kernel, stride, dilation in geometry:
+            positions.append((size - dilation * (kernel - 1) - 1) // stride + 1)
+            reached.append((positions[-1] - 1) * stride + dilation * (kernel - 1) + 1)
+        squares = squares[(slice(None), *(slice(r) for r in reached))]
+        correlate = (F.conv1d, F.conv2d, F.conv3d)[len(positions) - 1]
+        grid = squares.new_ones((1, 1, *positions))
+        sums = correlate(squares[:, None], grid, stride=module.dilation, dilation=module.stride)
+        sums = sums.reshape(module.groups, -1) if module.groups > 1 else sums.flatten()
+        rows = x.shape[0] * torch.Size(positions).numel()
+        return (F.pad(sums, (0, 1), value=float(rows)) if ones else sums), rows
+
+    def grads(self, module: Any, g: Tensor) -> Tensor:
+        """``[(groups,) N, P, d_out / groups]``."""
+        return self._channels(module, _batched(module, g))
+
+    def _channels(self, module: Any, g: Tensor) -> Tensor:
+        flat = g.reshape(g.shape[0], module.groups, g.shape[1] // module.groups, -1)
+        return flat[:, 0].mT if module.groups == 1 else flat.movedim(1, 0).mT
+
+    def _padded(self, module: Any, x: Tensor) -> Tensor:
+        """``x`` with the padding that the layer adds, by number, ``"same"`` or ``"valid"``."""
+        padding = module.padding
+        if padding == "valid":
+            return x
+        if padding == "same":
+            totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+            sides = [(total // 2, total - total // 2) for total in totals]
+        else:
+            sides = [(p, p) for p in padding]
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        flat = [side for pair in reversed(sides) for side in pair]
+        return F.pad(x, flat, mode=mode)
+
+
+class TransposedConvolution(Convolution):
+    """Transposed convolutions: a convolution with inputs and output gradients exchanged.
+
+    Every position of the input is multiplied onto one patch of the output, so ``d_out`` counts the
+    places of a patch. A bias is seen by places, not patches, and is no column of that matrix.
+    """
+
+    joins_bias = False
+    square_sums = Layer.square_sums  # its inputs are no patches
+
+    def shape(self, module: Any) -> tuple[int, ...]:
+        """``(d_out, d_in)``, or ``(groups, d_out, d_in / groups)``."""
+        d_in, *rest = module.weight.shape
+        d_out, groups = torch.Size(rest).numel(), module.groups
+        return (d_out, d_in) if groups == 1 else (groups, d_out, d_in // groups)
+
+    def inputs(self, module: Any, x: Tensor) -> Tensor:
+        """``[(groups,) N, P, d_in / groups]``."""
+        return self._channels(module, _batched(module, x))
+
+    def grads(self, module: Any, g: Tensor) -> Tensor:
+        """The patches of the output, ``[(groups,) N, P, d_out]``."""
+        g = self._padded(module, _batched(module, g))
+        for d, (size, stride, dilation, extra) in enumerate(
+            zip(
+                module.kernel_size,
+                module.stride,
+                module.dilation,
+                module.output_padding,
+                strict=True,
+            )
+        ):
+            positions = (g.shape[2 + d] - extra - dilation * (size - 1) - 1) // stride + 1
+            g = g.narrow(2 + d, 0, (positions - 1) * stride + dilation * (size - 1) + 1)
+        return self._patches(module, g)
+
+    def to_matrix(self, module: Any, weight: Tensor) -> Tensor:
+        """``[(groups,) d_out, d_in / groups]``."""
+        *groups, d_out, d_in = self.shape(module)
+        return weight.reshape(*groups, d_in, d_out).mT
+
+    def from_matrix(self, module: Any, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`to_matrix`."""
+        return matrix.mT.reshape(module.weight.shape)
+
+
+def _batched(module: Any, x: Tensor) -> Tensor:
+    """``x`` with the batch dimension that a convolution's input may lack."""
+    return x if x.ndim == len(module.kernel_size) + 2 else x[None]

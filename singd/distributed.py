@@ -1,0 +1,41 @@
+"""Data parallelism: statistics are sums with counts, so ranks only have to add them up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from singd.capture import Statistics
+
+
+def size(group: Any = None) -> int:
+    """Number of processes that share the work; 1 where nothing is set up."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def reduce_statistics(statistics: Iterable[Statistics], group: Any) -> None:
+    """Sum statistics over the ranks, each of which calls this with as many, in the same order."""
+    for seen in statistics:
+        tensors = (*seen.U_K.tensors(), *seen.U_C.tensors())
+        counts = [seen.rows, seen.samples, seen.terms]
+        numbers = torch.tensor(counts, dtype=torch.float64, device=tensors[0].device)
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat, group=group)
+        dist.all_reduce(numbers, group=group)
+        pieces = flat.split([t.numel() for t in tensors])
+        parts = [piece.view_as(t) for piece, t in zip(pieces, tensors, strict=True)]
+        inputs = len(seen.U_K.tensors())
+        seen.U_K = seen.U_K.with_tensors(parts[:inputs])
+        seen.U_C = seen.U_C.with_tensors(parts[inputs:])
+        seen.rows, seen.samples, seen.terms = (int(n) for n in numbers.tolist())
+
+
+def reduce_gradients(gradients: Iterable[tuple[Tensor, Tensor]], group: Any) -> None:
+    """Average gradients over the ranks; does nothing more where that was done already."""
+    for _, gradient in gradients:
+        dist.all_reduce(gradient, group=group)
+        gradient.div_(size(group))

@@ -1,0 +1,107 @@
+"""Grouping: units of equal shape and options are one batched object, stepped by one product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from singd.capture import Unit
+from structured import StructuredMatrix
+
+Members = dict[str, StructuredMatrix]
+
+
+class Bucket:
+    """Units side by side along a first batch dimension.
+
+    The factors are stored batched; the state of every weight, and ``unit.members``, are views.
+
+    Args:
+        units: Equal in shape, structures, options, dtype and device.
+        fresh: The factors before any update, ``[units, ..., n, n]``.
+        state: The optimizer's state, keyed to the parameter. What it holds already is taken over.
+    """
+
+    def __init__(
+        self, units: Sequence[Unit], fresh: Members, state: Mapping[Tensor, dict[str, Any]]
+    ) -> None:
+        self.units, self.members = list(units), fresh
+        self.products: Members = {}  # worth keeping between two updates, not part of the state
+        for index, unit in enumerate(self.units):
+            own = state[unit.weight]
+            for name, member in fresh.items():
+                views = [t[index] for t in member.tensors()]
+                if name in own:
+                    for view, kept in zip(views, own[name], strict=True):
+                        view.copy_(kept)
+                own[name] = views
+                unit.members[name] = member.with_tensors(views)
+
+    def select(self, units: Sequence[Unit]) -> tuple[Members, Members]:
+        """Factors and products of some of the units; copies, unless it is all of them."""
+        if len(units) == len(self.units):
+            return self.members, self.products
+        index = [self.units.index(unit) for unit in units]
+        return _map(self.members, lambda t: t[index]), _map(self.products, lambda t: t[index])
+
+    def write(self, units: Sequence[Unit], new: Members, rounded: Callable[..., Tensor]) -> None:
+        """Store new factors of some of the units, ``rounded(tensor, dtype)``."""
+        whole = len(units) == len(self.units)
+        index = [self.units.index(unit) for unit in units]
+        for name, member in new.items():
+            for stored, tensor in zip(self.members[name].tensors(), member.tensors(), strict=True):
+                value = rounded(tensor, stored.dtype)
+                stored.copy_(value) if whole else stored.index_copy_(
+                    0, torch.tensor(index, device=stored.device), value
+                )
+
+
+def buckets(
+    units: Iterable[Unit],
+    fresh: Callable[[Unit, int], Members],
+    state: Mapping[Tensor, dict[str, Any]],
+) -> list[Bucket]:
+    """Sort units into buckets; ``fresh(unit, count)`` makes the factors of ``count`` such units."""
+    sorted_: dict[Any, list[Unit]] = {}
+    for unit in units:
+        weight = unit.weight
+        key = (id(unit.group), unit.shape, unit.structures, weight.dtype, weight.device)
+        sorted_.setdefault(key, []).append(unit)
+    return [Bucket(same, fresh(same[0], len(same)), state) for same in sorted_.values()]
+
+
+def stack(members: Sequence[StructuredMatrix]) -> StructuredMatrix:
+    """Members of one structure as one with a new first batch dimension."""
+    first = members[0]
+    if len(members) == 1:
+        return first.map(lambda t: t[None])
+    return first.map(lambda *ts: torch.stack(ts), *members[1:])
+
+
+def gather(units: Sequence[Unit]) -> Tensor:
+    """Gradients of the units as matrices, ``[units, ..., d_out, d_in]``; zero where there is none.
+
+    May share memory with a gradient.
+    """
+    first = units[0]
+    if len(units) == 1 and first.bias is None and first.weight.grad is not None:
+        return first.layer.to_matrix(first.module, first.weight.grad)[None]
+    out = first.weight.new_empty((len(units), *first.shape))
+    for slot, unit in zip(out, units, strict=True):
+        weight, bias = unit.weight.grad, None if unit.bias is None else unit.bias.grad
+        inputs = slot.shape[-1] - (unit.bias is not None)
+        if weight is None:
+            slot[..., :inputs].zero_()
+        else:
+            slot[..., :inputs].copy_(unit.layer.to_matrix(unit.module, weight))
+        if unit.bias is not None:
+            column = slot[..., inputs]
+            column.zero_() if bias is None else column.copy_(bias.reshape(column.shape))
+    return out
+
+
+def _map(members: Members, function: Callable[[Tensor], Tensor]) -> Members:
+    return {name: member.map(function) for name, member in members.items()}

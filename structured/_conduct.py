@@ -1,0 +1,350 @@
+"""The laws of good conduct: how members live with autograd, dtypes, batches, pytrees and errors.
+
+Written as in ``_laws.py``. Most hold for every operation, and go through :data:`OPERATIONS`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+import pickle
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from structured._laws import assert_close
+from structured._matrix import StructuredMatrix
+from structured._spec import Structure, parse
+from structured._strategies import Operands
+from structured.dense import Dense
+from structured.diagonal import Diagonal
+
+
+class Operation(NamedTuple):
+    """An operation, and the magnitude ``|op|(|A|, |X|)`` that its rounding errors go by.
+
+    ``magnitude`` sees members as dense matrices and everything in absolute value.
+    """
+
+    compute: Callable[[Any], Any]
+    magnitude: Callable[[Any], Tensor]
+
+
+OPERATIONS = {
+    "matmul": Operation(lambda o: o.A.matmul(o.B), lambda o: o.A @ o.B),
+    "A + B": Operation(lambda o: o.A + o.B, lambda o: o.A + o.B),
+    "A - B": Operation(lambda o: o.A - o.B, lambda o: o.A + o.B),
+    "3 * A": Operation(lambda o: 3 * o.A, lambda o: 3 * o.A),
+    "A / 3": Operation(lambda o: o.A / 3, lambda o: o.A),
+    "apply": Operation(lambda o: o.A.apply(o.X), lambda o: o.A @ o.X),
+    "apply_transpose": Operation(lambda o: o.A.apply_transpose(o.X), lambda o: o.A.mT @ o.X),
+    "orthogonal_project": Operation(lambda o: o.A.orthogonal_project(o.S), lambda o: o.S),
+    "project": Operation(lambda o: o.A.project(o.S), lambda o: 2 * o.S),
+    "project_gram": Operation(lambda o: o.A.project_gram(o.X), lambda o: 2 * o.X @ o.X.mT),
+    "gram": Operation(lambda o: o.A.gram(), lambda o: 2 * o.A.mT @ o.A),
+    "trace": Operation(lambda o: o.A.trace(), lambda o: o.A.diagonal(dim1=-2, dim2=-1).sum(-1)),
+    "add_scaled_identity": Operation(lambda o: o.A.add_scaled_identity(0.5), lambda o: o.A + 0.5),
+    "solve": Operation(
+        lambda o: o.K.solve(o.X),
+        lambda o: torch.linalg.inv(o.K).abs() @ o.K @ torch.linalg.inv(o.K).abs() @ o.X,
+    ),
+    "logdet": Operation(
+        lambda o: o.K.logdet(), lambda o: torch.linalg.slogdet(o.K).logabsdet.abs() + o.K.shape[-1]
+    ),
+    "max_abs": Operation(lambda o: o.K.max_abs(), lambda o: o.K),
+    "frobenius_norm": Operation(
+        lambda o: o.K.frobenius_norm(), lambda o: torch.linalg.matrix_norm(o.K)
+    ),
+}
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return list(result.tensors()) if isinstance(result, StructuredMatrix) else [result]
+
+
+def _dense(result: Any) -> Tensor:
+    dense: Tensor = result.to_dense() if isinstance(result, StructuredMatrix) else result
+    return dense
+
+
+def fresh(operands: Operands) -> None:
+    """Results share no memory with operands, and operands are left as they were."""
+    before = [t.clone() for t in operands.tensors()]
+    taken = {t.untyped_storage().data_ptr() for t in operands.tensors() if t.numel()}
+    for name, operation in OPERATIONS.items():
+        for t in _tensors(operation.compute(operands)):
+            shared = t.numel() and t.untyped_storage().data_ptr() in taken
+            assert not shared, f"{name}: the result shares memory with an operand"
+        for old, new in zip(before, operands.tensors(), strict=True):
+            assert torch.equal(old, new), f"{name}: an operand was modified, {old} to {new}"
+
+
+def batches(operands: Operands) -> None:
+    """A batched operation is the stack of unbatched ones."""
+    results = {name: operation.compute(operands) for name, operation in OPERATIONS.items()}
+    for index in np.ndindex(*operands.A.batch_shape):
+        one = operands.map(lambda t, index=index: t[index])  # type: ignore[misc]  # bound now
+        for name, operation in OPERATIONS.items():
+            expected = _dense(operation.compute(one))
+            assert_close(_dense(results[name])[index], expected, f"{name} at {index} of the batch")
+
+
+def precision(operands: Operands) -> None:
+    """Results keep the dtype, and are off by a few roundings to it and a float32 product.
+
+    With ``u`` half the machine epsilon and the magnitude ``|op|(|A|, |X|)``, an entry may be off by
+    ``8 u`` times the largest magnitude: a result and the partial results of three levels of nesting
+    are each rounded once, two to a level. Sums and FFTs run in float32 or wider: they add
+    ``8 log2(2n) u_32 n`` times the largest operands, the normwise bound of an FFT (Higham 2002,
+    section 24.1), which no sum in bfloat16 would meet.
+    """
+    third = operands.map(lambda t: t / 3)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        low = third.to(dtype)
+        exact = low.to(torch.float64)
+        dense = _Magnitudes(exact)
+        u, u32 = torch.finfo(dtype).eps / 2, torch.finfo(torch.float32).eps / 2
+        for name, operation in OPERATIONS.items():
+            result = _dense(operation.compute(low))
+            assert result.dtype == dtype, f"{name}: expected {dtype}, got {result.dtype}"
+            if not result.numel():
+                continue
+            expected = _dense(operation.compute(exact))
+            n = operands.A.n
+            magnitude = operation.magnitude(dense)
+            largest = float(magnitude.max()) if magnitude.numel() else 0.0
+            wide = 8 * math.log2(2 * n + 2) * u32 * n * max(1.0, dense.largest) ** 2
+            error = float((result.double() - expected).abs().max())
+            bound = 8 * u * largest + wide
+            assert error <= bound, f"{name} in {dtype}: off by {error:.3g}, bound {bound:.3g}"
+
+
+class _Magnitudes:
+    """The operands in absolute value, members as dense matrices."""
+
+    def __init__(self, operands: Operands) -> None:
+        self.A, self.B, self.K = (
+            member.to_dense().abs() for member in (operands.A, operands.B, operands.K)
+        )
+        self.X, self.S = operands.X.abs(), operands.S.abs()
+
+    @property
+    def largest(self) -> float:
+        parts = (self.A, self.B, self.X, self.S)
+        return max(float(part.max()) if part.numel() else 0.0 for part in parts)
+
+
+def gradients(operands: Operands) -> None:
+    """Every operation is differentiable in every operand, by ``torch.autograd.gradcheck``.
+
+    ``max_abs`` is left out: it has no derivative where two entries tie.
+    """
+    flat = torch.cat([t.flatten() for t in operands.tensors()]).requires_grad_()
+    shapes = [t.shape for t in operands.tensors()]
+    names = [name for name in OPERATIONS if name != "max_abs"]
+
+    def function(flat: Tensor, names: list[str] = names) -> Tensor:
+        parts = flat.split([shape.numel() for shape in shapes])
+        rebuilt = operands.with_tensors([p.reshape(s) for p, s in zip(parts, shapes, strict=True)])
+        results = (t for name in names for t in _tensors(OPERATIONS[name].compute(rebuilt)))
+        return torch.cat([t.flatten() for t in results]) + 0 * flat.sum()
+
+    def differentiable(names: list[str]) -> bool:
+        passes: bool = torch.autograd.gradcheck(
+            lambda flat: function(flat, names), flat, fast_mode=True, raise_exception=False
+        )
+        return passes
+
+    if not differentiable(names):  # all at once is fast, and one by one names the culprit
+        culprits = [name for name in names if not differentiable([name])]
+        raise AssertionError(f"gradients of {', '.join(culprits) or names} differ from numerical")
+
+
+def trees(A: StructuredMatrix) -> None:
+    """A member is a pytree of its fields."""
+    leaves, spec = pytree.tree_flatten(A)
+    assert_close(pytree.tree_unflatten(leaves, spec), A.to_dense(), "tree_unflatten")
+    doubled = pytree.tree_map(lambda t: 2 * t, A)
+    assert doubled.layout == A.layout, f"tree_map: {doubled!r}, expected one like {A!r}"
+    assert_close(doubled, 2 * A.to_dense(), "tree_map")
+
+
+def copies(A: StructuredMatrix) -> None:
+    """``copy``, ``deepcopy``, ``clone``, ``detach``, ``to`` and ``pickle`` keep the member."""
+    ways = {
+        "copy": copy.copy(A),
+        "deepcopy": copy.deepcopy(A),
+        "clone": A.clone(),
+        "detach": A.detach(),
+        "to": A.to(torch.float32).to(A.dtype),
+    }
+    if "<locals>" not in type(A).__qualname__:  # such classes cannot be pickled
+        ways["pickle"] = pickle.loads(pickle.dumps(A))
+    for way, again in ways.items():
+        assert type(again) is type(A), f"{way}: expected {type(A)}, got {type(again)}"
+        assert_close(again, A.to_dense(), way)
+    for mine, theirs in zip(A.tensors(), A.clone().tensors(), strict=True):
+        assert not mine.numel() or mine.data_ptr() != theirs.data_ptr(), "clone shares memory"
+
+
+def views(A: StructuredMatrix) -> None:
+    """NumPy sees the dense matrix; ``repr`` names the class, the size and the dtype."""
+    np.testing.assert_array_equal(np.asarray(A), A.to_dense().numpy())
+    for part in (type(A).__name__, str(A.n), str(A.dtype).removeprefix("torch.")):
+        assert part in repr(A), f"repr: expected {part!r} in {A!r}"
+
+
+def meta(structure: Structure, operands: Operands) -> None:
+    """Every operation finds its shapes and dtypes on the meta device, without numbers."""
+    zero = structure(operands.A.n, batch_shape=operands.A.batch_shape, device="meta")
+    assert zero.device.type == "meta", f"zeros: expected a member on meta, got {zero.device}"
+    like = zero.to(operands.A.dtype)
+    X, S = operands.X.to("meta"), operands.S.to("meta")
+    shadow = Operands(like, like, like, X, S)
+    for name, operation in OPERATIONS.items():
+        real, found = _dense(operation.compute(operands)), _dense(operation.compute(shadow))
+        assert found.device.type == "meta", f"{name}: expected a result on meta, got {found.device}"
+        assert found.shape == real.shape, f"{name}: expected {real.shape}, got {found.shape}"
+        assert found.dtype == real.dtype, f"{name}: expected {real.dtype}, got {found.dtype}"
+
+
+def deterministic(operands: Operands) -> None:
+    """Every operation gives the same bits twice, under ``use_deterministic_algorithms``."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        for name, operation in OPERATIONS.items():
+            first, second = operation.compute(operands), operation.compute(operands)
+            for a, b in zip(_tensors(first), _tensors(second), strict=True):
+                assert torch.equal(a, b), f"{name}: {a}, then {b}"
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def errors(structure: Structure, other: StructuredMatrix, A: StructuredMatrix) -> None:
+    """What makes no sense raises, and says what was expected: it never returns a number."""
+    for name, wrong in _mistakes(structure, other, A):
+        try:
+            result = wrong()
+        except (TypeError, ValueError) as error:
+            said = str(error)
+            clear = "unsupported operand" in said or ("expected" in said and "got" in said)
+            assert clear or "broadcast" in said, f"{name}: unclear message {said!r}"
+        else:
+            raise AssertionError(f"{name}: expected an error, got {result!r}")
+
+
+def _mistakes(
+    structure: Structure, other: StructuredMatrix, A: StructuredMatrix
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Calls that must raise."""
+    n, batch, ones = A.n, A.batch_shape, partial(torch.ones, dtype=A.dtype)
+    X, S = ones(n, 2), ones(n, n)
+    for name in ("apply", "apply_transpose", "solve", "project_gram", *_OF_SQUARES):
+        good = S if name in _OF_SQUARES else X
+        wrong: dict[str, Any] = {
+            "one row more": ones(n + 1, good.shape[-1]),
+            "one dimension": ones(n),
+            "float32": good.float(),
+            "an array": good.numpy(),
+            "None": None,
+        }
+        if name in _OF_SQUARES:
+            wrong["one column more"] = ones(n, n + 1)
+        for what, value in wrong.items():
+            yield f"{name} of {what}", partial(getattr(A, name), value)
+
+    foreign: type[StructuredMatrix] = Diagonal if isinstance(A, Dense) else Dense
+    members = {
+        "batch shape": structure(n, batch_shape=(*batch, 5), dtype=A.dtype),
+        "structure": foreign.zeros(n, batch_shape=batch, dtype=A.dtype),
+        "dtype": A.to(torch.float32),
+    }
+    if other.n != n:
+        members["size"] = structure(other.n, batch_shape=batch, dtype=A.dtype)
+    for what, member in members.items():
+        for name, operation in _BINARY.items():
+            yield f"{name} of another {what}", partial(operation, A, member)
+
+    scalars: Any = ones(*batch, 5)
+    a_list: Any = [1.0]
+    yield "A * c, one c too many", partial(operator.mul, A, scalars)
+    yield "c * A, one c too many", partial(operator.mul, scalars, A)
+    yield "A / c, one c too many", partial(operator.truediv, A, scalars)
+    yield "A + c I, one c too many", partial(A.add_scaled_identity, scalars)
+    yield "A + c I, c a list", partial(A.add_scaled_identity, a_list)
+    yield "A + 1", partial(operator.add, A, 1)
+    yield "A * A", partial(operator.mul, A, A)
+    yield "with_tensors, one too many", partial(A.with_tensors, [*A.tensors(), X])
+
+
+_OF_SQUARES = ("project", "orthogonal_project")
+_BINARY: dict[str, Callable[[Any, Any], Any]] = {
+    "A @ B": operator.matmul,
+    "A.matmul(B)": lambda A, B: A.matmul(B),
+    "A + B": operator.add,
+    "A - B": operator.sub,
+}
+
+
+def spec(structure: Structure) -> None:
+    """A structure is what its printed name says: ``parse(str(structure)) == structure``."""
+    try:
+        again = parse(str(structure))
+    except ValueError as error:
+        raise AssertionError(f"str(structure): {error}") from error
+    assert again == structure, f"{str(structure)!r} names another structure"
+
+
+def compiled(structure: Structure) -> None:
+    """Every operation compiles without a graph break; members go in, through and out.
+
+    One size and seeded numbers, as compiling takes seconds.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(t: Tensor) -> Tensor:
+        return torch.randn(t.shape, dtype=t.dtype, generator=generator)
+
+    zero = structure(6, batch_shape=(2,), dtype=torch.float64)
+    A, B = zero.map(random), zero.map(random)
+    K = zero.map(random).add_scaled_identity(32.0)
+    M = random(torch.empty(2, 6, 6, dtype=torch.float64))
+    X = random(torch.empty(2, 6, 3, dtype=torch.float64))
+    given = Operands(A, B, K, X, M + M.mT)
+
+    def everything(A: Any, B: Any, K: Any, X: Tensor, S: Tensor) -> dict[str, Any]:
+        operands = Operands(A, B, K, X, S)
+        return {name: operation.compute(operands) for name, operation in OPERATIONS.items()}
+
+    torch._dynamo.reset()
+    function = torch.compile(everything, fullgraph=True, backend="aot_eager")
+    try:
+        found = function(given.A, given.B, given.K, given.X, given.S)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise AssertionError(f"torch.compile: {error}") from error
+    for name, expected in everything(given.A, given.B, given.K, given.X, given.S).items():
+        assert type(found[name]) is type(expected), f"{name}: compiled to {type(found[name])}"
+        assert_close(_dense(found[name]), _dense(expected), f"compiled {name}")
+
+
+CONDUCT = (
+    fresh,
+    batches,
+    precision,
+    gradients,
+    trees,
+    copies,
+    views,
+    meta,
+    deterministic,
+    errors,
+    spec,
+    compiled,
+)

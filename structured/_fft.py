@@ -1,0 +1,32 @@
+"""FFTs along dimension -1 of any real tensor, empty ones too, in float32 at least.
+
+torch.fft has no bfloat16, and on the CPU it refuses empty batches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from structured._matrix import at_least_float32
+
+
+def fft(t: Tensor) -> Tensor:
+    """Discrete Fourier transform of ``t [..., n]``."""
+    t = t.to(at_least_float32(t.dtype))
+    return torch.fft.fft(t) if t.numel() else t.to(t.dtype.to_complex())
+
+
+def rfft(t: Tensor, length: int) -> Tensor:
+    """Half spectrum ``[..., length // 2 + 1]`` of ``t [..., n]``, zero-padded to ``length``."""
+    t = t.to(at_least_float32(t.dtype))
+    if t.numel():
+        return torch.fft.rfft(t, length)
+    return t.new_zeros((*t.shape[:-1], length // 2 + 1), dtype=t.dtype.to_complex())
+
+
+def irfft(F: Tensor, length: int) -> Tensor:
+    """The real series ``[..., length]`` with the half spectrum ``F``."""
+    if F.numel() and length:
+        return torch.fft.irfft(F, length)
+    return F.real.new_zeros((*F.shape[:-1], length))

@@ -1,0 +1,127 @@
+"""Circulant matrices: cyclic convolutions, diagonal in the Fourier basis.
+
+::
+
+    a d c b
+    b a d c
+    c b a d        n numbers, products O(n log n)
+    d c b a
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Size, Tensor
+
+from structured._fft import fft, irfft, rfft
+from structured._matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
+
+
+def _power(F: Tensor) -> Tensor:
+    """``|F|^2``."""
+    return F.real.square() + F.imag.square()
+
+
+class Circulant(StructuredMatrix):
+    """``C_ij = c_{(i - j) mod n}``. Stores n numbers; ``A X`` costs n log n a column.
+
+    The only built-in structure besides the diagonal ones whose members all commute.
+    """
+
+    c: Tensor  # [..., n], the first column
+
+    closed_under_transpose = True
+
+    @classmethod
+    def zeros(cls, n: int, *, batch_shape: Sequence[int] = (), **opts: Any) -> Self:
+        """The zero matrix of size ``n``."""
+        return cls(torch.zeros(*batch_shape, n, **opts))
+
+    def to_dense(self) -> Tensor:
+        """Every wrapped diagonal filled with its number."""
+        ramp = torch.arange(self.n, device=self.c.device)
+        return self.c[..., (ramp[:, None] - ramp) % max(self.n, 1)]
+
+    @property
+    def shape(self) -> Size:
+        """``[..., n, n]``."""
+        return Size((*self.c.shape, self.c.shape[-1]))
+
+    @property
+    def mT(self) -> Circulant:
+        """``c_k`` becomes ``c_{-k}``."""
+        return Circulant(torch.cat([self.c[..., :1], self.c[..., 1:].flip(-1)], -1))
+
+    @property
+    def _spectrum(self) -> Tensor:
+        """The first ``n // 2 + 1`` eigenvalues; the others are their conjugates."""
+        return rfft(self.c, self.n)
+
+    def _with_spectrum(self, F: Tensor) -> Self:
+        """The member with the given eigenvalues."""
+        return self._build([irfft(F, self.n).to(self.dtype)])
+
+    def matmul(self, other: Self) -> Self:
+        """Cyclic convolution."""
+        return self._with_spectrum(self._spectrum * other._spectrum)
+
+    def apply(self, X: Tensor) -> Tensor:
+        """Cyclic convolution of every column of ``X [..., n, m]``."""
+        F = self._spectrum[..., None, :]
+        return irfft(F * rfft(X.mT, self.n), self.n).to(X.dtype).mT
+
+    def apply_transpose(self, X: Tensor) -> Tensor:
+        """Cyclic correlation of every column of ``X [..., n, m]``."""
+        F = self._spectrum[..., None, :]
+        return irfft(F.conj() * rfft(X.mT, self.n), self.n).to(X.dtype).mT
+
+    def orthogonal_project(self, M: Tensor) -> Self:
+        """Means of the wrapped diagonals of ``M [..., n, n]``."""
+        # Each column written twice, then read back one place longer, slides one place further.
+        n, columns = M.shape[-1], M.mT.to(at_least_float32(M.dtype))
+        twice = torch.cat([columns, columns], -1).flatten(-2)
+        slid = torch.nn.functional.pad(twice, (0, n)).unflatten(-1, (n, 2 * n + 1))
+        return self._build([(slid[..., :n].sum(-2) / max(n, 1)).to(M.dtype)])
+
+    def project(self, S: Tensor) -> Self:
+        """Means of the wrapped diagonals of ``S [..., n, n]``."""
+        return self.orthogonal_project(S)
+
+    def project_gram(self, X: Tensor) -> Self:
+        """Cyclic autocorrelation of the columns of ``X [..., n, m]``, n log n a column."""
+        return self._with_spectrum(_power(rfft(X.mT, self.n)).sum(-2) / max(self.n, 1))
+
+    def gram(self) -> Self:
+        """``C^T C``, which is circulant."""
+        return self._with_spectrum(_power(self._spectrum))
+
+    def trace(self) -> Tensor:
+        """``n c_0``."""
+        return self.n * self.c[..., :1].sum(-1)
+
+    def add_scaled_identity(self, alpha: Scalar) -> Self:
+        """Add to ``c_0``."""
+        alpha = trailing(alpha, self.c) if isinstance(alpha, Tensor) else alpha
+        first = (self.c[..., :1] + alpha).to(self.c.dtype)
+        return self._build([torch.cat([first, self.c[..., 1:]], -1)])
+
+    def solve(self, X: Tensor) -> Tensor:
+        """Divide the spectra; a zero in the spectrum of ``c`` gives infinities or NaN."""
+        F = self._spectrum[..., None, :]
+        return irfft(rfft(X.mT, self.n) / F, self.n).to(X.dtype).mT
+
+    def logdet(self) -> Tensor:
+        """Sum of ``log |F c|``, the eigenvalues."""
+        return fft(self.c).abs().log().sum(-1).to(self.c.dtype)
+
+    def max_abs(self) -> Tensor:
+        """Largest absolute entry."""
+        return largest(self.c, self.c.ndim - 1)
+
+    def frobenius_norm(self) -> Tensor:
+        """``sqrt(n) |c|``."""
+        return math.sqrt(self.n) * torch.linalg.vector_norm(self.c, dim=-1)

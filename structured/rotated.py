@@ -1,0 +1,209 @@
+"""A structure in another orthonormal basis: a fast transform, or any orthogonal matrix.
+
+::
+
+    Q A Q^T        the numbers of A; products those of A and two products with Q
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Size, Tensor
+
+from structured._fft import fft, irfft
+from structured._matrix import Scalar, StructuredMatrix, at_least_float32, static
+from structured._spec import StructureLike, parse, words
+
+
+def _hadamard(X: Tensor) -> Tensor:
+    """``H X`` for ``X [..., n, m]``, ``H`` the symmetric orthonormal Hadamard matrix (Sylvester).
+
+    For other sizes than powers of two, ``H`` has one diagonal block for each binary digit of n, the
+    largest first (13 = 8 + 4 + 1). Costs n log n a column.
+    """
+    sizes = [1 << i for i in reversed(range(X.shape[-2].bit_length())) if X.shape[-2] >> i & 1]
+    return torch.cat([_sylvester(part) for part in X.split(sizes, -2)], -2) if sizes else X
+
+
+def _sylvester(X: Tensor) -> Tensor:
+    """``H X`` for ``X [..., 2^p, m]`` by p butterflies."""
+    n, half = X.shape[-2], 1
+    while half < n:
+        a, b = X.unflatten(-2, (n // (2 * half), 2, half)).unbind(-3)
+        X = torch.stack([a + b, a - b], -3).flatten(-4, -2)
+        half *= 2
+    return X / math.sqrt(n)
+
+
+def _cosine(X: Tensor) -> Tensor:
+    """``C X`` for ``X [..., n, m]``, ``C`` the orthonormal DCT-II; one FFT of length n a column.
+
+    Source: Makhoul, IEEE Trans. ASSP 28(1), 1980: even places, then odd ones backwards.
+    """
+    n, rows = X.shape[-2], X.mT
+    F = fft(torch.cat([rows[..., ::2], rows[..., 1::2].flip(-1)], -1))
+    return ((F * _twist(n, X)).real * _norms(n, X)).mT
+
+
+def _inverse_cosine(Z: Tensor) -> Tensor:
+    """``C^T Z``, the inverse of :func:`_cosine`."""
+    n = Z.shape[-2]
+    rows = Z.mT / _norms(n, Z)
+    mirrored = torch.cat([torch.zeros_like(rows[..., :1]), rows[..., 1:].flip(-1)], -1)
+    F = torch.complex(rows, -mirrored) * _twist(n, Z).conj()
+    v = irfft(F[..., : n // 2 + 1], n)
+    evens, odds = v[..., : (n + 1) // 2], v[..., (n + 1) // 2 :].flip(-1)
+    odds = torch.nn.functional.pad(odds, (0, n % 2))
+    return torch.stack([evens, odds], -1).flatten(-2)[..., :n].mT
+
+
+def _twist(n: int, like: Tensor) -> Tensor:
+    """``exp(-i pi k / 2n)``, ``[n]``."""
+    places = torch.arange(n, dtype=like.dtype, device=like.device)
+    return torch.polar(torch.ones_like(places), places * (-math.pi / (2 * max(n, 1))))
+
+
+def _norms(n: int, like: Tensor) -> Tensor:
+    """Factors ``sqrt(1/n), sqrt(2/n), ...`` that make the DCT-II orthonormal, ``[n]``."""
+    norms = torch.full((n,), 2.0 / max(n, 1), dtype=like.dtype, device=like.device)
+    norms[:1] /= 2
+    return norms.sqrt()
+
+
+# name -> (Q X, Q^T X)
+_TRANSFORMS = {"cosine": (_inverse_cosine, _cosine), "hadamard": (_hadamard, _hadamard)}
+words(*_TRANSFORMS)
+
+
+class Rotated(StructuredMatrix):
+    """``Q A Q^T`` for a member ``A`` of any structure and an orthogonal ``Q``.
+
+    The columns of ``Q`` are the basis in which the matrix has the structure of ``A``. ``Q`` belongs
+    to the structure: it is shared by all members and is neither added, scaled nor trained. A
+    diagonal matrix in the eigenbasis of a moving average is the preconditioner of SOAP (Vyas et
+    al., arXiv 2409.11321). As Frobenius norms do not change, ``Pi(S) = Q Pi_A(Q^T S Q) Q^T``.
+
+    Args:
+        A: A member of the structure to rotate.
+        Q: ``"cosine"`` (the basis of the orthonormal DCT-II), ``"hadamard"`` (one Sylvester matrix
+            for each binary digit of n: 13 = 8 + 4 + 1), or an orthogonal tensor ``[..., n, n]``,
+            which is not checked to be so.
+    """
+
+    A: StructuredMatrix  # [..., n, n]
+    Q: Tensor | str = static()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        n, Q = self.A.n, self.Q
+        if isinstance(Q, str):
+            if Q not in _TRANSFORMS:
+                raise ValueError(f"rotated(A, Q): expected one of {list(_TRANSFORMS)}, got {Q!r}")
+        elif not isinstance(Q, Tensor):
+            raise TypeError(f"rotated(A, Q): expected a name or a tensor, got {type(Q).__name__}")
+        elif Q.shape[-2:] != (n, n):
+            raise ValueError(f"rotated(A, Q): expected Q [..., {n}, {n}], got {list(Q.shape)}")
+
+    @property
+    def closed_under_transpose(self) -> bool:  # type: ignore[override]  # depends on the part
+        """As ``A``."""
+        return self.A.closed_under_transpose
+
+    @classmethod
+    def zeros(
+        cls,
+        n: int,
+        structure: StructureLike,
+        Q: Tensor | str,
+        *,
+        batch_shape: Sequence[int] = (),
+        **opts: Any,
+    ) -> Self:
+        """The zero matrix of size ``n`` of ``structure`` in the basis ``Q``.
+
+        Raises:
+            ValueError: If ``Q`` is an unknown name or a tensor of another size.
+            TypeError: If ``Q`` is neither a name nor a tensor.
+        """
+        return cls(parse(structure)(n, batch_shape=batch_shape, **opts), Q)
+
+    def _rotate(self, X: Tensor) -> Tensor:
+        """``Q X``, in float32 at least."""
+        return self._product(X, transpose=False)
+
+    def _unrotate(self, X: Tensor) -> Tensor:
+        """``Q^T X``, in float32 at least."""
+        return self._product(X, transpose=True)
+
+    def _product(self, X: Tensor, *, transpose: bool) -> Tensor:
+        wide = X.to(at_least_float32(X.dtype))
+        if isinstance(self.Q, str):
+            return _TRANSFORMS[self.Q][transpose](wide).to(X.dtype)
+        Q = self.Q.to(wide.dtype)
+        return ((Q.mT if transpose else Q) @ wide).to(X.dtype)
+
+    def to_dense(self) -> Tensor:
+        """``Q A Q^T``."""
+        return self._rotate(self._rotate(self.A.to_dense()).mT).mT
+
+    @property
+    def shape(self) -> Size:
+        """``[..., n, n]``."""
+        return self.A.shape
+
+    @property
+    def mT(self) -> Rotated:
+        """``Q A^T Q^T``."""
+        return Rotated(self.A.mT, self.Q)
+
+    def matmul(self, other: Self) -> Self:
+        """``Q A B Q^T``."""
+        return self._build([self.A @ other.A])
+
+    def apply(self, X: Tensor) -> Tensor:
+        """``Q (A (Q^T X))``."""
+        return self._rotate(self.A.apply(self._unrotate(X)))
+
+    def apply_transpose(self, X: Tensor) -> Tensor:
+        """``Q (A^T (Q^T X))``."""
+        return self._rotate(self.A.apply_transpose(self._unrotate(X)))
+
+    def orthogonal_project(self, M: Tensor) -> Self:
+        """``Q P_A(Q^T M Q) Q^T``."""
+        return self._build([self.A.orthogonal_project(self._unrotate(self._unrotate(M).mT).mT)])
+
+    def project(self, S: Tensor) -> Self:
+        """``Q Pi_A(Q^T S Q) Q^T``."""
+        return self._build([self.A.project(self._unrotate(self._unrotate(S).mT).mT)])
+
+    def project_gram(self, X: Tensor) -> Self:
+        """``Q Pi_A(Y Y^T) Q^T`` with ``Y = Q^T X``."""
+        return self._build([self.A.project_gram(self._unrotate(X))])
+
+    def gram(self) -> Self:
+        """``Q Pi_A(A^T A) Q^T``."""
+        return self._build([self.A.gram()])
+
+    def trace(self) -> Tensor:
+        """As ``A``."""
+        return self.A.trace()
+
+    def add_scaled_identity(self, alpha: Scalar) -> Self:
+        """``Q (A + alpha I) Q^T``."""
+        return self._build([self.A.add_scaled_identity(alpha)])
+
+    def solve(self, X: Tensor) -> Tensor:
+        """``Q (A^{-1} (Q^T X))``."""
+        return self._rotate(self.A.solve(self._unrotate(X)))
+
+    def logdet(self) -> Tensor:
+        """As ``A``."""
+        return self.A.logdet()
+
+    def frobenius_norm(self) -> Tensor:
+        """As ``A``."""
+        return self.A.frobenius_norm()

@@ -1,0 +1,230 @@
+"""Triangular matrices, both halves folded into one rectangle.
+
+::
+
+    a . . .        a b c d        g h
+    b e . .        . e f h        a j
+    c f g .        . . g i        b e        n (n + 1) / 2 numbers, stored as on the right,
+    d h i j        . . . j        c f        products half of a dense product
+                                  d i
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Size, Tensor
+from torch.linalg import solve_triangular
+from torch.nn.functional import pad
+
+from structured._matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
+
+
+class _Triangular(StructuredMatrix):
+    """What the lower and the upper form share: one rectangle with a place for each number.
+
+    With ``L = [[L1, 0], [B, L2]]``, ``R`` holds ``[L1; B]`` as it stands and ``L2^T`` in the places
+    above the diagonal of ``L1`` (rectangular full packed format; Gustavson et al., ACM TOMS 37(2),
+    2010). The three blocks are views of ``R``, so products run on matrix blocks, without index
+    tables, and skip the half of the work that meets the zero block. (For n = 1536 in float32 on two
+    cores a product takes 13 ms, a dense one 18 ms, one of packed vectors 31 ms.) The upper form
+    stores its transpose.
+    """
+
+    R: Tensor  # [..., n + 1 - n % 2, (n + 1) // 2]
+
+    @classmethod
+    def zeros(cls, n: int, *, batch_shape: Sequence[int] = (), **opts: Any) -> Self:
+        """The zero matrix of size ``n``."""
+        return cls(torch.zeros(*batch_shape, n + 1 - n % 2, (n + 1) // 2, **opts))
+
+    @property
+    def shape(self) -> Size:
+        """``[..., n, n]``."""
+        rows, columns = self.R.shape[-2:]
+        n = min(rows, 2 * columns)
+        return Size((*self.R.shape[:-2], n, n))
+
+    @property
+    def _shift(self) -> int:
+        """Rows of ``R`` above ``L1``: one for even n, none for odd."""
+        return 1 - self.n % 2
+
+    def _diagonals(self, R: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of the diagonals of ``L1`` and ``L2`` in a rectangle like ours."""
+        shift = self._shift
+        return R.diagonal(-shift, -2, -1), R.diagonal(1 - shift, -2, -1)
+
+    def _cut(self, M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of the blocks ``(M11, M21, M22)`` of ``M [..., n, n]``."""
+        h = self.R.shape[-1]
+        return M[..., :h, :h], M[..., h:, :h], M[..., h:, h:]
+
+    def _fold(self, L1: Tensor, B: Tensor, L2: Tensor) -> Self:
+        """The member with lower triangular ``L1``, ``L2`` and a full ``B``."""
+        odd = self.n % 2
+        top = pad(L1, (0, 0, 1 - odd, 0)) + pad(L2.mT, (odd, 0, 0, 1))
+        return self._build([torch.cat([top, B], -2)])
+
+    def _fold_symmetric(self, S11: Tensor, S21: Tensor, S22: Tensor) -> Self:
+        """``Pi`` of the symmetric ``[[S11, S21^T], [S21, S22]]``: twice below the diagonal."""
+        return self._fold(S11.tril() + S11.tril(-1), 2 * S21, S22.tril() + S22.tril(-1))
+
+    def project(self, S: Tensor) -> Self:
+        """The triangle of ``S [..., n, n]``, twice off the diagonal."""
+        return self._fold_symmetric(*self._cut(S))
+
+    def project_gram(self, X: Tensor) -> Self:
+        """The triangle of ``X X^T``, twice off the diagonal; 3/4 n^2 a column."""
+        h = self.R.shape[-1]
+        x1, x2 = X[..., :h, :], X[..., h:, :]
+        return self._fold_symmetric(x1 @ x1.mT, x2 @ x1.mT, x2 @ x2.mT)
+
+    def trace(self) -> Tensor:
+        """Sum of the diagonal."""
+        return torch.cat(self._diagonals(self.R), -1).sum(-1)
+
+    def add_scaled_identity(self, alpha: Scalar) -> Self:
+        """Add to the diagonal."""
+        R = self.R.clone()
+        for diagonal in self._diagonals(R):
+            diagonal += trailing(alpha, diagonal) if isinstance(alpha, Tensor) else alpha
+        return self._build([R])
+
+    def logdet(self) -> Tensor:
+        """Sum of ``log |A_ii|``."""
+        return torch.cat(self._diagonals(self.R), -1).abs().log().sum(-1)
+
+    def max_abs(self) -> Tensor:
+        """Largest absolute entry."""
+        return largest(self.R, self.R.ndim - 2)
+
+    def frobenius_norm(self) -> Tensor:
+        """Norm of the rectangle: each number stands for one entry."""
+        return torch.linalg.vector_norm(self.R, dim=(-2, -1))
+
+
+class LowerTriangular(_Triangular):
+    """``A_ij = 0`` for ``i < j``. Stores n (n + 1) / 2 numbers; ``A X`` costs 3/4 n^2 a column."""
+
+    @property
+    def _blocks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of ``L1``, ``B``, ``L2``; above their diagonals they show each other's numbers."""
+        n, h, shift = self.n, self.R.shape[-1], self._shift
+        L1, B = self.R[..., shift : shift + h, :], self.R[..., shift + h :, :]
+        return L1, B, self.R[..., : n - h, h - (n - h) :].mT
+
+    @property
+    def _columns(self) -> Tensor:
+        """``[L1; B]``, the first ``n - n // 2`` columns."""
+        return self.R[..., self._shift :, :].tril()
+
+    @property
+    def _rows(self) -> Tensor:
+        """``[B, L2]``, the last ``n // 2`` rows."""
+        _, B, L2 = self._blocks
+        return torch.cat([B, L2.tril()], -1)
+
+    def to_dense(self) -> Tensor:
+        """``[[L1, 0], [B, L2]]``."""
+        return torch.cat([pad(self._blocks[0].tril(), (0, self.n // 2)), self._rows], -2)
+
+    @property
+    def mT(self) -> UpperTriangular:
+        """The upper form of the same numbers."""
+        return UpperTriangular(self.R)
+
+    def matmul(self, other: Self) -> Self:
+        """``[[L1 M1, 0], [B M1 + L2 C, L2 M2]]``, half the work of a dense product."""
+        columns, h = other._columns, self.R.shape[-1]
+        first = self._blocks[0].tril() @ columns[..., :h, :]
+        last = self._blocks[2].tril() @ other._blocks[2].tril()
+        return self._fold(first, self._rows @ columns, last)
+
+    def apply(self, X: Tensor) -> Tensor:
+        """``[L1 x1, B x1 + L2 x2]``."""
+        h = self.R.shape[-1]
+        return torch.cat([self._blocks[0].tril() @ X[..., :h, :], self._rows @ X], -2)
+
+    def apply_transpose(self, X: Tensor) -> Tensor:
+        """``[L1^T x1 + B^T x2, L2^T x2]``."""
+        h = self.R.shape[-1]
+        return torch.cat([self._columns.mT @ X, self._blocks[2].tril().mT @ X[..., h:, :]], -2)
+
+    def orthogonal_project(self, M: Tensor) -> Self:
+        """The lower triangle of ``M [..., n, n]``."""
+        M11, M21, M22 = self._cut(M)
+        return self._fold(M11.tril(), M21, M22.tril())
+
+    def gram(self) -> Self:
+        """``Pi(A^T A)``, half the work of a dense product."""
+        _, B, L2 = self._blocks
+        columns, L2 = self._columns, L2.tril()
+        return self._fold_symmetric(columns.mT @ columns, L2.mT @ B, L2.mT @ L2)
+
+    def _outer(self) -> Self:
+        """``Pi(A A^T)``, half the work of a dense product."""
+        L1, B, _ = self._blocks
+        L1, rows = L1.tril(), self._rows
+        return self._fold_symmetric(L1 @ L1.mT, B @ L1.mT, rows @ rows.mT)
+
+    def solve(self, X: Tensor) -> Tensor:
+        """Forward substitution, n^2 / 2 a column; a zero on the diagonal gives infinities."""
+        h, wide = self.R.shape[-1], at_least_float32(X.dtype)
+        L1, B, L2 = (block.to(wide) for block in self._blocks)
+        y1, y2 = X[..., :h, :].to(wide), X[..., h:, :].to(wide)
+        x1 = solve_triangular(L1, y1, upper=False)
+        x2 = solve_triangular(L2, y2 - B @ x1, upper=False)
+        return torch.cat([x1, x2], -2).to(X.dtype)
+
+    def _solve_transpose(self, X: Tensor) -> Tensor:
+        """``A^{-T} X``, back substitution."""
+        h, wide = self.R.shape[-1], at_least_float32(X.dtype)
+        L1, B, L2 = (block.to(wide) for block in self._blocks)
+        y1, y2 = X[..., :h, :].to(wide), X[..., h:, :].to(wide)
+        x2 = solve_triangular(L2.mT, y2, upper=True)
+        x1 = solve_triangular(L1.mT, y1 - B.mT @ x2, upper=True)
+        return torch.cat([x1, x2], -2).to(X.dtype)
+
+
+class UpperTriangular(_Triangular):
+    """``A_ij = 0`` for ``i > j``. Stores n (n + 1) / 2 numbers; ``A X`` costs 3/4 n^2 a column."""
+
+    def to_dense(self) -> Tensor:
+        """``[[L1^T, B^T], [0, L2^T]]``."""
+        return self.mT.to_dense().mT
+
+    @property
+    def mT(self) -> LowerTriangular:
+        """The lower form of the same numbers."""
+        return LowerTriangular(self.R)
+
+    def matmul(self, other: Self) -> Self:
+        """``A B = (B^T A^T)^T``."""
+        return self._build([(other.mT @ self.mT).R])
+
+    def apply(self, X: Tensor) -> Tensor:
+        """``[L1^T x1 + B^T x2, L2^T x2]``."""
+        return self.mT.apply_transpose(X)
+
+    def apply_transpose(self, X: Tensor) -> Tensor:
+        """``[L1 x1, B x1 + L2 x2]``."""
+        return self.mT.apply(X)
+
+    def orthogonal_project(self, M: Tensor) -> Self:
+        """The upper triangle of ``M [..., n, n]``."""
+        return self._build([self.mT.orthogonal_project(M.mT).R])
+
+    def project(self, S: Tensor) -> Self:
+        """The triangle of ``S [..., n, n]``, twice off the diagonal."""
+        return super().project(S.mT)
+
+    def gram(self) -> Self:
+        """``Pi(A^T A)``, half the work of a dense product."""
+        return self._build([self.mT._outer().R])
+
+    def solve(self, X: Tensor) -> Tensor:
+        """Back substitution, n^2 / 2 a column; a zero on the diagonal gives infinities."""
+        return self.mT._solve_transpose(X)

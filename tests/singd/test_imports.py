@@ -1,0 +1,43 @@
+"""The two packages meet only in the public names of ``structured``."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import singd
+import structured
+
+FILES = sorted(Path(singd.__file__).parent.rglob("*.py"))
+BELOW = sorted(Path(structured.__file__).parent.rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[tuple[str, str | None]]:
+    """Modules imported, with the names taken from them."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_singd_uses_public_names_of_structured(path: Path) -> None:
+    for module, name in imports(path):
+        if module.split(".")[0] == "structured":
+            assert module == "structured", f"{path.name} imports {module}"
+            assert name in structured.__all__, f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", BELOW, ids=lambda p: p.stem)
+def test_structured_knows_nothing_of_singd(path: Path) -> None:
+    assert all(module.split(".")[0] != "singd" for module, _ in imports(path))
+
+
+def test_every_public_name_exists() -> None:
+    assert len(FILES) > 5
+    for package in (singd, structured):
+        assert all(hasattr(package, name) for name in package.__all__)
