@@ -54,20 +54,31 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class ViT(nn.Module):
-    """A vision transformer on 16 patches of 7 x 7 pixels."""
+def sincos(side: int, dim: int) -> Tensor:
+    """Fixed two-dimensional position embeddings ``[side^2, dim]``."""
+    frequencies = torch.logspace(0, -2, dim // 4)
+    angles = torch.arange(side)[:, None] * frequencies
+    one = torch.cat([angles.sin(), angles.cos()], -1)  # [side, dim / 2]
+    grid = torch.broadcast_tensors(one[:, None], one[None])
+    return torch.cat(grid, -1).flatten(0, 1)
 
-    def __init__(self, dim: int = 48, heads: int = 4, depth: int = 1) -> None:
+
+class ViT(nn.Module):
+    """A vision transformer on 16 patches of 7 x 7 pixels; its positions are not trained."""
+
+    position: Tensor
+
+    def __init__(self, dim: int = 32, heads: int = 4, depth: int = 1) -> None:
         super().__init__()
         self.embed = nn.Conv2d(1, dim, 7, stride=7)
-        self.position = nn.Parameter(0.02 * torch.randn(16, dim))
+        self.register_buffer("position", sincos(4, dim))
         self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, 10)
+        self.head = nn.Linear(16 * dim, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.embed(x).flatten(2).mT + self.position
-        return self.head(self.norm(self.blocks(tokens)).mean(1))
+        return self.head(self.norm(self.blocks(tokens)).flatten(1))
 
 
 MODELS: dict[str, type[nn.Module]] = {"CNN": CNN, "ViT": ViT}
