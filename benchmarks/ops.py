@@ -51,10 +51,9 @@ def rows(sizes: list[int], columns: int, repeats: int) -> Iterator[dict[str, str
     """One for each structure, size and operation."""
     cases = [(spec, n) for n in sizes for spec in SPECS]
     for spec, n in tqdm(cases):
-        generator = torch.Generator().manual_seed(n)
-        X = torch.randn(n, columns, generator=generator)
-        zero = parse(spec)(n)
-        A = zero.map(lambda t: torch.randn(t.shape, generator=generator)).add_scaled_identity(1.0)
+        torch.manual_seed(n)
+        X = torch.randn(n, columns)
+        A = parse(spec)(n).map(torch.randn_like).add_scaled_identity(1.0)
         dense = parse("dense")(n).orthogonal_project(A.to_dense())
         for name, operation in OPERATIONS.items():
             operation(A, X), operation(dense, X)
