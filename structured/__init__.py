@@ -7,6 +7,7 @@ few tensors. See :class:`StructuredMatrix` for what a member can do and how to a
 
 from structured._inverse_root import divergence, inverse_root
 from structured._matrix import Operator, StructuredMatrix, static
+from structured._module import StructuredParameter
 from structured._spec import Structure, StructureLike, parse
 from structured.block_diagonal import BlockDiagonal
 from structured.block_triangular import (
@@ -47,6 +48,7 @@ __all__ = [
     "Structure",
     "StructureLike",
     "StructuredMatrix",
+    "StructuredParameter",
     "Tied",
     "Transposed",
     "UpperToeplitz",
