@@ -238,6 +238,12 @@ def around() -> Iterator[Settings]:
         yield from grid(**{**CHOSEN, **variant})
 
 
+def pace() -> Iterator[Settings]:
+    """How often the factors move, with and without their momentum, for three structures."""
+    own = {"seed": [1, 2], "factors": ["frobenius", "spectral"], "T": [2, 5], "alpha1": [0.0, 0.5]}
+    yield from grid(**{**CHOSEN, **own, "structures": ["dense", "diagonal", "hierarchical(8, 8)"]})
+
+
 def kfac() -> Iterator[Settings]:
     """KFAC, over the bound and the weight of new statistics."""
     keys = ("model", "precision", "steps", "seed", "bound", "lr", "damping")
@@ -258,7 +264,7 @@ def tune() -> Iterator[Settings]:
     yield from grid(**{"method": "KFAC", **{k: own[k] for k in keys}})
 
 
-STAGES = {f.__name__: f for f in (rule, factors, late, around, kfac, tune)}
+STAGES = {f.__name__: f for f in (rule, factors, late, around, pace, kfac, tune)}
 
 
 def key(row: Settings) -> tuple[str, ...]:
