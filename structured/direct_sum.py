@@ -67,7 +67,7 @@ class DirectSum(StructuredMatrix):
 
     def matmul(self, other: Self) -> Self:
         """Part by part."""
-        return self._build([self.A @ other.A, self.C @ other.C])
+        return self._build([self.A.matmul(other.A), self.C.matmul(other.C)])
 
     def apply(self, X: Tensor) -> Tensor:
         """``[A x1, C x2]``."""

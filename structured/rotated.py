@@ -162,7 +162,7 @@ class Rotated(StructuredMatrix):
 
     def matmul(self, other: Self) -> Self:
         """``Q A B Q^T``."""
-        return self._build([self.A @ other.A])
+        return self._build([self.A.matmul(other.A)])
 
     def apply(self, X: Tensor) -> Tensor:
         """``Q (A (Q^T X))``."""

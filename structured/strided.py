@@ -90,7 +90,7 @@ class Strided(StructuredMatrix):
 
     def matmul(self, other: Self) -> Self:
         """Class by class."""
-        return self._build([self.A @ other.A])
+        return self._build([self.A.matmul(other.A)])
 
     def apply(self, X: Tensor) -> Tensor:
         """Class by class."""

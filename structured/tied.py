@@ -92,7 +92,7 @@ class Tied(StructuredMatrix):
 
     def matmul(self, other: Self) -> Self:
         """``I_k (x) A B``."""
-        return self._build([self.A @ other.A])
+        return self._build([self.A.matmul(other.A)])
 
     def apply(self, X: Tensor) -> Tensor:
         """One product of ``A`` with k times the columns."""

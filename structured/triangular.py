@@ -203,7 +203,7 @@ class UpperTriangular(_Triangular):
 
     def matmul(self, other: Self) -> Self:
         """``A B = (B^T A^T)^T``."""
-        return self._build([(other.mT @ self.mT).R])
+        return self._build([other.mT.matmul(self.mT).R])
 
     def apply(self, X: Tensor) -> Tensor:
         """``[L1^T x1 + B^T x2, L2^T x2]``."""
