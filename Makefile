@@ -43,7 +43,8 @@ docs: $(DOCS) ## build the documentation into docs/_build/html
 	$(PY) -m sphinx -W --keep-going -b html docs docs/_build/html
 
 clean: ## remove everything generated, except the virtual environment
-	rm -rf .peer build dist docs/_build benchmarks/out
+	rm -rf .peer build dist benchmarks/out docs/_build docs/_generated docs/api
+	rm -rf docs/auto_examples docs/structured/catalogue.rst
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find structured singd tests benchmarks docs -name __pycache__ -prune -exec rm -rf {} +
 

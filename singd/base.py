@@ -56,7 +56,7 @@ class KroneckerOptimizer(Optimizer):
     """
 
     _step_supports_amp_scaling = True  # PyTorch's name: GradScaler hands us scale and infinities
-    _identity: tuple[str, ...] = ()  # options that a checkpoint must share
+    _identity: tuple[str, ...] = ("structures",)  # options that a checkpoint must share
     _sides = ("K", "C")  # members with the structure of the statistics
 
     def __init__(

@@ -49,10 +49,10 @@ def check_groups(ours: Sequence[Group], saved: Sequence[Group], keys: Sequence[s
         raise ValueError(f"load_state_dict: expected {len(ours)} groups, got {len(saved)}")
     for index, (own, other) in enumerate(zip(ours, saved, strict=True)):
         for key in keys:
-            if key in own and plain(own[key]) != other.get(key):
+            expected, got = plain(own.get(key)), other.get(key)
+            if expected != got:
                 raise ValueError(
-                    f"load_state_dict: group {index}: expected {key} = {plain(own[key])!r}, "
-                    f"got {other.get(key)!r}"
+                    f"load_state_dict: group {index}: expected {key} = {expected!r}, got {got!r}"
                 )
         if len(own["params"]) != len(other["params"]):
             raise ValueError(

@@ -6,6 +6,8 @@ nearest. Rounded up or down with probability by distance, its expectation is kep
 
 from __future__ import annotations
 
+from hashlib import blake2b
+
 import torch
 from torch import Tensor
 
@@ -26,22 +28,25 @@ def stochastic_round(
     if dtype not in _MANTISSA_BITS:
         return x.to(dtype)
     dropped = 1 << (23 - _MANTISSA_BITS[dtype])
-    bits = x.to(torch.float32).view(torch.int32)
+    x = x.to(torch.float32)
     noise = torch.randint(dropped, x.shape, dtype=torch.int32, device=x.device, generator=generator)
-    return ((bits + noise) & -dropped).view(torch.float32).to(dtype)
+    rounded = ((x.view(torch.int32) + noise) & -dropped).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x).to(dtype)  # noise may carry a NaN into the sign
 
 
 class Rounding:
     """Stochastic rounding that a checkpoint reproduces: randomness from a seed and a step number.
 
     Args:
-        seed: A non-negative number below 2^30.
+        seed: Any integer.
         step: The number of the step.
-        stream: Tells uses within a step apart, 0 or 1.
+        stream: Tells uses within a step apart.
     """
 
     def __init__(self, seed: int, step: int, stream: int = 0) -> None:
-        self.seed = (((seed << 1) + stream) << 32) + step
+        # Hashed, since the generator of the CPU looks at 32 bits of its seed only.
+        digest = blake2b(f"{seed} {step} {stream}".encode(), digest_size=7).digest()
+        self.seed = int.from_bytes(digest, "big")
         self.generators: dict[torch.device, torch.Generator] = {}
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -59,8 +59,8 @@ class Step:
             return bad
         if self.scale is not None and not self.unscaled:
             torch._foreach_mul_([g for _, g in self._gradients()], 1.0 / self.scale)
-        for bucket in self.buckets:
-            self._update(bucket)
+        for index, bucket in enumerate(self.buckets):
+            self._update(bucket, stream=index)
         naturals = self._naturals()
         if descend:
             self._descend(naturals)
@@ -134,7 +134,7 @@ class Step:
 
     # Factors ------------------------------------------------------------------------------------
 
-    def _update(self, bucket: Bucket) -> None:
+    def _update(self, bucket: Bucket, stream: int) -> None:
         """Normalise the statistics of a bucket, once, and update its factors."""
         optimizer, group = self.optimizer, bucket.units[0].group
         units = [u for u in bucket.units if u.statistics is not None and u.statistics.rows]
@@ -148,7 +148,7 @@ class Step:
                     norms = residual(old[side].to(U.dtype), U, group["damping"])
                     for unit, norm in zip(units, norms, strict=True):
                         self.report.setdefault(unit.name, {})[f"residual_{side}"] = norm
-            rounding = Rounding(group["seed"], group["step"])
+            rounding = Rounding(group["seed"], group["step"], stream)
             bucket.write(units, optimizer._update(group, old, U_K, U_C), rounding)
             bucket.products.clear()
         if not bucket.products:
@@ -222,7 +222,7 @@ class Step:
         if all(p.dtype in (torch.float32, torch.float64) for p in params):
             torch._foreach_add_(params, directions, alpha=-group["lr"])
             return
-        rounding = Rounding(group["seed"], group["step"], stream=1)
+        rounding = Rounding(group["seed"], group["step"], stream=-1)
         for p, direction in zip(params, directions, strict=True):
             p.copy_(rounding(p.float() - group["lr"] * direction.float(), p.dtype))
 

@@ -5,7 +5,9 @@ few tensors. See :class:`StructuredMatrix` for what a member can do and how to a
 :func:`parse` for naming one.
 """
 
+from structured._inverse_root import divergence, inverse_root
 from structured._matrix import Operator, StructuredMatrix, static
+from structured._module import StructuredParameter
 from structured._spec import Structure, StructureLike, parse
 from structured.block_diagonal import BlockDiagonal
 from structured.block_triangular import (
@@ -46,11 +48,14 @@ __all__ = [
     "Structure",
     "StructureLike",
     "StructuredMatrix",
+    "StructuredParameter",
     "Tied",
     "Transposed",
     "UpperToeplitz",
     "UpperTriangular",
+    "divergence",
     "hierarchical",
+    "inverse_root",
     "low_rank_lower",
     "low_rank_upper",
     "parse",

@@ -52,9 +52,9 @@ class Circulant(StructuredMatrix):
         return Size((*self.c.shape, self.c.shape[-1]))
 
     @property
-    def mT(self) -> Circulant:
+    def mT(self) -> Self:
         """``c_k`` becomes ``c_{-k}``."""
-        return Circulant(torch.cat([self.c[..., :1], self.c[..., 1:].flip(-1)], -1))
+        return self._build([torch.cat([self.c[..., :1], self.c[..., 1:].flip(-1)], -1)])
 
     @property
     def _spectrum(self) -> Tensor:
@@ -81,11 +81,11 @@ class Circulant(StructuredMatrix):
 
     def orthogonal_project(self, M: Tensor) -> Self:
         """Means of the wrapped diagonals of ``M [..., n, n]``."""
-        # Each column written twice, then read back one place longer, slides one place further.
-        n, columns = M.shape[-1], M.mT.to(at_least_float32(M.dtype))
-        twice = torch.cat([columns, columns], -1).flatten(-2)
-        slid = torch.nn.functional.pad(twice, (0, n)).unflatten(-1, (n, 2 * n + 1))
-        return self._build([(slid[..., :n].sum(-2) / max(n, 1)).to(M.dtype)])
+        # Each row written twice, then read back one place longer, slides one place further.
+        n, rows = M.shape[-1], M.to(at_least_float32(M.dtype))
+        twice = torch.nn.functional.pad(torch.cat([rows, rows], -1).flatten(-2), (0, n))
+        means = twice.unflatten(-1, (n, 2 * n + 1))[..., :n].sum(-2) / max(n, 1)
+        return self._build([means.to(M.dtype)]).mT
 
     def project(self, S: Tensor) -> Self:
         """Means of the wrapped diagonals of ``S [..., n, n]``."""

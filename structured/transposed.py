@@ -68,6 +68,16 @@ class Transposed(StructuredMatrix):
         """``Pi_A(X X^T)^T``."""
         return self._build([self.A.project_gram(X)])
 
+    def gram(self) -> Self:
+        """``Pi(A A^T)``; by the class of ``A.mT`` if it has one of its own."""
+        named = self.A.mT
+        return super().gram() if isinstance(named, Transposed) else self._build([named.gram().mT])
+
+    def solve(self, X: Tensor) -> Tensor:
+        """``A^-T X``; by the class of ``A.mT`` if it has one of its own."""
+        named = self.A.mT
+        return super().solve(X) if isinstance(named, Transposed) else named.solve(X)
+
     def trace(self) -> Tensor:
         """As ``A``."""
         return self.A.trace()

@@ -136,6 +136,16 @@ def test_nothing_is_seen_in_a_pause_or_after_closing() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_a_paused_pass_does_not_bring_in_what_another_saw() -> None:
+    model = mlp()
+    optimizer = SINGD(model, T=1, lr=0.0)
+    parameter_gradient(model, *batches(1)[0])
+    with optimizer.paused():
+        plain(model, *batches(1)[0])
+    optimizer.step()
+    assert torch.equal(factors(optimizer, model[0].weight)["K"], torch.eye(5, dtype=F64))
+
+
 def test_data_of_steps_between_updates_does_not_matter() -> None:
     seen = []
     for scale in (1.0, 100.0):

@@ -1,0 +1,124 @@
+"""What a training step costs: bytes counted exactly, time from interleaved runs."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.data import load
+from benchmarks.training import backward, batches, build
+
+BLOCK = 10  # steps timed together: factors move at every T-th step only
+STATE_STEPS = 2  # after which every optimizer has all its state
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes alive at once in tensors that operations made or that were :meth:`add`-ed.
+
+    Scratch memory inside an operation is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def add(self, tensors: Iterable[Any]) -> None:
+        for tensor in tensors:
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage not in self._seen:
+                self._seen.add(storage)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+
+    def _free(self, count: int) -> None:
+        self.now -= count
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.add(tree_leaves(out))
+        return out
+
+
+@dataclass
+class Cost:
+    """Of one method on one model."""
+
+    state: float = 0.0  # bytes of the optimizer's state, relative to the weights
+    memory: float = 0.0  # peak bytes of a step, relative to SGD
+    milliseconds: float = 0.0  # per step
+    time: float = 0.0  # relative to SGD
+
+
+def peak_bytes(model: nn.Module, optimizer: Optimizer, data: Iterator[Any]) -> int:
+    """Of one step in which factors move: weights, gradients, state, activations, temporaries."""
+    with PeakBytes() as count:
+        count.add(model.parameters())
+        count.add(tree_leaves(list(optimizer.state.values())))
+        for _ in range(BLOCK):
+            optimizer.zero_grad()
+            backward(model, *next(data))
+            optimizer.step()
+    return count.peak
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    leaves = tree_leaves(list(optimizer.state.values()))
+    return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def measure(
+    model_name: str,
+    precision: str,
+    methods: dict[str, Callable[[nn.Module], Optimizer]],
+    *,
+    rounds: int,
+) -> dict[str, Cost]:
+    """Costs of all methods, the first being the one that others are relative to.
+
+    The methods take turns, a block of steps each, so that noise of the machine meets all of them;
+    ratios are medians over rounds.
+    """
+    data = batches(load("demo")[0], (rounds + 2) * BLOCK * len(methods), seed=0)
+    models = {name: build(model_name, precision, seed=0) for name in methods}
+    optimizers = {name: make(models[name]) for name, make in methods.items()}
+    peaks, costs = {}, {}
+    for name, model in models.items():
+        block_seconds(model, optimizers[name], data, STATE_STEPS)
+        weights = sum(p.nbytes for p in model.parameters())
+        costs[name] = Cost(state=state_bytes(optimizers[name]) / weights)
+        peaks[name] = peak_bytes(model, optimizers[name], data)
+    seconds = {name: [] for name in methods}
+    for _ in range(rounds):
+        for name, model in models.items():
+            seconds[name].append(block_seconds(model, optimizers[name], data, BLOCK))
+    first = next(iter(methods))
+    for name, cost in costs.items():
+        cost.memory = peaks[name] / peaks[first]
+        cost.milliseconds = 1e3 * median(seconds[name]) / BLOCK
+        ratios = [a / b for a, b in zip(seconds[name], seconds[first], strict=True)]
+        cost.time = median(ratios)
+    return costs
+
+
+def block_seconds(model: nn.Module, optimizer: Optimizer, data: Iterator[Any], steps: int) -> float:
+    started = time.perf_counter()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        backward(model, *next(data))
+        optimizer.step()
+    return time.perf_counter() - started

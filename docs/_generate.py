@@ -1,0 +1,134 @@
+"""Writes what can be had from the code: pictures, tables, the catalogue, the reference.
+
+``conf.py`` calls :func:`build`. For the README, whose picture and table are committed::
+
+    python -m docs._generate
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+from pathlib import Path
+from types import ModuleType
+
+from sphinx.ext.napoleon import Config, GoogleDocstring
+
+import singd
+import structured
+from docs import catalogue, costs, pictures, stages
+
+DOCS = Path(__file__).parent
+OUT = DOCS / "_generated"
+README = DOCS.parent / "README.md"
+OVERVIEW = DOCS / "_static" / "structures.svg"
+
+
+def write(path: Path, text: str) -> None:
+    """Write ``text``, unless it is there already: Sphinx then reads only what changed."""
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def build() -> None:
+    """Everything that the pages include."""
+    rows = costs.rows()
+    for name in catalogue.names():
+        write(OUT / f"{name}.svg", pictures.growing(name))
+    write(OUT / "costs.md", costs.markdown(rows) + "\n")
+    write(OUT / "stages.md", stages.markdown() + "\n")
+    write(OUT / "structures.svg", pictures.overview())
+    write(DOCS / "structured" / "catalogue.rst", catalogue_page(rows))
+    for package in (structured, singd):
+        write(DOCS / "api" / f"{package.__name__}.rst", reference(package))
+
+
+# The catalogue -----------------------------------------------------------------------------------
+
+
+def heading(text: str, line: str) -> str:
+    return f"{text}\n{line * len(text)}\n"
+
+
+def docstring(thing: object) -> str:
+    """A docstring in reStructuredText."""
+    return str(GoogleDocstring(inspect.getdoc(thing) or "", Config()))
+
+
+def catalogue_page(rows: dict[str, list[str]]) -> str:
+    parts = [
+        heading("Catalogue", "="),
+        "Every structure that a spec can name, from the code: one section for each file. The\n"
+        "pictures show a member over growing n. Blue places are taken over by the projection\n"
+        "``Pi`` as they are, orange ones doubled; one shade is one number in several places.\n"
+        "Costs are counted, see :doc:`costs`; those with a star are for each column of X.\n",
+    ]
+    for module, names in catalogue.modules():
+        parts += [section(module), *(entry(name, rows[name]) for name in names)]
+    return "\n".join(parts)
+
+
+def section(module: ModuleType) -> str:
+    """The docstring of a structure file."""
+    text = inspect.getdoc(module) or ""
+    title = re.split(r"[:.,]", text, maxsplit=1)[0].replace("\n", " ")
+    return "\n".join([heading(title, "-"), text, ""])
+
+
+def entry(name: str, cells: list[str]) -> str:
+    """One structure: the call, the picture, the docstring, the costs."""
+    options = ", ".join(p.name for p in catalogue.signature(name))
+    call = f"{name}({options})" if options else name
+    out = [heading(f"``{call}``", "~")]
+    spec = catalogue.example(name)
+    out += [f".. image:: ../_generated/{name}.svg", f"   :alt: {spec} at four sizes", ""]
+    out += [] if spec == call else [f"``{spec}``", ""]
+    out += [docstring(catalogue.makers()[name]), ""]
+    out += [f".. list-table:: Counted for ``{costs.spec(name)}``", "   :header-rows: 1", ""]
+    for line in (costs.head()[1:], cells[1:]):
+        for place, cell in enumerate(line):
+            out.append(f"   {' ' if place else '*'} - {cell.replace('`', '``').replace('*', '★')}")
+    return "\n".join(out) + "\n"
+
+
+# The reference -----------------------------------------------------------------------------------
+
+
+# Modules with more to use than what the packages export.
+MODULES = {
+    "structured": ("testing", "interop", "kernels"),
+    "singd": ("update", "layers", "plan", "rounding"),
+}
+
+
+def reference(package: ModuleType) -> str:
+    """What a package exports, and the modules listed above, as far as they exist."""
+    name = package.__name__
+    out = [heading(f"``{name}``", "="), f".. automodule:: {name}", "   :members:"]
+    out += ["   :imported-members:", "   :show-inheritance:", ""]
+    for module in (f"{name}.{last}" for last in MODULES[name]):
+        if importlib.util.find_spec(module):
+            out += [heading(f"``{module}``", "-"), f".. automodule:: {module}", "   :members:", ""]
+    return "\n".join(out)
+
+
+# The README --------------------------------------------------------------------------------------
+
+
+def filled(text: str, mark: str, content: str) -> str:
+    """``text`` with what stands between ``<!-- mark -->`` and ``<!-- /mark -->`` replaced."""
+    pattern = rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)"
+    assert re.search(pattern, text, re.S), f"no place for {mark}"
+    return re.sub(pattern, lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.S)
+
+
+def readme() -> str:
+    """The README with the table of costs as it should be."""
+    return filled(README.read_text(), "costs", costs.markdown(costs.rows()))
+
+
+if __name__ == "__main__":
+    write(OVERVIEW, pictures.overview())
+    write(README, readme())

@@ -1,0 +1,76 @@
+"""The examples run, and know only the public names of `structured`."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pytest
+
+import structured
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+SECOND_METHODS = ["shampoo.py", "plot_shampoo.py", "plot_gaussian.py"]
+
+
+def faults(source: str) -> list[str]:
+    """Everything in ``source`` that is not public."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.ImportFrom(module="structured", names=names):
+                found += [n.name for n in names if n.name not in structured.__all__]
+            case ast.ImportFrom(module=str(module)) if module.split(".")[0] in (
+                "structured",
+                "singd",
+            ):
+                found.append(module)
+            case ast.Import(names=names):
+                found += [n.name for n in names if n.name.split(".")[0] in ("structured", "singd")]
+            case ast.Attribute(value=ast.Name(id="self"), attr="_move"):
+                pass  # a method of the example's own
+            case ast.Attribute(attr=attr) if attr.startswith("_") and not attr.endswith("__"):
+                found.append(attr)
+    return found
+
+
+@pytest.mark.parametrize("name", SECOND_METHODS)
+def test_only_public_names(name: str) -> None:
+    source = (EXAMPLES / name).read_text()
+    assert faults(source) == []
+    assert "from structured import " in source
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from structured._matrix import trailing",
+        "from structured import trailing",
+        "from singd.update import curvature",
+        "import structured._coordinates",
+        "K._build([])",
+    ],
+)
+def test_private_names_are_found(source: str) -> None:
+    assert faults(source)
+
+
+def test_shampoo_script_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one epoch of two seeds."""
+    source = (EXAMPLES / "plot_shampoo.py").read_text()
+    line = "EPOCHS, BATCH, SEEDS = 8, 64, 3\n"
+    assert source.count(line) == 1
+    mpl.use("Agg")
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda: shown.append(plt.gcf()))
+    monkeypatch.syspath_prepend(EXAMPLES)
+    names = {"__name__": "__main__"}
+    exec(
+        compile(source.replace(line, "EPOCHS, BATCH, SEEDS = 1, 64, 2\n"), "plot_shampoo", "exec"),
+        names,
+    )
+    assert len(shown) == 1
+    assert all(losses.isfinite().all() for losses in names["curves"].values())
+    plt.close("all")
