@@ -238,13 +238,6 @@ def around() -> Iterator[Settings]:
         yield from grid(**{**CHOSEN, **variant})
 
 
-def structures() -> Iterator[Settings]:
-    """Every structure and precision, over the bound."""
-    specs = ["diagonal", "block_diagonal(16)", "hierarchical(8, 8)", "lower_toeplitz"]
-    own = {"structures": specs, "kappa": [1e-5, 3e-5, 1e-4]}
-    yield from grid(**{**CHOSEN, **own})
-
-
 def kfac() -> Iterator[Settings]:
     """KFAC, over the bound and the weight of new statistics."""
     keys = ("model", "precision", "steps", "seed", "bound", "lr", "damping")
@@ -252,7 +245,20 @@ def kfac() -> Iterator[Settings]:
     yield from grid(**{**{k: CHOSEN[k] for k in keys}, **own})
 
 
-STAGES = {f.__name__: f for f in (rule, factors, late, around, structures, kfac)}
+def tune() -> Iterator[Settings]:
+    """The one number of every method of the demonstration: three values each."""
+    seeds = {"seed": [1, 2]}
+    for method, lrs in {"SGD": [0.03, 0.1, 0.3], "AdamW": [1e-3, 3e-3, 1e-2]}.items():
+        yield from (b for b in baselines(**seeds, lr=lrs) if b["method"] == method)
+    own = {**CHOSEN, **seeds, "factors": "frobenius", "kappa": [1e-5, 3e-5, 1e-4]}
+    yield from grid(**{**own, "kfac_like": True})
+    specs = ["dense", "diagonal", "block_diagonal(16)", "hierarchical(8, 8)", "lower_toeplitz"]
+    yield from grid(**{**own, "structures": specs})
+    keys = ("model", "precision", "steps", "seed", "bound", "lr", "lr_cov", "T", "damping", "kappa")
+    yield from grid(**{"method": "KFAC", **{k: own[k] for k in keys}})
+
+
+STAGES = {f.__name__: f for f in (rule, factors, late, around, kfac, tune)}
 
 
 def key(row: Settings) -> tuple[str, ...]:
