@@ -611,6 +611,11 @@ def trailing(c: Tensor, t: Tensor) -> Tensor:
     return c[(...,) + (None,) * (t.ndim - c.ndim)] if c.ndim else c
 
 
+def joint_norm(*norms: Tensor) -> Tensor:
+    """Euclidean norm of parts with the given norms; its gradient at zero is zero, not NaN."""
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
+
+
 def largest(t: Tensor, batch_ndim: int) -> Tensor:
     """Largest absolute value over all but the first ``batch_ndim`` dimensions, 0 if none."""
     flat = t.flatten(batch_ndim) if t.ndim > batch_ndim else t[..., None]

@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
-from structured._matrix import Scalar, StructuredMatrix, largest
+from structured._matrix import Scalar, StructuredMatrix, joint_norm, largest
 from structured._spec import Structure, StructureLike, composition, parse
 from structured.dense import Dense
 from structured.diagonal import Diagonal
@@ -71,7 +71,7 @@ class _BlockTriangular(StructuredMatrix):
     def frobenius_norm(self) -> Tensor:
         """Square root of the sum of all squared entries."""
         B = torch.linalg.vector_norm(self.B, dim=(-2, -1))
-        return torch.hypot(torch.hypot(self.A.frobenius_norm(), B), self.C.frobenius_norm())
+        return joint_norm(self.A.frobenius_norm(), B, self.C.frobenius_norm())
 
 
 class BlockUpper(_BlockTriangular):
