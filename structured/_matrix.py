@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any, Self, TypeAlias, dataclass_transform
 
@@ -34,7 +34,7 @@ def static(**kwargs: Any) -> Any:
     """Mark a field as part of the structure, shared by all its members, not a stored number.
 
     Sums, scalings and :meth:`StructuredMatrix.tensors` pass static fields by. Two members belong to
-    the same structure only if their static fields are equal (tensors: the same object).
+    the same structure only if their static fields are equal (tensors: equal numbers).
     """
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
@@ -321,7 +321,8 @@ class StructuredMatrix(Operator):
         Raises:
             RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
         """
-        wide = at_least_float32(self.dtype)
+        wide, missing = at_least_float32(self.dtype), len(self.batch_shape) + 2 - X.ndim
+        X = X[(None,) * missing]  # or a stack of vectors is seen where the shapes allow
         return torch.linalg.solve(self.to_dense().to(wide), X.to(wide)).to(self.dtype)
 
     def logdet(self) -> Tensor:
@@ -404,8 +405,6 @@ class StructuredMatrix(Operator):
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Convert dtype or device, as :meth:`torch.Tensor.to`."""
         moved = self.map(lambda t: t.to(*args, **kwargs))
-        if not self._static:
-            return moved
         return moved._with_static(lambda t: t.to(*args, **kwargs))
 
     @property
@@ -417,7 +416,7 @@ class StructuredMatrix(Operator):
             parts.append(part.layout if isinstance(part, StructuredMatrix) else part.shape)
         for name in self._static:
             value = getattr(self, name)
-            parts.append(id(value) if isinstance(value, Tensor) else value)
+            parts.append(_SharedTensor(value) if isinstance(value, Tensor) else value)
         return (type(self), *parts)
 
     def __matmul__(self, other: Any) -> Any:
@@ -491,13 +490,13 @@ class StructuredMatrix(Operator):
         return type(self)(**dict(zip(self._fields, parts, strict=True)), **statics)
 
     def _with_static(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """Apply ``function`` to the static tensors."""
-        changed = {
-            name: function(value)
-            for name in self._static
-            if isinstance(value := getattr(self, name), Tensor)
-        }
-        return dataclasses.replace(self, **changed)  # type: ignore[type-var]  # a dataclass
+        """Apply ``function`` to the static tensors, nested members' too."""
+        parts: list[Any] = [getattr(self, name) for name in self._fields]
+        statics: list[Any] = [getattr(self, name) for name in self._static]
+        return self._unflatten(
+            [p._with_static(function) if isinstance(p, StructuredMatrix) else p for p in parts],
+            [function(value) if isinstance(value, Tensor) else value for value in statics],
+        )
 
     def _flatten(self) -> tuple[list[Any], tuple[Any, ...]]:
         return (
@@ -506,11 +505,30 @@ class StructuredMatrix(Operator):
         )
 
     @classmethod
-    def _unflatten(cls, parts: Any, statics: tuple[Any, ...]) -> Self:
+    def _unflatten(cls, parts: Iterable[Any], statics: Iterable[Any]) -> Self:
         member = object.__new__(cls)  # transforms put placeholders here: no checks
         member.__dict__.update(zip(cls._fields, parts, strict=True))
         member.__dict__.update(zip(cls._static, statics, strict=True))
         return member
+
+
+class _SharedTensor:
+    """A static tensor in a layout: equal to itself, and to one with the same numbers."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return hash(self.value.shape)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _SharedTensor):
+            return NotImplemented
+        mine, theirs = self.value, other.value
+        if mine is theirs:
+            return True
+        alike = (mine.shape, mine.dtype, mine.device) == (theirs.shape, theirs.dtype, theirs.device)
+        return alike and torch.equal(mine, theirs)
 
 
 def _check_member(self: StructuredMatrix, other: Any, operation: str) -> None:

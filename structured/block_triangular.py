@@ -109,7 +109,7 @@ class BlockUpper(_BlockTriangular):
 
     def matmul(self, other: Self) -> Self:
         """``[[A A', A B' + B C'], [0, C C']]``."""
-        B = self.A.apply(other.B) + torch.matmul(self.B, other.C)
+        B = self.A.apply(other.B) + other.C.apply_transpose(self.B.mT).mT
         return self._build([self.A.matmul(other.A), B, self.C.matmul(other.C)])
 
     def apply(self, X: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ class BlockLower(_BlockTriangular):
 
     def matmul(self, other: Self) -> Self:
         """``[[A A', 0], [B A' + C B', C C']]``."""
-        B = torch.matmul(self.B, other.A) + self.C.apply(other.B)
+        B = other.A.apply_transpose(self.B.mT).mT + self.C.apply(other.B)
         return self._build([self.A.matmul(other.A), B, self.C.matmul(other.C)])
 
     def apply(self, X: Tensor) -> Tensor:

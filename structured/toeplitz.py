@@ -36,16 +36,11 @@ def _is_smooth(k: int) -> bool:
 
 
 def _convolve(t: Tensor, X: Tensor, *, adjoint: bool = False) -> Tensor:
-    """``sum_k t_k X_{i-k}`` (adjoint: ``sum_k t_k X_{i+k}``) along dimension -1, cut to its size.
-
-    FFTs run in float32 at least: torch.fft has no bfloat16.
-    """
-    n, wide = t.shape[-1], at_least_float32(t.dtype)
-    if not t.numel() or not X.numel():  # an empty FFT is an error
-        return t * X
+    """``sum_k t_k X_{i-k}`` (adjoint: ``sum_k t_k X_{i+k}``) along dimension -1."""
+    n = t.shape[-1]
     length = fft_length(n)
-    F = rfft(t.to(wide), length)
-    Y = (F.conj() if adjoint else F) * rfft(X.to(wide), length)
+    F = rfft(t, length)
+    Y = (F.conj() if adjoint else F) * rfft(X, length)
     return irfft(Y, length)[..., :n].to(X.dtype)
 
 
@@ -120,12 +115,10 @@ class _TriangularToeplitz(StructuredMatrix):
     def project_gram(self, X: Tensor) -> Self:
         """Autocorrelation of the columns of ``X [..., n, m]``, O(n log n) a column."""
         n, m = X.shape[-2:]
-        if not X.numel():
-            return self._build([X.sum(-1)])
         if _dense_is_faster(n, m):
             return self.project(X @ X.mT)
         length = fft_length(n)
-        F = rfft(X.mT.to(at_least_float32(X.dtype)), length)
+        F = rfft(X.mT, length)
         power = (F.real.square() + F.imag.square()).sum(-2)
         return self._build([_double_off_diagonal(irfft(power, length)[..., :n], X.dtype)])
 
