@@ -412,13 +412,13 @@ class StructuredMatrix(Operator):
         return moved._with_static(lambda t: t.to(*args, **kwargs))
 
     def to_linear_operator(self) -> LinearOperator:
-        """As a ``linear_operator.LinearOperator``: :func:`structured.interop.to_linear_operator`."""
+        """As a ``LinearOperator``: :func:`structured.interop.to_linear_operator`."""
         from structured.interop import to_linear_operator
 
         return to_linear_operator(self)
 
     def to_scipy(self) -> ScipyOperator:
-        """As a ``scipy.sparse.linalg.LinearOperator``: :func:`structured.interop.to_scipy`."""
+        """As SciPy's ``LinearOperator``: :func:`structured.interop.to_scipy`."""
         from structured.interop import to_scipy
 
         return to_scipy(self)
