@@ -58,7 +58,7 @@ class SINGD(KroneckerOptimizer):
             exceeds 1.
         kl_clip: Bound ``kappa`` of every step: scaled down so that ``lr^2 <natural gradient,
             gradient>`` does not exceed it. ``None`` for the paper's bare rule.
-        factor_clip: Bound, in (0, 1], of ``||lr_cov m_K||_F`` at every update of K, and so of C:
+        factor_clip: Bound, in (0, 1], of ``||lr_cov m_K||_2`` at every update of K, and so of C:
             they stay invertible, and in range whatever the scale of inputs and gradients. ``None``
             for the paper's bare rule.
         keep_products: Keep ``K K^T`` and ``C C^T`` between updates of the factors where their

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     M_ = TypeVar("M_", bound=StructuredMatrix)
 
 _TOLERANCE = 1e-9
+_REMEMBERED = 1024  # structures and sizes
 
 
 class Weights(NamedTuple):
@@ -38,19 +39,18 @@ class Weights(NamedTuple):
     symmetric: Tensor
 
 
-# Static tensors are known by their id: kept beside the result, or another could take their id.
-_SHAPES: dict[tuple[Any, ...], tuple[Size, list[Tensor]]] = {}
+_SHAPES: dict[tuple[Any, ...], Size] = {}
+# Static tensors are known by their id, and kept beside the weights: an id may be used again.
 _WEIGHTS: dict[tuple[Any, ...], tuple[Weights, tuple[Tensor, ...]]] = {}
 
 
 def shape(member: StructuredMatrix) -> Size:
     """``[*batch_shape, n, n]``, found once per layout by writing out on the meta device."""
-    key = member.layout
+    key = _key(member, 0)
     if key not in _SHAPES:
         meta = member.map(lambda t: torch.empty_like(t, device="meta"))
-        found = meta._with_static(lambda t: t.to("meta")).to_dense().shape
-        _SHAPES[key] = found, list(_statics(member))
-    return _SHAPES[key][0]
+        _SHAPES[key] = meta._with_static(lambda t: t.to("meta")).to_dense().shape
+    return _SHAPES[key]
 
 
 def orthogonal_project(member: M_, M: Tensor) -> M_:
@@ -67,6 +67,8 @@ def _solve(member: M_, M: Tensor, which: str) -> M_:
     wide = torch.promote_types(M.dtype, torch.float32)
     batch, dropped = M.shape[:-2], len(member.batch_shape)
     cores = [t.shape[dropped:] for t in member.tensors()]
+    if M.is_meta:  # static tensors may be there too, without numbers to analyse
+        return member.with_tensors([M.new_empty((*batch, *core)) for core in cores])
     found = _weights(_key(member, dropped), *_statics(member))
     weights: Tensor = getattr(found, which).to(M.device, wide)
     pulled = _pull(member, cores, M.to(wide))
@@ -87,8 +89,7 @@ def _split(flat: Tensor, cores: Sequence[Size], batch: Sequence[int]) -> list[Te
 def _push(member: StructuredMatrix, cores: Sequence[Size], flat: Tensor) -> Tensor:
     """``E flat``, ``[..., n, n]`` from ``[..., p]``."""
     tensors = _split(flat, cores, flat.shape[:-1])
-    statics = member._with_static(lambda t: t.to(flat)) if member._static else member
-    return statics.with_tensors(tensors).to_dense()
+    return member._with_static(lambda t: t.to(flat)).with_tensors(tensors).to_dense()
 
 
 def _pull(member: StructuredMatrix, cores: Sequence[Size], M: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ def _key(member: StructuredMatrix, dropped: int) -> tuple[Any, ...]:
     statics = []
     for name in member._static:
         value = getattr(member, name)
-        statics.append(Tensor if isinstance(value, Tensor) else value)
+        statics.append(value.shape if isinstance(value, Tensor) else value)
     return (type(member), tuple(parts), tuple(statics))
 
 
@@ -136,7 +137,8 @@ def _template(key: tuple[Any, ...], statics: Iterator[Tensor]) -> StructuredMatr
         for part in parts
     ]
     member: StructuredMatrix = cls._unflatten(
-        built, [next(statics).to("cpu", torch.float64) if v is Tensor else v for v in values]
+        built,
+        [next(statics).to("cpu", torch.float64) if isinstance(v, Size) else v for v in values],
     )
     return member
 
@@ -144,6 +146,8 @@ def _template(key: tuple[Any, ...], statics: Iterator[Tensor]) -> StructuredMatr
 def _weights(key: tuple[Any, ...], *statics: Tensor) -> Weights:
     full = (key, *map(id, statics))
     if full not in _WEIGHTS:
+        if len(_WEIGHTS) == _REMEMBERED:
+            del _WEIGHTS[next(iter(_WEIGHTS))]
         with torch.no_grad():
             _WEIGHTS[full] = _analyse(_template(key, iter(statics))), statics
     return _WEIGHTS[full][0]

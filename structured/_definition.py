@@ -19,7 +19,7 @@ def basis(member: StructuredMatrix) -> Tensor:
     cores = [t.shape[len(member.batch_shape) :] for t in member.tensors()]
     p = sum(core.numel() for core in cores)
     units = torch.eye(p, dtype=member.dtype).split([core.numel() for core in cores], -1)
-    parts = [unit.reshape(p, *core) for unit, core in zip(units, cores, strict=True)]
+    parts = [unit.reshape((p, *core)) for unit, core in zip(units, cores, strict=True)]
     return member.with_tensors(parts).to_dense()
 
 
@@ -53,5 +53,5 @@ def read(member: StructuredMatrix, M: Tensor) -> StructuredMatrix:
     coordinates = M.flatten(-2) @ torch.linalg.pinv(E, rtol=_RANK_TOLERANCE).mT
     parts = coordinates.split([core.numel() for core in cores], -1)
     return member.with_tensors(
-        [part.reshape(*M.shape[:-2], *core) for part, core in zip(parts, cores, strict=True)]
+        [part.reshape((*M.shape[:-2], *core)) for part, core in zip(parts, cores, strict=True)]
     )

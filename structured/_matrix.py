@@ -16,9 +16,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
-from typing import Any, Self, TypeAlias, dataclass_transform
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, dataclass_transform
 
 import numpy as np
 import torch
@@ -27,6 +27,10 @@ from torch.utils import _pytree as pytree
 
 from structured import _coordinates
 
+if TYPE_CHECKING:
+    from linear_operator import LinearOperator
+    from scipy.sparse.linalg import LinearOperator as ScipyOperator
+
 Scalar: TypeAlias = "float | Tensor"
 
 
@@ -34,7 +38,7 @@ def static(**kwargs: Any) -> Any:
     """Mark a field as part of the structure, shared by all its members, not a stored number.
 
     Sums, scalings and :meth:`StructuredMatrix.tensors` pass static fields by. Two members belong to
-    the same structure only if their static fields are equal (tensors: the same object).
+    the same structure only if their static fields are equal (tensors: equal numbers).
     """
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
@@ -321,7 +325,8 @@ class StructuredMatrix(Operator):
         Raises:
             RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
         """
-        wide = at_least_float32(self.dtype)
+        wide, missing = at_least_float32(self.dtype), len(self.batch_shape) + 2 - X.ndim
+        X = X[(None,) * missing]  # or a stack of vectors is seen where the shapes allow
         return torch.linalg.solve(self.to_dense().to(wide), X.to(wide)).to(self.dtype)
 
     def logdet(self) -> Tensor:
@@ -404,9 +409,19 @@ class StructuredMatrix(Operator):
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Convert dtype or device, as :meth:`torch.Tensor.to`."""
         moved = self.map(lambda t: t.to(*args, **kwargs))
-        if not self._static:
-            return moved
         return moved._with_static(lambda t: t.to(*args, **kwargs))
+
+    def to_linear_operator(self) -> LinearOperator:
+        """As a ``LinearOperator``: :func:`structured.interop.to_linear_operator`."""
+        from structured.interop import to_linear_operator
+
+        return to_linear_operator(self)
+
+    def to_scipy(self) -> ScipyOperator:
+        """As SciPy's ``LinearOperator``: :func:`structured.interop.to_scipy`."""
+        from structured.interop import to_scipy
+
+        return to_scipy(self)
 
     @property
     def layout(self) -> tuple[Any, ...]:
@@ -417,7 +432,7 @@ class StructuredMatrix(Operator):
             parts.append(part.layout if isinstance(part, StructuredMatrix) else part.shape)
         for name in self._static:
             value = getattr(self, name)
-            parts.append(id(value) if isinstance(value, Tensor) else value)
+            parts.append(_SharedTensor(value) if isinstance(value, Tensor) else value)
         return (type(self), *parts)
 
     def __matmul__(self, other: Any) -> Any:
@@ -491,13 +506,13 @@ class StructuredMatrix(Operator):
         return type(self)(**dict(zip(self._fields, parts, strict=True)), **statics)
 
     def _with_static(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """Apply ``function`` to the static tensors."""
-        changed = {
-            name: function(value)
-            for name in self._static
-            if isinstance(value := getattr(self, name), Tensor)
-        }
-        return dataclasses.replace(self, **changed)  # type: ignore[type-var]  # a dataclass
+        """Apply ``function`` to the static tensors, nested members' too."""
+        parts: list[Any] = [getattr(self, name) for name in self._fields]
+        statics: list[Any] = [getattr(self, name) for name in self._static]
+        return self._unflatten(
+            [p._with_static(function) if isinstance(p, StructuredMatrix) else p for p in parts],
+            [function(value) if isinstance(value, Tensor) else value for value in statics],
+        )
 
     def _flatten(self) -> tuple[list[Any], tuple[Any, ...]]:
         return (
@@ -506,11 +521,30 @@ class StructuredMatrix(Operator):
         )
 
     @classmethod
-    def _unflatten(cls, parts: Any, statics: tuple[Any, ...]) -> Self:
+    def _unflatten(cls, parts: Iterable[Any], statics: Iterable[Any]) -> Self:
         member = object.__new__(cls)  # transforms put placeholders here: no checks
         member.__dict__.update(zip(cls._fields, parts, strict=True))
         member.__dict__.update(zip(cls._static, statics, strict=True))
         return member
+
+
+class _SharedTensor:
+    """A static tensor in a layout: equal to itself, and to one with the same numbers."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return hash(self.value.shape)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _SharedTensor):
+            return NotImplemented
+        mine, theirs = self.value, other.value
+        if mine is theirs:
+            return True
+        alike = (mine.shape, mine.dtype, mine.device) == (theirs.shape, theirs.dtype, theirs.device)
+        return alike and torch.equal(mine, theirs)
 
 
 def _check_member(self: StructuredMatrix, other: Any, operation: str) -> None:
@@ -591,6 +625,11 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 def trailing(c: Tensor, t: Tensor) -> Tensor:
     """View a scalar ``c [...]`` so that it multiplies ``t [..., *core]`` along the batch."""
     return c[(...,) + (None,) * (t.ndim - c.ndim)] if c.ndim else c
+
+
+def joint_norm(*norms: Tensor) -> Tensor:
+    """Euclidean norm of parts with the given norms; its gradient at zero is zero, not NaN."""
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
 
 def largest(t: Tensor, batch_ndim: int) -> Tensor:

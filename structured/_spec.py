@@ -9,6 +9,7 @@ import ast
 import difflib
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -138,7 +139,7 @@ def known() -> dict[str, Callable[..., Structure]]:
     """
 
     def ours(cls: type) -> bool:
-        return cls.__module__.split(".")[0] == __name__.split(".")[0]
+        return getattr(sys.modules[__package__], cls.__name__, None) is cls
 
     def make(cls: type[StructuredMatrix]) -> Callable[..., Structure]:
         return lambda *options: Structure(cls, options)

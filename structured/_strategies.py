@@ -22,11 +22,22 @@ from structured._spec import Structure, parse
 
 SIZES = range(13)
 BATCH_SHAPES: tuple[tuple[int, ...], ...] = ((), (2,), (1, 3), (0,))
-LEAVES = ("dense", "diagonal", "block_diagonal({k})", "lower_toeplitz", "upper_toeplitz")
+LEAVES = (
+    "dense",
+    "diagonal",
+    "block_diagonal({k})",
+    "lower_triangular",
+    "upper_toeplitz",
+    "circulant",
+    "scaled_identity",
+)
 COMBINATORS = (
     "block_upper({A}, {C}, {split})",
     "block_lower({A}, {C}, {split})",
+    "direct_sum({A}, {C}, {split})",
     "transposed({A})",
+    "rotated({A}, hadamard)",
+    "rotated({A}, cosine)",
 )
 
 _DIGITS = torch.tensor([0, 1, -1, 2, -2, 3, -3], dtype=torch.float64)
@@ -89,7 +100,7 @@ def tensors(draw: DrawFn, shape: Sequence[int], *, strided: bool = True) -> Tens
     """Integers from -3 to 3 in float64, in memory of any layout."""
     count = math.prod(shape)
     digits = torch.tensor(list(draw(st.binary(min_size=count, max_size=count))), dtype=torch.long)
-    values = _DIGITS[digits % len(_DIGITS)].reshape(*shape)
+    values = _DIGITS[digits % len(_DIGITS)].reshape(tuple(shape))
     layout = draw(st.sampled_from(("contiguous", "transposed", "spaced"))) if strided else ""
     if layout == "transposed" and values.ndim > 1:
         return values.mT.contiguous().mT

@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
-from structured._matrix import Scalar, StructuredMatrix, largest
+from structured._matrix import Scalar, StructuredMatrix, joint_norm, largest
 from structured.dense import Dense
 
 
@@ -143,7 +143,7 @@ class BlockDiagonal(StructuredMatrix):
 
     def frobenius_norm(self) -> Tensor:
         """Square root of the sum of all squared entries."""
-        return torch.hypot(
+        return joint_norm(
             torch.linalg.vector_norm(self.blocks, dim=(-3, -2, -1)),
             torch.linalg.vector_norm(self.last, dim=(-2, -1)),
         )

@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
-from structured._matrix import Scalar, StructuredMatrix, largest
+from structured._matrix import Scalar, StructuredMatrix, joint_norm, largest
 from structured._spec import Structure, StructureLike, composition, parse
 from structured.dense import Dense
 from structured.diagonal import Diagonal
@@ -71,7 +71,7 @@ class _BlockTriangular(StructuredMatrix):
     def frobenius_norm(self) -> Tensor:
         """Square root of the sum of all squared entries."""
         B = torch.linalg.vector_norm(self.B, dim=(-2, -1))
-        return torch.hypot(torch.hypot(self.A.frobenius_norm(), B), self.C.frobenius_norm())
+        return joint_norm(self.A.frobenius_norm(), B, self.C.frobenius_norm())
 
 
 class BlockUpper(_BlockTriangular):
@@ -109,7 +109,7 @@ class BlockUpper(_BlockTriangular):
 
     def matmul(self, other: Self) -> Self:
         """``[[A A', A B' + B C'], [0, C C']]``."""
-        B = self.A.apply(other.B) + torch.matmul(self.B, other.C)
+        B = self.A.apply(other.B) + other.C.apply_transpose(self.B.mT).mT
         return self._build([self.A.matmul(other.A), B, self.C.matmul(other.C)])
 
     def apply(self, X: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ class BlockLower(_BlockTriangular):
 
     def matmul(self, other: Self) -> Self:
         """``[[A A', 0], [B A' + C B', C C']]``."""
-        B = torch.matmul(self.B, other.A) + self.C.apply(other.B)
+        B = other.A.apply_transpose(self.B.mT).mT + self.C.apply(other.B)
         return self._build([self.A.matmul(other.A), B, self.C.matmul(other.C)])
 
     def apply(self, X: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Size, Tensor
 from torch.nn.functional import pad
 
-from structured._matrix import Scalar, StructuredMatrix
+from structured._matrix import Scalar, StructuredMatrix, joint_norm
 from structured._spec import StructureLike, parse
 from structured.block_triangular import split_sizes
 
@@ -122,4 +122,4 @@ class DirectSum(StructuredMatrix):
 
     def frobenius_norm(self) -> Tensor:
         """Square root of the sum of all squared entries."""
-        return torch.hypot(self.A.frobenius_norm(), self.C.frobenius_norm())
+        return joint_norm(self.A.frobenius_norm(), self.C.frobenius_norm())

@@ -61,7 +61,7 @@ def check(
         ValueError: If a law is unknown.
     """
     drawn = isinstance(structure, SearchStrategy)
-    choices = structure if drawn else st.just(parse(structure))
+    choices = structure if isinstance(structure, SearchStrategy) else st.just(parse(structure))
     for name in laws:
         if name not in LAWS:
             raise ValueError(f"expected one of the laws {', '.join(LAWS)}, got {name!r}")

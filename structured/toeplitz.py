@@ -36,25 +36,20 @@ def _is_smooth(k: int) -> bool:
 
 
 def _convolve(t: Tensor, X: Tensor, *, adjoint: bool = False) -> Tensor:
-    """``sum_k t_k X_{i-k}`` (adjoint: ``sum_k t_k X_{i+k}``) along dimension -1, cut to its size.
-
-    FFTs run in float32 at least: torch.fft has no bfloat16.
-    """
-    n, wide = t.shape[-1], at_least_float32(t.dtype)
-    if not t.numel() or not X.numel():  # an empty FFT is an error
-        return t * X
+    """``sum_k t_k X_{i-k}`` (adjoint: ``sum_k t_k X_{i+k}``) along dimension -1."""
+    n = t.shape[-1]
     length = fft_length(n)
-    F = rfft(t.to(wide), length)
-    Y = (F.conj() if adjoint else F) * rfft(X.to(wide), length)
+    F = rfft(t, length)
+    Y = (F.conj() if adjoint else F) * rfft(X, length)
     return irfft(Y, length)[..., :n].to(X.dtype)
 
 
 def _dense_is_faster(n: int, m: int) -> bool:
-    """Whether to write the matrix out for ``m`` columns: it is then at most half as large as they.
+    """Whether to write the matrix out for ``m`` columns: where it is small, or no larger than they.
 
-    Measured, see ``benchmarks/results/toeplitz_crossover.csv``; from n = 512 the FFT always wins.
+    Measured (``benchmarks/results/toeplitz_crossover.csv``); beyond n = 1024 the FFT always wins.
     """
-    return n < 512 and 2 * n <= m
+    return n <= 128 or n <= min(m, 1024)
 
 
 def _multiply(t: Tensor, X: Tensor, *, adjoint: bool = False) -> Tensor:
@@ -67,9 +62,10 @@ def _multiply(t: Tensor, X: Tensor, *, adjoint: bool = False) -> Tensor:
 
 def lower(t: Tensor) -> Tensor:
     """``T_ij = t_{i-j}`` for ``i >= j``, ``[..., n, n]`` from ``t [..., n]``."""
-    ramp = torch.arange(t.shape[-1], device=t.device)
-    lag = ramp[:, None] - ramp
-    return torch.where(lag >= 0, t[..., lag.clamp(min=0)], 0)
+    n = t.shape[-1]
+    padded = torch.nn.functional.pad(t, (max(n - 1, 0), 0))
+    # row i is the window that ends at t_i, read backwards
+    return padded.unfold(-1, n, 1).flip(-1) if n else t[..., None] * t[..., None, :]
 
 
 def _counts(t: Tensor) -> Tensor:
@@ -86,12 +82,14 @@ def _double_off_diagonal(sums: Tensor, dtype: torch.dtype) -> Tensor:
 def diagonal_sums(M: Tensor) -> Tensor:
     """Sums of the n lower diagonals of ``M [..., n, n]``, in float32 at least.
 
-    Padded to ``n + 1`` columns fewer than it is read back with, each row slides one place further.
+    Read in rows of ``n + 1`` numbers, every row slides one place further: diagonals become columns.
     """
-    n = M.shape[-1]
-    wide = torch.nn.functional.pad(M.to(at_least_float32(M.dtype)).flip(-1), (0, n))
-    slid = wide.flatten(-2)[..., : n * (2 * n - 1)].unflatten(-1, (n, 2 * n - 1)) if n else wide
-    return slid.sum(-2)[..., n - 1 :] if n else wide.sum(-2)
+    n, wide = M.shape[-1], at_least_float32(M.dtype)
+    main = M.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True, dtype=wide)
+    if n < 2:
+        return main[..., :n]
+    slid = M.tril(-1).flatten(-2)[..., :-1].unflatten(-1, (n - 1, n + 1))
+    return torch.cat([main, slid.sum(-2, dtype=wide)[..., 2:].flip(-1)], -1)
 
 
 class _TriangularToeplitz(StructuredMatrix):
@@ -111,7 +109,7 @@ class _TriangularToeplitz(StructuredMatrix):
 
     def matmul(self, other: Self) -> Self:
         """Product of power series, O(n log n)."""
-        return self._build([_convolve(self.t, other.t)])
+        return self._build([_multiply(self.t, other.t[..., None])[..., 0]])
 
     def project(self, S: Tensor) -> Self:
         """Means of the diagonals of ``S [..., n, n]``, twice off the main one."""
@@ -120,19 +118,17 @@ class _TriangularToeplitz(StructuredMatrix):
     def project_gram(self, X: Tensor) -> Self:
         """Autocorrelation of the columns of ``X [..., n, m]``, O(n log n) a column."""
         n, m = X.shape[-2:]
-        if not X.numel():
-            return self._build([X.sum(-1)])
         if _dense_is_faster(n, m):
             return self.project(X @ X.mT)
         length = fft_length(n)
-        F = rfft(X.mT.to(at_least_float32(X.dtype)), length)
+        F = rfft(X.mT, length)
         power = (F.real.square() + F.imag.square()).sum(-2)
         return self._build([_double_off_diagonal(irfft(power, length)[..., :n], X.dtype)])
 
     def gram(self) -> Self:
         """``Pi(T^T T)``: the k-th diagonal of the product sums to ``sum_p t_p (n-p-k) t_{p+k}``."""
         t = self.t.to(at_least_float32(self.t.dtype))
-        sums = _convolve(t, _counts(t) * t, adjoint=True)
+        sums = _multiply(t, (_counts(t) * t)[..., None], adjoint=True)[..., 0]
         return self._build([_double_off_diagonal(sums, self.t.dtype)])
 
     def trace(self) -> Tensor:

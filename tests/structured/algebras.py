@@ -1,0 +1,108 @@
+"""Algebras known by ``zeros`` and ``to_dense`` alone, whose stored numbers share places and signs.
+
+What the defaults have to cope with; closed under multiplication, all of them.
+"""
+
+import torch
+from torch import Tensor
+
+from structured import StructuredMatrix, static
+
+
+class Complex(StructuredMatrix):
+    """Blocks ``[[a, b], [-b, a]]`` of complex numbers: n even, signed storage."""
+
+    a: Tensor  # [..., n / 2]
+    b: Tensor  # [..., n / 2]
+
+    closed_under_transpose = True
+
+    @classmethod
+    def zeros(cls, n, *, batch_shape=(), **opts):
+        zero = torch.zeros(*batch_shape, n // 2, **opts)
+        return cls(zero, zero.clone())
+
+    def to_dense(self):
+        rows = torch.stack([torch.stack([self.a, self.b]), torch.stack([-self.b, self.a])])
+        blocks = torch.diag_embed(rows).movedim((0, 1), (-3, -1))  # [..., n/2, 2, n/2, 2]
+        n = 2 * self.a.shape[-1]
+        return blocks.reshape(*self.a.shape[:-1], n, n)
+
+
+class Cyclic(StructuredMatrix):
+    """Circulant matrices: every number in n places, transposes overlap."""
+
+    c: Tensor  # [..., n]
+
+    closed_under_transpose = True
+
+    @classmethod
+    def zeros(cls, n, *, batch_shape=(), **opts):
+        return cls(torch.zeros(*batch_shape, n, **opts))
+
+    def to_dense(self):
+        ramp = torch.arange(self.c.shape[-1], device=self.c.device)
+        return self.c[..., (ramp[:, None] - ramp) % max(len(ramp), 1)]
+
+
+class Redundant(StructuredMatrix):
+    """Diagonal matrices stored as a sum of two: more numbers than dimensions."""
+
+    d: Tensor  # [..., n]
+    e: Tensor  # [..., n]
+
+    closed_under_transpose = True
+
+    @classmethod
+    def zeros(cls, n, *, batch_shape=(), **opts):
+        zero = torch.zeros(*batch_shape, n, **opts)
+        return cls(zero, zero.clone())
+
+    def to_dense(self):
+        return torch.diag_embed(self.d + 2 * self.e)
+
+
+class Skewed(StructuredMatrix):
+    """``B U B^-1`` for upper triangular ``U`` and a ``B`` that is not orthogonal: all overlap."""
+
+    U: Tensor  # [..., n, n]
+
+    @classmethod
+    def zeros(cls, n, *, batch_shape=(), **opts):
+        return cls(torch.zeros(*batch_shape, n, n, **opts))
+
+    def to_dense(self):
+        U = self.U.to(torch.promote_types(self.U.dtype, torch.float32)).triu()
+        ramp = torch.arange(U.shape[-1], device=U.device)
+        lag = ramp[:, None] - ramp
+        B = ((lag == 0) | (lag == 1)).to(U.dtype)
+        inverse = torch.where(lag >= 0, (1 - 2 * (lag % 2)).to(U.dtype), 0)  # (-1)^(i - j)
+        return (B @ U @ inverse).to(self.U.dtype)
+
+
+class InBasis(StructuredMatrix):
+    """``Q diag(d) Q^T`` for an orthogonal ``Q`` that all members share: a static tensor."""
+
+    d: Tensor  # [..., n]
+    Q: Tensor = static()
+
+    closed_under_transpose = True
+
+    @classmethod
+    def zeros(cls, n, *, batch_shape=(), dtype=None, device=None):
+        ramp = torch.arange(float(n * n), dtype=torch.float64).reshape(n, n)
+        Q = torch.linalg.qr(torch.cos(ramp)).Q
+        d = torch.zeros(*batch_shape, n, dtype=dtype, device=device)
+        return cls(d, Q.to(device=d.device, dtype=d.dtype))
+
+    def to_dense(self):
+        return self.Q @ (self.d[..., None] * self.Q.mT)
+
+
+ALGEBRAS = {
+    Complex: range(0, 9, 2),
+    Cyclic: range(9),
+    Redundant: range(9),
+    Skewed: range(7),
+    InBasis: range(9),
+}

@@ -1,0 +1,41 @@
+"""Every structure, by spec and the sizes it has."""
+
+from structured.testing import structures
+
+ANY = range(13)
+
+# spec -> sizes; every name, and the names of the PyPI package singd
+SPECS = {
+    "dense": ANY,
+    "diagonal": ANY,
+    "scaled_identity": ANY,
+    "block_diagonal(1)": ANY,
+    "block_diagonal(3)": ANY,
+    "lower_triangular": ANY,
+    "upper_triangular": ANY,
+    "lower_toeplitz": ANY,
+    "upper_toeplitz": ANY,
+    "circulant": ANY,
+    "block_upper(dense, lower_toeplitz, 3)": ANY,
+    "block_lower(diagonal, block_lower(diagonal, dense, -2), -4)": ANY,
+    "hierarchical(2, 3)": ANY,
+    "low_rank_upper(2)": ANY,
+    "low_rank_upper(-2)": ANY,
+    "low_rank_lower(2)": ANY,
+    "low_rank_lower(-2)": ANY,
+    "direct_sum(dense, lower_toeplitz, 3)": ANY,
+    "transposed(low_rank_lower(2))": ANY,
+    "tied(3, lower_triangular)": range(0, 13, 3),
+    "strided(2, upper_triangular)": range(0, 13, 2),
+    "rotated(diagonal, cosine)": ANY,
+    "rotated(lower_triangular, hadamard)": ANY,
+}
+
+ALIASES = {
+    "block30diagonal": "block_diagonal(30)",
+    "hierarchical15_15": "hierarchical(15, 15)",
+    "triltoeplitz": "lower_toeplitz",
+    "triutoeplitz": "upper_toeplitz",
+}
+
+NESTINGS = structures(depth=3)

@@ -1,0 +1,121 @@
+"""Costs without a clock: elements written and multiplied while n doubles, on the meta device."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from structured import parse
+from tests.structured.specs import SPECS
+
+SIZE, COLUMNS = 4096, 4
+LINEAR = 1.02
+LOGARITHMIC = 1.02 + math.log2(math.log2(SIZE / 2) / math.log2(SIZE / 4))  # n log n, in 4 parts
+
+EXPONENTS = {
+    "diagonal": LINEAR,
+    "scaled_identity": LINEAR,
+    "block_diagonal(4)": LINEAR,
+    "hierarchical(2, 3)": LINEAR,
+    "low_rank_upper(2)": LINEAR,
+    "low_rank_upper(-2)": LINEAR,
+    "low_rank_lower(2)": LINEAR,
+    "low_rank_lower(-2)": LINEAR,
+    "transposed(low_rank_lower(2))": LINEAR,
+    "lower_toeplitz": LOGARITHMIC,
+    "upper_toeplitz": LOGARITHMIC,
+    "circulant": LOGARITHMIC,
+    "block_upper(dense, lower_toeplitz, 4)": LOGARITHMIC,
+    "direct_sum(dense, lower_toeplitz, 4)": LOGARITHMIC,
+    "tied(4, upper_toeplitz)": LOGARITHMIC,
+    "strided(4, circulant)": LOGARITHMIC,
+    "rotated(diagonal, hadamard)": LOGARITHMIC,
+    "rotated(diagonal, cosine)": LOGARITHMIC,
+}
+
+OPERATIONS = {
+    "apply": lambda A, X, S: A.apply(X),
+    "apply_transpose": lambda A, X, S: A.apply_transpose(X),
+    "matmul": lambda A, X, S: A.matmul(A),
+    "project_gram": lambda A, X, S: A.project_gram(X),
+    "gram": lambda A, X, S: A.gram(),
+    "trace": lambda A, X, S: A.trace(),
+    "add_scaled_identity": lambda A, X, S: A.add_scaled_identity(1.0),
+    "solve": lambda A, X, S: A.solve(X),
+    "logdet": lambda A, X, S: A.logdet(),
+    "frobenius_norm": lambda A, X, S: A.frobenius_norm(),
+    "add": lambda A, X, S: A + A,
+    "project": lambda A, X, S: A.project(S),
+}
+
+
+class Meter(TorchDispatchMode):
+    """Counts elements written, multiplications in matrix products, and the largest tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.work = self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor):
+                stored = t.untyped_storage().nbytes() // t.element_size()
+                self.largest = max(self.largest, stored)
+                inner = args[0].shape[-1] if "mm" in func.__name__ else 1
+                length = t.shape[-1] if "fft" in func.__name__ else 1
+                self.work += t.numel() * inner * max(1, math.log2(max(length, 1)))
+        return result
+
+
+def measure(spec, operation, n):
+    A = parse(spec)(n, device="meta")
+    X, S = torch.empty(n, COLUMNS, device="meta"), torch.empty(n, n, device="meta")
+    with Meter() as meter:
+        OPERATIONS[operation](A, X, S)
+    return meter
+
+
+def stored(spec, n):
+    return sum(t.numel() for t in parse(spec)(n, device="meta").tensors())
+
+
+@pytest.mark.parametrize("spec", EXPONENTS)
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name != "project"])
+def test_growth(operation, spec):
+    once, twice = (measure(spec, operation, n) for n in (SIZE, 2 * SIZE))
+    for before, after in ((once.work, twice.work), (once.largest, twice.largest)):
+        growth = math.log2(max(after, 1) / max(before, 1))
+        assert growth <= EXPONENTS[spec], f"{before} at {SIZE}, {after} at {2 * SIZE}"
+
+
+@pytest.mark.parametrize("spec", EXPONENTS)
+def test_storage(spec):
+    growth = math.log2(stored(spec, 2 * SIZE) / stored(spec, SIZE))
+    assert growth <= LINEAR
+
+
+@pytest.mark.parametrize("spec", EXPONENTS)
+def test_projection_of_a_matrix(spec):
+    """``project`` reads n^2 numbers; nothing that it writes is much larger."""
+    assert measure(spec, "project", SIZE).largest <= 2.1 * SIZE**2
+
+
+def test_the_meter_sees_a_square():
+    """Dense and triangular matrices are what the others avoid."""
+    for operation in ("apply", "matmul", "gram"):
+        once, twice = (measure("dense", operation, n) for n in (SIZE, 2 * SIZE))
+        assert math.log2(twice.work / once.work) > 1.9
+
+
+def test_every_structure_has_its_exponent():
+    """But those whose part is dense or triangular."""
+    words = {spec.split("(")[0] for spec in SPECS}
+    assert words - {spec.split("(")[0] for spec in EXPONENTS} == {
+        "dense",
+        "lower_triangular",
+        "upper_triangular",
+        "block_lower",
+    }

@@ -1,0 +1,28 @@
+"""Every law on every structure and on random nestings, one test for each pair."""
+
+import pytest
+
+from structured import parse
+from structured.testing import LAWS, check
+from tests.structured.specs import ALIASES, NESTINGS, SPECS
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("law", LAWS)
+def test_law(law, spec):
+    check(spec, laws=[law], sizes=SPECS[spec])
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_law_of_nestings(law):
+    check(NESTINGS, laws=[law], examples=3 if law == "compiled" else None)
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_aliases(alias):
+    assert parse(alias) == parse(ALIASES[alias])
+
+
+def test_unknown_law():
+    with pytest.raises(ValueError, match="expected one of the laws"):
+        check("dense", laws=["grammar"])
