@@ -18,8 +18,11 @@ def outcome(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
     lines = []
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.cost.BLOCK", 2)
         patch.setattr("builtins.print", lambda *args, sep=" ": lines.append(sep.join(args)))
-        demo.main(["--steps", "4", "--seeds", "1", "--rounds", "1", "--out", str(out)])
+        demo.main(
+            ["--steps", "2", "--seeds", "1", "--rounds", "1", "--workers", "1", "--out", str(out)]
+        )
     return out, "\n".join(lines)
 
 
