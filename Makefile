@@ -13,7 +13,7 @@ DOCS      := $(VENV)/.installed-docs
 PEER      := .peer/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format parity laws docs clean
+.PHONY: help demo test lint format parity laws mutants docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ parity: $(INSTALLED) $(PEER) ## compare with the reference implementation, singd
 
 laws: $(INSTALLED) ## check the laws of the structures (options in ARGS="...")
 	$(PY) -m tests.laws $(ARGS)
+
+mutants: $(INSTALLED) ## run the tests on faulty copies of structured/ (hours; a sample: ARGS="--sample 15")
+	$(PY) -m tests.mutants $(ARGS)
 
 docs: $(DOCS) ## build the documentation into docs/_build/html
 	$(PY) -m sphinx -W --keep-going -b html docs docs/_build/html

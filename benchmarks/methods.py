@@ -53,15 +53,15 @@ def by_model(cnn: float, vit: float) -> dict[str, float]:
 DEFAULT, USUAL = "SINGD(model)", "AdamW, lr 1e-3"
 
 METHODS: dict[str, Method] = {
-    "SGD": Method(sgd, "lr", by_model(0.1, 0.1)),
-    "AdamW": Method(adamw, "lr", by_model(1e-2, 1e-2)),
-    "KFAC": Method(KFAC, "kl_clip", by_model(1e-4, 1e-4), precisions=("fp32",)),
-    "IKFAC": Method(singd("dense", kfac_like=True), "kl_clip", by_model(1e-4, 1e-4)),
-    "INGD": Method(singd("dense"), "kl_clip", by_model(1e-4, 1e-4)),
-    "SINGD diagonal": Method(singd("diagonal"), "kl_clip", by_model(1e-4, 1e-4)),
-    "SINGD block-diagonal": Method(singd("block_diagonal(16)"), "kl_clip", by_model(1e-4, 1e-4)),
-    "SINGD hierarchical": Method(singd("hierarchical(8, 8)"), "kl_clip", by_model(1e-4, 1e-4)),
-    "SINGD Toeplitz": Method(singd("lower_toeplitz"), "kl_clip", by_model(1e-4, 1e-4)),
+    "SGD": Method(sgd, "lr", by_model(0.1, 0.03)),
+    "AdamW": Method(adamw, "lr", by_model(0.01, 0.003)),
+    "KFAC": Method(KFAC, "kl_clip", by_model(1e-5, 1e-5), precisions=("fp32",)),
+    "IKFAC": Method(singd("dense", kfac_like=True), "kl_clip", by_model(1e-4, 3e-5)),
+    "INGD": Method(singd("dense"), "kl_clip", by_model(1e-4, 1e-5)),
+    "SINGD diagonal": Method(singd("diagonal"), "kl_clip", by_model(1e-4, 3e-5)),
+    "SINGD block-diagonal": Method(singd("block_diagonal(16)"), "kl_clip", by_model(1e-4, 3e-5)),
+    "SINGD hierarchical": Method(singd("hierarchical(8, 8)"), "kl_clip", by_model(1e-4, 3e-5)),
+    "SINGD Toeplitz": Method(singd("lower_toeplitz"), "kl_clip", by_model(1e-4, 3e-5)),
     USUAL: Method(adamw),
     DEFAULT: Method(SINGD),
 }

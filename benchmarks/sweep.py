@@ -38,12 +38,6 @@ SHORT, LONG = 186, 620  # three and ten epochs of the demo
 Settings = dict[str, Any]
 
 
-def spectral_bound(m: StructuredMatrix) -> Tensor:
-    """``||m||_2 <= |t| + ||m - t I||_F`` with ``t = tr(m) / n``; tight for multiples of I."""
-    t = m.trace() / m.n
-    return t.abs() + m.add_scaled_identity(-t).frobenius_norm()
-
-
 class Bounded(SINGD):
     """SINGD with one of several bounds of the weights' step, and of the factors' step.
 
@@ -52,7 +46,8 @@ class Bounded(SINGD):
             "graft" and "graft adam", the norm of the gradient's or of Adam's step per layer.
         kappa: Value of the bound.
         factors: Of the factors' step: "none"; "max" entry, as ``normalize_lr_cov``;
-            ``||lr_cov m|| <= 1/2`` in the "frobenius" norm, or by :func:`spectral_bound`.
+            ``||lr_cov m|| <= 1/2`` in the "frobenius" norm, or in the "spectral" norm, as
+            ``factor_clip`` bounds it.
     """
 
     def __init__(
@@ -64,7 +59,7 @@ class Bounded(SINGD):
             model,
             kl_clip=kappa if bound == "kl" else None,
             normalize_lr_cov=factors == "max",
-            factor_clip=0.5 if factors == "frobenius" else None,
+            factor_clip=0.5 if factors == "spectral" else None,
             **options,
         )
 
@@ -95,12 +90,12 @@ class Bounded(SINGD):
         m_K: StructuredMatrix,
         old: StructuredMatrix | None,
     ) -> Members:
-        if self.factors != "spectral":
+        if self.factors != "frobenius":
             return super()._move_factor(group, side, K, m_K, old)
         new: Members = {}
         if old is not None:
             m_K = new[f"m_{side}"] = group["alpha1"] * old.to(m_K.dtype) + m_K
-        lr_cov = (0.5 / spectral_bound(m_K)).clamp(max=group["lr_cov"])
+        lr_cov = (0.5 / m_K.frobenius_norm()).clamp(max=group["lr_cov"])
         new[side] = update.factor_step(K, m_K, lr_cov)
         return new
 
@@ -212,6 +207,7 @@ def late() -> Iterator[Settings]:
     variants: list[Settings] = [
         {},
         {"T": 1, "lr_cov": 0.1},
+        {"T": [2, 5]},
         {"kappa": 1e-5},
         {"damping": 1e-2},
         {"bound": "kl layer", "kappa": 3e-6},
@@ -238,11 +234,10 @@ def around() -> Iterator[Settings]:
         yield from grid(**{**CHOSEN, **variant})
 
 
-def structures() -> Iterator[Settings]:
-    """Every structure and precision, over the bound."""
-    specs = ["diagonal", "block_diagonal(16)", "hierarchical(8, 8)", "lower_toeplitz"]
-    own = {"structures": specs, "kappa": [1e-5, 3e-5, 1e-4]}
-    yield from grid(**{**CHOSEN, **own})
+def pace() -> Iterator[Settings]:
+    """How often the factors move, with and without their momentum, for three structures."""
+    own = {"seed": [1, 2], "T": [2, 5, 10], "alpha1": [0.0, 0.5]}
+    yield from grid(**{**CHOSEN, **own, "structures": ["dense", "diagonal", "hierarchical(8, 8)"]})
 
 
 def kfac() -> Iterator[Settings]:
@@ -252,7 +247,20 @@ def kfac() -> Iterator[Settings]:
     yield from grid(**{**{k: CHOSEN[k] for k in keys}, **own})
 
 
-STAGES = {f.__name__: f for f in (rule, factors, late, around, structures, kfac)}
+def tune() -> Iterator[Settings]:
+    """The one number of every method of the demonstration: three values each."""
+    seeds = {"seed": [1, 2]}
+    for method, lrs in {"SGD": [0.03, 0.1, 0.3], "AdamW": [1e-3, 3e-3, 1e-2]}.items():
+        yield from (b for b in baselines(**seeds, lr=lrs) if b["method"] == method)
+    own = {**CHOSEN, **seeds, "kappa": [1e-5, 3e-5, 1e-4]}
+    yield from grid(**{**own, "kfac_like": True})
+    specs = ["dense", "diagonal", "block_diagonal(16)", "hierarchical(8, 8)", "lower_toeplitz"]
+    yield from grid(**{**own, "structures": specs})
+    keys = ("model", "precision", "steps", "seed", "bound", "lr", "lr_cov", "T", "damping", "kappa")
+    yield from grid(**{"method": "KFAC", **{k: own[k] for k in keys}})
+
+
+STAGES = {f.__name__: f for f in (rule, factors, late, around, pace, kfac, tune)}
 
 
 def key(row: Settings) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ class SINGD(KroneckerOptimizer):
             exceeds 1.
         kl_clip: Bound ``kappa`` of every step: scaled down so that ``lr^2 <natural gradient,
             gradient>`` does not exceed it. ``None`` for the paper's bare rule.
-        factor_clip: Bound, in (0, 1], of ``||lr_cov m_K||_F`` at every update of K, and so of C:
+        factor_clip: Bound, in (0, 1], of ``||lr_cov m_K||_2`` at every update of K, and so of C:
             they stay invertible, and in range whatever the scale of inputs and gradients. ``None``
             for the paper's bare rule.
         keep_products: Keep ``K K^T`` and ``C C^T`` between updates of the factors where their
@@ -88,14 +88,14 @@ class SINGD(KroneckerOptimizer):
         self,
         model: nn.Module,
         params: Iterable[Any] | None = None,
-        lr: float = 0.001,
+        lr: float = 0.1,
         momentum: float = 0.9,
         damping: float = 0.001,
-        alpha1: float = 0.5,
+        alpha1: float = 0.0,
         weight_decay: float = 0.0,
         T: int = 10,
         loss_average: str | None = "batch",
-        lr_cov: float | Callable[[int], float] = 1e-2,
+        lr_cov: float | Callable[[int], float] = 0.3,
         structures: Structures | Mapping[str, Structures] = ("dense", "dense"),
         kfac_approx: str = "expand",
         warn_unsupported: bool = True,
@@ -103,7 +103,7 @@ class SINGD(KroneckerOptimizer):
         preconditioner_dtype: tuple[torch.dtype | None, torch.dtype | None] = (None, None),
         init_grad_scale: float = 1.0,
         normalize_lr_cov: bool = False,
-        kl_clip: float | None = 1e-4,
+        kl_clip: float | None = 3e-5,
         factor_clip: float | None = 0.5,
         keep_products: bool = True,
         max_dim: int | None = 8192,

@@ -93,12 +93,14 @@ def normalized(lr_cov: float, m_K: StructuredMatrix) -> Tensor:
 
 
 def clipped(lr_cov: float | Tensor, m_K: StructuredMatrix, bound: float) -> Tensor:
-    """``beta_1``, smaller where ``||beta_1 m_K||_F`` would exceed ``bound``, ``[...]``.
+    """``beta_1``, smaller where ``||beta_1 m_K||_2`` might exceed ``bound``, ``[...]``.
 
-    Below 1, no eigenvalue of ``I - beta_1 m_K`` reaches zero: K stays invertible, and in range
-    whatever the scale of the inputs.
+    Below 1, ``I - beta_1 m_K`` is invertible, and so K stays: in range whatever the scale of the
+    inputs. The spectral norm is bounded by ``|t| + ||m_K - t I||_F`` with ``t = tr(m_K) / n``,
+    which is sharp for multiples of the identity.
     """
-    norm = m_K.frobenius_norm()
+    t = mean_trace(m_K)
+    norm = t.abs() + m_K.add_scaled_identity(-t).frobenius_norm()
     return lr_cov * (bound / (lr_cov * norm).clamp(min=bound))
 
 

@@ -18,7 +18,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
-from typing import Any, Self, TypeAlias, dataclass_transform
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, dataclass_transform
 
 import numpy as np
 import torch
@@ -26,6 +26,10 @@ from torch import Size, Tensor
 from torch.utils import _pytree as pytree
 
 from structured import _coordinates
+
+if TYPE_CHECKING:
+    from linear_operator import LinearOperator
+    from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
 Scalar: TypeAlias = "float | Tensor"
 
@@ -406,6 +410,18 @@ class StructuredMatrix(Operator):
         """Convert dtype or device, as :meth:`torch.Tensor.to`."""
         moved = self.map(lambda t: t.to(*args, **kwargs))
         return moved._with_static(lambda t: t.to(*args, **kwargs))
+
+    def to_linear_operator(self) -> LinearOperator:
+        """As a ``LinearOperator``: :func:`structured.interop.to_linear_operator`."""
+        from structured.interop import to_linear_operator
+
+        return to_linear_operator(self)
+
+    def to_scipy(self) -> ScipyOperator:
+        """As SciPy's ``LinearOperator``: :func:`structured.interop.to_scipy`."""
+        from structured.interop import to_scipy
+
+        return to_scipy(self)
 
     @property
     def layout(self) -> tuple[Any, ...]:

@@ -150,7 +150,7 @@ def test_data_of_steps_between_updates_does_not_matter() -> None:
     seen = []
     for scale in (1.0, 100.0):
         model = mlp()
-        optimizer = SINGD(model, T=3, lr=0.0, kl_clip=None)
+        optimizer = SINGD(model, T=3, lr=0.0, alpha1=0.5, kl_clip=None)
         for step, (X, y) in enumerate(batches(7)):
             optimizer.zero_grad()
             plain(model, X if step % 3 == 0 else scale * X, y)

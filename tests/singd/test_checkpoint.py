@@ -57,9 +57,11 @@ METHODS: dict[str, Any] = {
     "INGD": lambda m: SINGD(m, T=2, lr=0.05),
     "IKFAC": lambda m: SINGD(m, T=3, lr=0.05, kfac_like=True, structures=("diagonal", Diagonal)),
     "SINGD": lambda m: SINGD(m, T=2, lr=0.05, structures=("hierarchical(1, 2)", "upper_toeplitz")),
-    "float32 factors": lambda m: SINGD(m, T=2, preconditioner_dtype=(torch.float32,) * 2),
+    "float32 factors": lambda m: SINGD(
+        m, T=2, alpha1=0.5, preconditioner_dtype=(torch.float32,) * 2
+    ),
     "bfloat16 factors": lambda m: SINGD(
-        m, T=2, preconditioner_dtype=(torch.bfloat16, None), seed=3
+        m, T=2, alpha1=0.5, preconditioner_dtype=(torch.bfloat16, None), seed=3
     ),
     "lr_cov as a function": lambda m: SINGD(m, T=2, lr_cov=lambda step: 0.1 / (1 + step)),
     "KFAC": lambda m: KFAC(m, T=2, lr=0.05),
