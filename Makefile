@@ -9,7 +9,6 @@ PY  := $(BIN)/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet install -c constraints.txt
 
 INSTALLED := $(VENV)/.installed
-DOCS      := $(VENV)/.installed-docs
 PEER      := .peer/.installed
 
 .DEFAULT_GOAL := help
@@ -42,7 +41,7 @@ laws: $(INSTALLED) ## check the laws of the structures (options in ARGS="...")
 mutants: $(INSTALLED) ## run the tests on faulty copies of structured/ (hours; a sample: ARGS="--sample 15")
 	$(PY) -m tests.mutants $(ARGS)
 
-docs: $(DOCS) ## build the documentation into docs/_build/html
+docs: $(INSTALLED) ## build the documentation into docs/_build/html
 	$(PY) -m sphinx -W --keep-going -b html docs docs/_build/html
 
 clean: ## remove everything generated, except the virtual environment
@@ -55,11 +54,7 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): pyproject.toml constraints.txt | $(PY)
-	$(PIP) -e ".[demo,dev]"
-	@touch $@
-
-$(DOCS): $(INSTALLED)
-	$(PIP) -e ".[docs]"
+	$(PIP) -e ".[dev]"
 	@touch $@
 
 # The reference also calls its package singd, so it lives outside the environment.

@@ -69,7 +69,9 @@ class Layer:
 
 def _positions(x: Tensor) -> Tensor:
     """``[N, ..., d]`` (or ``[d]``) as ``[N, P, d]``."""
-    return x.reshape(1, 1, -1) if x.ndim == 1 else x.reshape(x.shape[0], -1, x.shape[-1])
+    if x.ndim <= 2:
+        return x[None, None] if x.ndim == 1 else x[:, None]
+    return x.flatten(1, -2)
 
 
 def flatten_rows(

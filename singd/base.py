@@ -8,6 +8,7 @@ what it stores and how it turns statistics into a preconditioned gradient.
 from __future__ import annotations
 
 import sys
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -92,7 +93,7 @@ class KroneckerOptimizer(Optimizer):
         self.skipped = self._skipped_in_row = 0
         self.max_skipped, self.telemetry = max_skipped, telemetry
         self._terms: float | Tensor = 0  # of the loss, counted for the coming step
-        self._capture = Capture(self._wanted, self._measure)
+        self._watch()
         params = [p for p in model.parameters() if p.requires_grad] if params is None else params
         params = [_given(p) if isinstance(p, Mapping) else p for p in params]
         groups = params if params and isinstance(params[0], dict) else [{"params": params}]
@@ -150,6 +151,9 @@ class KroneckerOptimizer(Optimizer):
         group = _given(param_group)
         given = group.pop("params")
         ids = {id(_parameter(p)) for p in given}
+        self._check_group({**self.defaults, **group})
+        if ids & self._groups.keys() or len(ids) < len(given):
+            raise ValueError("add_param_group: some parameters appear in more than one group")
         self._given |= ids
         taken = set(self._groups)
         units = [
@@ -160,7 +164,6 @@ class KroneckerOptimizer(Optimizer):
         ours = {id(p) for unit in (*units, *self._units) for p in unit.parameters}
         kronecker = [p for p in given if id(_parameter(p)) in ours]
         others = [p for p in given if id(_parameter(p)) not in ours]
-        self._check_group({**self.defaults, **group})
         if kronecker or not given:
             own = {**group, "params": kronecker, "rule": KRONECKER, "step": 0}
             super().add_param_group(own)
@@ -176,14 +179,64 @@ class KroneckerOptimizer(Optimizer):
         self._bind()
         self._capture.watch(units)
 
+    def _watch(self) -> None:
+        """Begin to capture; that ends with :meth:`close`, or with this object."""
+        self._capture = Capture(self._wanted, self._measure)
+        weakref.finalize(self, self._capture.close)
+
     def _bind(self) -> None:
         """Find every unit's group and state again, after either was replaced."""
         self._groups = {id(p): g for g in self.param_groups for p in g["params"]}
+        self._places = [
+            (name, p, module._parameters, key, tuple(p.shape))
+            for name, p, module, key in owners_of(self.model)
+            if id(p) in self._groups
+        ]
         self._bucket_list = None
         for unit in self._units:
             unit.group = self._groups.get(id(unit.weight), unit.group)
             unit.structures = self._structures(unit)
+            unit.layout = self._layout(unit)
             unit.members.clear()
+
+    def _settle(self) -> None:
+        """Follow changes of dtype, device and options since the factors were made.
+
+        Raises:
+            ValueError: If a parameter was replaced or resized.
+        """
+        for name, p, slots, key, shape in self._places:
+            if slots.get(key, p) is not p:
+                raise ValueError(
+                    f"{name} was replaced after the optimizer was made (by "
+                    "load_state_dict(assign=True)?): make the optimizer afterwards"
+                )
+            if tuple(p.shape) != shape:
+                raise ValueError(
+                    f"{name}: expected the shape {list(shape)} it had when the optimizer was made, "
+                    f"got {list(p.shape)}: make a new optimizer"
+                )
+            for option, value in self.state.get(p, {}).items():
+                if isinstance(value, Tensor) and option != "step":
+                    self.state[p][option] = value.to(p)
+        for unit in self._units:
+            if unit.layout != self._layout(unit):
+                self._remake(unit)
+
+    def _remake(self, unit: Unit) -> None:
+        """Fit the factors of a unit to its options; they start afresh if the structure changed."""
+        before, unit.structures = unit.structures, self._structures(unit)
+        unit.layout, self._bucket_list = self._layout(unit), None
+        kept = self._fresh(unit, (), "meta") if unit.structures == before else {}
+        state = self.state.get(unit.weight, {})
+        for name in [k for k, v in state.items() if isinstance(v, list) and k not in kept]:
+            del state[name]
+        if unit.structures != before:
+            unit.discard()
+
+    def _layout(self, unit: Unit) -> tuple[Any, ...]:
+        """What the factors of a unit depend on besides statistics."""
+        return unit.weight.dtype, unit.weight.device
 
     @property
     def _buckets(self) -> list[Bucket]:
@@ -204,12 +257,13 @@ class KroneckerOptimizer(Optimizer):
         weights = {id(unit.weight): unit for unit in self._units}
         units = {id(p): unit for unit in self._units for p in unit.parameters}
         rows, adamw = [], 0
-        for name, p, layer in owners_of(self.model):
+        for name, p, module, _ in owners_of(self.model):
             rule, structures, stored = "frozen", "", 0
             if id(p) in self._groups:
-                adamw += 2 * _size(p)
+                own = (2 + self._adamw.defaults["amsgrad"]) * _size(p) + _size(torch.tensor(0.0))
+                adamw += own
                 if self._is_adamw(p):
-                    rule, stored = "AdamW", 2 * _size(p)
+                    rule, stored = "AdamW", own
                 else:
                     rule = type(self).__name__
                     structures = ", ".join(map(str, units[id(p)].structures))
@@ -219,6 +273,7 @@ class KroneckerOptimizer(Optimizer):
                         stored += sum(_size(member.tensors()) for member in fresh.values())
             elif p.requires_grad:
                 rule = "not given"
+            layer = type(module).__name__
             rows.append(Row(name, tuple(p.shape), layer, rule, structures, stored))
         return Plan(tuple(rows), adamw)
 
@@ -244,6 +299,8 @@ class KroneckerOptimizer(Optimizer):
 
     def _measure(self, unit: Unit, module: nn.Module, x: Tensor, g: Tensor) -> None:
         """Take in one use of ``module`` with input ``x`` and output gradient ``g``."""
+        if unit.layout != self._layout(unit) or getattr(module, "weight", None) is not unit.weight:
+            self._settle()
         _ = self._buckets  # the factors exist from now on
         approximation, layer = unit.group["kfac_approx"], unit.layer
         grads, ones = layer.grads(module, g), unit.bias is not None
@@ -351,6 +408,7 @@ class KroneckerOptimizer(Optimizer):
         unscaled = found_inf is not None and scale is None  # by GradScaler.unscale_
         if unscaled:
             scale = _calling_scale()
+        self._settle()
         step = Step(self, scale, unscaled=unscaled)
         bad = step.run(descend=descend)
         self._forget()
@@ -383,6 +441,26 @@ class KroneckerOptimizer(Optimizer):
         if not self._sampled:
             self._forget()
         super().zero_grad(set_to_none)
+
+    # Copies -------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For :mod:`copy` and :mod:`pickle`, best together with the model."""
+        found = ("_capture", "_groups", "_given", "_places", "_bucket_list", "_process_group")
+        return {
+            k: v
+            for k, v in vars(self).items()
+            if k not in (*found, "step") and not k.startswith("_optimizer_")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "model" in state:  # else this is a part of loading a checkpoint
+            self._process_group = None
+            self._given = {id(p) for group in self.param_groups for p in group["params"]}
+            self._watch()
+            self._bind()
+            self._capture.watch(self._units)
 
     # Checkpoints --------------------------------------------------------------------------------
 

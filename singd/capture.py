@@ -12,6 +12,7 @@ hooks saw does not explain the gradient (the weight is also used in another way)
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -64,6 +65,7 @@ class Unit:
     bias: nn.Parameter | None
     group: dict[str, Any] = field(default_factory=dict)  # the parameter group of the weight
     structures: tuple[Structure, ...] = ()
+    layout: tuple[Any, ...] = ()  # what the factors were made for
     members: dict[str, StructuredMatrix] = field(default_factory=dict)  # its factors, by name
     statistics: Statistics | None = None
     pending: Statistics | None = None  # of the pass under way
@@ -122,13 +124,18 @@ class Unit:
             return
         if self.explained is None and self.probes is not None:
             before, seen = self.probes
-            self.explained = _parallel(self._probe_gradient() - before, seen)
+            self.explained = _parallel(self._probe_gradient().to(seen) - before.to(seen), seen)
             self.probes = None
         if self.statistics is None:
             self.statistics = self.pending
         else:
             self.statistics.add(self.pending)
         self.pending = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: without what was seen, and what :meth:`singd.SINGD` finds again."""
+        fresh = {"statistics": None, "pending": None, "probes": None, "structures": ()}
+        return vars(self) | fresh | {"members": {}, "layout": ()}
 
     def discard(self) -> None:
         """Forget what was seen since the last step."""
@@ -150,11 +157,16 @@ def _directions(n: int, device: torch.device) -> Tensor:
     return torch.randn(n, _PROBES, generator=torch.Generator().manual_seed(n)).to(device)
 
 
-def _parallel(gradient: Tensor, seen: Tensor) -> bool:
-    """Whether the two agree but for a positive factor (of a gradient scaler, of averaging)."""
+def _parallel(gradient: Tensor, seen: Tensor) -> bool | None:
+    """Whether the two agree but for a positive factor (of a gradient scaler, of averaging).
+
+    ``None`` where that cannot be told: both are zero, or one is not finite.
+    """
     gradient, seen = gradient.flatten().double(), seen.flatten().double()
-    norms = gradient.norm() * seen.norm()
-    return bool(gradient @ seen >= 0.99 * norms) or not bool(norms.isfinite())
+    norms = gradient.norm() + seen.norm()
+    if not bool(norms.isfinite()) or not bool(norms):
+        return None
+    return bool(gradient @ seen >= 0.99 * gradient.norm() * seen.norm())
 
 
 class _Tap(torch.autograd.Function):
@@ -174,12 +186,12 @@ class _Tap(torch.autograd.Function):
 
 
 class Capture:
-    """The hooks on a model's layers.
+    """The hooks on a model's layers; they do not keep alive whom they report to.
 
     Args:
-        wanted: Whether a unit's next statistics will be used.
-        measure: Called in the backward pass with a unit, the module of it that was used, an input
-            and an output gradient.
+        wanted: A method that says whether a unit's next statistics will be used.
+        measure: A method called in the backward pass with a unit, the module of it that was used,
+            an input and an output gradient.
     """
 
     def __init__(
@@ -187,37 +199,52 @@ class Capture:
         wanted: Callable[[Unit], bool],
         measure: Callable[[Unit, nn.Module, Tensor, Tensor], None],
     ) -> None:
-        self.wanted, self.measure = wanted, measure
+        self.wanted, self.measure = weakref.WeakMethod(wanted), weakref.WeakMethod(measure)
         self.handles: list[Any] = []
 
     def watch(self, units: Iterable[Unit]) -> None:
         """Hook the layers of ``units``."""
         for unit in units:
-            hook = self._forward_hook(unit)
+            hook = _Hook(self, unit)
             for module in unit.modules:
                 self.handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            trained = unit.weight.requires_grad
+            unit.weight.requires_grad_()  # a frozen weight takes no hook, but may thaw
             self.handles.append(unit.weight.register_post_accumulate_grad_hook(unit.commit))
-
-    def _forward_hook(self, unit: Unit) -> Callable[..., Tensor | None]:
-        @torch.compiler.disable
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-        ) -> Tensor | None:
-            if not (torch.is_grad_enabled() and unit.weight.requires_grad):
-                return None
-            if torch._C._are_functorch_transforms_active():
-                return None
-            if not self.wanted(unit):
-                unit.passed_by = True
-                return None
-            x = args[0] if args else next(iter(kwargs.values()))
-            tapped: Tensor = _Tap.apply(output, x, partial(self.measure, unit, module))
-            return tapped
-
-        return hook
+            unit.weight.requires_grad_(trained)
 
     def close(self) -> None:
         """Remove every hook."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+
+
+class _Hook:
+    """The forward hook of a unit. Where a module is copied or pickled, it becomes an idle one."""
+
+    def __init__(self, capture: Capture | None = None, unit: Unit | None = None) -> None:
+        self.capture, self.unit = capture, unit
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, ()
+
+    @torch.compiler.disable
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Tensor | None:
+        if self.capture is None or self.unit is None:
+            return None
+        unit, wanted, measure = self.unit, self.capture.wanted(), self.capture.measure()
+        if wanted is None or measure is None:
+            return None
+        if not (torch.is_grad_enabled() and unit.weight.requires_grad):
+            return None
+        if torch._C._are_functorch_transforms_active():
+            return None
+        if not wanted(unit):
+            unit.passed_by = True
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        tapped: Tensor = _Tap.apply(output, x, partial(measure, unit, module))
+        return tapped

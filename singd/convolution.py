@@ -33,8 +33,9 @@ class Convolution(Layer):
             x = x.unfold(2 + d, dilation * (size - 1) + 1, stride)[..., ::dilation]
         # [N, channels, *positions, *kernel] -> [N, P, groups, channels / groups * kernel]
         N, _, *positions = x.shape[: 2 + len(kernel)]
-        patches = x.movedim(1, 1 + len(kernel)).reshape(
-            N, torch.Size(positions).numel(), module.groups, -1
+        rows = x.movedim(1, 1 + len(kernel)).flatten(1 + len(kernel))
+        patches = rows.reshape(
+            N, torch.Size(positions).numel(), module.groups, rows.shape[-1] // module.groups
         )
         return patches[:, :, 0] if module.groups == 1 else patches.movedim(2, 0)
 
@@ -70,7 +71,7 @@ class Convolution(Layer):
         return self._channels(module, _batched(module, g))
 
     def _channels(self, module: Any, g: Tensor) -> Tensor:
-        flat = g.reshape(g.shape[0], module.groups, g.shape[1] // module.groups, -1)
+        flat = g.flatten(2).unflatten(1, (module.groups, g.shape[1] // module.groups))
         return flat[:, 0].mT if module.groups == 1 else flat.movedim(1, 0).mT
 
     def _padded(self, module: Any, x: Tensor) -> Tensor:

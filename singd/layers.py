@@ -37,7 +37,8 @@ class Embedding(Transposed):
 
     def inputs(self, module: Any, x: Tensor) -> Tensor:
         """One-hot rows, ``[N, P, d_in]``; the padding row is never picked."""
-        hot = F.one_hot(x.reshape(x.shape[0] if x.ndim else 1, -1), module.num_embeddings)
+        N = x.shape[0] if x.ndim else 1
+        hot = F.one_hot(x.reshape(N, x.numel() // max(N, 1)), module.num_embeddings)
         if module.padding_idx is not None:
             hot[..., module.padding_idx] = 0
         return hot.to(module.weight.dtype)
@@ -80,9 +81,10 @@ class Normalization(Layer):
     def _split(self, module: Any, x: Tensor) -> Tensor:
         d = module.weight.numel()
         if self.channels_last:
-            rows = x.reshape(x.shape[0] if x.ndim > module.weight.ndim else 1, -1, d)
+            N = x.shape[0] if x.ndim > module.weight.ndim else 1
+            rows = x.reshape(N, x.numel() // max(N * d, 1), d)
         else:
-            rows = x.reshape(*x.shape[:2], -1).mT
+            rows = x.reshape(*x.shape[:2], torch.Size(x.shape[2:]).numel()).mT
         return rows.movedim(-1, 0)[..., None]
 
 

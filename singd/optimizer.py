@@ -172,6 +172,15 @@ class SINGD(KroneckerOptimizer):
         wide = unit.group["wide_structure"]
         return tuple(parse(wide if limit is not None and n > limit else s) for n, s in sides)
 
+    def _layout(self, unit: Unit) -> tuple[Any, ...]:
+        group, given = unit.group, unit.group["structures"]
+        return (
+            *super()._layout(unit),
+            dict(given) if isinstance(given, Mapping) else given,
+            *(group[k] for k in ("max_dim", "wide_structure", "kfac_like", "preconditioner_dtype")),
+            group["alpha1"] == 0,
+        )
+
     def _fresh(self, unit: Unit, batch: tuple[int, ...], device: torch.device | str) -> Members:
         *inner, d_out, d_in = unit.shape
         members: Members = {}

@@ -92,11 +92,11 @@ def find_units(
     return list(units.values())
 
 
-def owners_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
-    """Every parameter once: its name, itself, and the type of the module that holds it."""
+def owners_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module, str]]:
+    """Every parameter once: its name, itself, the module that holds it, and its name there."""
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for name, p in module._parameters.items():
             if p is not None and id(p) not in seen:
                 seen.add(id(p))
-                yield (f"{prefix}.{name}" if prefix else name), p, type(module).__name__
+                yield (f"{prefix}.{name}" if prefix else name), p, module, name

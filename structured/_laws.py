@@ -83,12 +83,18 @@ def addition(A: StructuredMatrix, B: StructuredMatrix) -> None:
 
 
 def scaling(A: StructuredMatrix, c: Any) -> None:
-    """``c A``, ``A c`` and ``A / c`` for numbers, and for tensors one for each of the batch."""
+    """``c A``, ``A c`` and ``A / c`` for numbers and tensors, one for each of the batch.
+
+    The dtype stays that of ``A``.
+    """
     dense = A.to_dense()
     factor = trailing(c, dense) if isinstance(c, Tensor) else c
     assert_close(c * A, factor * dense, "c * A")
     assert_close(A * c, factor * dense, "A * c")
     assert_close(A / c, dense / factor, "A / c")
+    low = A.to(torch.float32)
+    for found in (c * low, low / c):
+        assert found.dtype == torch.float32, f"c A, A in float32: got {found.dtype}"
 
 
 def apply(A: StructuredMatrix, X: Tensor, x: Tensor) -> None:
@@ -121,9 +127,12 @@ def orthogonal_project(A: StructuredMatrix, M: Tensor) -> None:
 
 def project(A: StructuredMatrix, S: Tensor) -> None:
     """``Pi(S)`` is the member of least norm whose symmetric part is nearest to ``S``."""
-    projected = A.project(S)
-    assert_close(projected, _definition.projection(A, S), "Pi(S)")
-    traces = projected.to_dense().diagonal(dim1=-2, dim2=-1).sum(-1)
+    assert_close(A.project(S), _definition.projection(A, S), "Pi(S)")
+
+
+def project_trace(A: StructuredMatrix, S: Tensor) -> None:
+    """``tr Pi(S) = tr S``, for the identity is a member."""
+    traces = A.project(S).to_dense().diagonal(dim1=-2, dim2=-1).sum(-1)
     assert_close(traces, S.diagonal(dim1=-2, dim2=-1).sum(-1), "tr Pi(S), expected tr S")
 
 
@@ -173,6 +182,8 @@ def add_scaled_identity(A: StructuredMatrix, c: Any) -> None:
     shifted = A.add_scaled_identity(c)
     assert shifted.layout == A.layout, f"A + c I: {shifted!r}, expected one like {A!r}"
     assert_close(shifted, expected, "A + c I")
+    low = A.to(torch.float32).add_scaled_identity(c)
+    assert low.dtype == torch.float32, f"A + c I, A in float32: got {low.dtype}"
 
 
 def solve(K: StructuredMatrix, X: Tensor) -> None:
@@ -223,6 +234,7 @@ ALGEBRA = (
     transpose,
     orthogonal_project,
     project,
+    project_trace,
     project_gram,
     gram,
     stationarity,

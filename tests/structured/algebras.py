@@ -45,6 +45,21 @@ class Cyclic(StructuredMatrix):
         return self.c[..., (ramp[:, None] - ramp) % max(len(ramp), 1)]
 
 
+class Series(StructuredMatrix):
+    """Lower triangular Toeplitz matrices: many places each, transposes outside the space."""
+
+    t: Tensor  # [..., n]
+
+    @classmethod
+    def zeros(cls, n, *, batch_shape=(), **opts):
+        return cls(torch.zeros(*batch_shape, n, **opts))
+
+    def to_dense(self):
+        ramp = torch.arange(self.t.shape[-1], device=self.t.device)
+        lag = ramp[:, None] - ramp
+        return torch.where(lag >= 0, self.t[..., lag.clamp(min=0)], 0)
+
+
 class Redundant(StructuredMatrix):
     """Diagonal matrices stored as a sum of two: more numbers than dimensions."""
 
@@ -99,9 +114,27 @@ class InBasis(StructuredMatrix):
         return self.Q @ (self.d[..., None] * self.Q.mT)
 
 
+class PartlyMirrored(StructuredMatrix):
+    """No algebra, but a space: the transpose of ``b``'s places is partly the place of ``c``."""
+
+    b: Tensor  # [...]
+    c: Tensor  # [...]
+
+    @classmethod
+    def zeros(cls, n, *, batch_shape=(), **opts):
+        zero = torch.zeros(tuple(batch_shape), **opts)
+        return cls(zero, zero.clone())
+
+    def to_dense(self):
+        zero = torch.zeros_like(self.b)
+        rows = [[zero, self.b, self.b], [self.c, zero, zero], [zero, zero, zero]]
+        return torch.stack([torch.stack(row, -1) for row in rows], -2)
+
+
 ALGEBRAS = {
     Complex: range(0, 9, 2),
     Cyclic: range(9),
+    Series: range(9),
     Redundant: range(9),
     Skewed: range(7),
     InBasis: range(9),

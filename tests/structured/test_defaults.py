@@ -5,7 +5,16 @@ import torch
 
 from structured import _coordinates
 from structured.testing import LAWS, check
-from tests.structured.algebras import ALGEBRAS, Complex, Cyclic, InBasis, Redundant, Skewed
+from tests.structured.algebras import (
+    ALGEBRAS,
+    Complex,
+    Cyclic,
+    InBasis,
+    PartlyMirrored,
+    Redundant,
+    Series,
+    Skewed,
+)
 
 
 @pytest.mark.parametrize("algebra", ALGEBRAS)
@@ -14,8 +23,13 @@ def test_law(law, algebra):
     check(algebra, laws=[law], sizes=ALGEBRAS[algebra])
 
 
+@pytest.mark.parametrize("law", ["project", "project_gram", "gram", "orthogonal_project"])
+def test_projections_onto_any_space(law):
+    check(PartlyMirrored, laws=[law], sizes=[3])
+
+
 @pytest.mark.parametrize(
-    ("algebra", "ndim"), [(Complex, 1), (Cyclic, 1), (Redundant, 2), (Skewed, 2)]
+    ("algebra", "ndim"), [(Complex, 1), (Cyclic, 1), (Series, 1), (Redundant, 2), (Skewed, 2)]
 )
 def test_closed_form_where_it_holds(algebra, ndim):
     """Vectors of weights where every number owns its places, matrices where they overlap."""

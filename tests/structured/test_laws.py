@@ -2,7 +2,7 @@
 
 import pytest
 
-from structured import parse
+from structured import parse, toeplitz
 from structured.testing import LAWS, check
 from tests.structured.specs import ALIASES, NESTINGS, SPECS
 
@@ -16,6 +16,14 @@ def test_law(law, spec):
 @pytest.mark.parametrize("law", LAWS)
 def test_law_of_nestings(law):
     check(NESTINGS, laws=[law], examples=3 if law == "compiled" else None)
+
+
+@pytest.mark.parametrize("spec", ["lower_toeplitz", "upper_toeplitz"])
+@pytest.mark.parametrize("law", [law for law in LAWS if law != "compiled"])
+def test_law_by_fft(law, spec, monkeypatch):
+    """The way of large sizes, at small ones."""
+    monkeypatch.setattr(toeplitz, "_dense_is_faster", lambda n, m: False)
+    check(spec, laws=[law])
 
 
 @pytest.mark.parametrize("alias", ALIASES)

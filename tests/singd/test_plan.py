@@ -1,0 +1,280 @@
+"""The plan says what is true: every parameter once, and the bytes that training really stores."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from singd import KFAC, SINGD, Layer, register_layer
+from singd.layers import LAYERS, OPTIONAL
+from tests.singd.runs import F64, batches, mean_loss, mlp, train
+
+
+class Net(nn.Module):
+    """Every kind of rule: layers, a custom parameter, a frozen one, a tied one, norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 6)
+        self.conv = nn.Conv1d(6, 6, 3, padding=1, groups=2)
+        self.up = nn.ConvTranspose1d(6, 6, 3, padding=1)
+        self.norm = nn.LayerNorm(6)
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
+        self.scale = nn.Parameter(torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x).mT
+        h = self.norm(self.up(self.conv(h)).mT)
+        return self.frozen(self.second(self.first(h).tanh())) * self.scale
+
+
+def stored(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all tensors in the state."""
+
+    def size(value: Any) -> int:
+        if isinstance(value, Tensor):
+            return value.numel() * value.element_size()
+        return sum(map(size, value)) if isinstance(value, list) else 0
+
+    return sum(size(v) for state in optimizer.state.values() for v in state.values())
+
+
+METHODS: dict[str, Any] = {
+    "SINGD": lambda m: SINGD(m, T=1),
+    "IKFAC": lambda m: SINGD(m, T=1, kfac_like=True, structures=("diagonal", "lower_toeplitz")),
+    "no momentum": lambda m: SINGD(m, T=1, momentum=0.0, alpha1=0.0),
+    "bfloat16": lambda m: SINGD(m, T=1, preconditioner_dtype=(torch.bfloat16, torch.float64)),
+    "all layers": lambda m: SINGD(m, T=1, layers=tuple(OPTIONAL)),
+    "narrow": lambda m: SINGD(m, T=1, max_dim=5),
+    "amsgrad": lambda m: SINGD(m, T=1, adamw={"amsgrad": True}),
+    "KFAC": lambda m: KFAC(m, T=1),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_plan_holds_after_training_and_on_the_meta_device(method: str) -> None:
+    with torch.device("meta"):
+        early = METHODS[method](Net()).plan()
+    model = Net()
+    optimizer = METHODS[method](model)
+    before = optimizer.plan()
+    assert not optimizer.state
+    assert str(before) == str(early)
+    for x in torch.randint(7, (3, 4, 5)):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    after = optimizer.plan()
+    assert str(after) == str(before)
+    assert after.state_bytes == stored(optimizer)
+    assert [row.parameter for row in after.rows] == [name for name, _ in model.named_parameters()]
+    trained = {row.parameter for row in after.rows if row.rule not in ("frozen", "not given")}
+    assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_the_bytes_it_is_compared_with_are_those_of_adamw(amsgrad: bool) -> None:
+    model, bare = Net(), Net()
+    plan = SINGD(model, adamw={"amsgrad": amsgrad}).plan()
+    adamw = torch.optim.AdamW([p for p in bare.parameters() if p.requires_grad], amsgrad=amsgrad)
+    bare(torch.randint(7, (4, 5))).square().sum().backward()
+    adamw.step()
+    assert plan.adamw_bytes == stored(adamw)
+    assert f"of AdamW's {stored(adamw):,}" in str(plan)
+
+
+def rules(optimizer: Any) -> dict[str, str]:
+    return {row.parameter: row.rule for row in optimizer.plan().rows}
+
+
+def structures(optimizer: Any) -> dict[str, str]:
+    return {row.parameter: row.structures for row in optimizer.plan().rows if row.structures}
+
+
+def test_a_tied_weight_is_one_row_and_a_frozen_or_withheld_one_says_so() -> None:
+    model = Net()
+    optimizer = SINGD(model, [p for p in model.parameters() if p is not model.up.weight])
+    plan = rules(optimizer)
+    assert "second.weight" not in plan
+    assert plan["first.weight"] == "SINGD"
+    assert plan["second.bias"] == "AdamW"
+    assert plan["up.weight"] == "not given"
+    assert rules(SINGD(model))["frozen.weight"] == "frozen"
+
+
+def test_a_weight_tied_to_an_embedding_is_trained_by_adamw() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False)})
+    model["head"].weight = model["embed"].weight
+    assert rules(SINGD(model)) == {"embed.weight": "AdamW"}
+    assert rules(SINGD(model, layers=(nn.Embedding,))) == {"embed.weight": "AdamW"}
+
+
+class Penalized(nn.Module):
+    """``fc`` is used as a layer, and its weight by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(4, 4, dtype=F64), nn.Linear(4, 3, dtype=F64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.fc(x).tanh()) + self.fc.weight.exp().sum()
+
+
+def test_a_use_that_hooks_do_not_see_is_noticed_with_one_warning() -> None:
+    model = Penalized()
+    optimizer = SINGD(model, T=1)
+    assert rules(optimizer)["fc.weight"] == "SINGD"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, optimizer, batches(4))
+    assert len(caught) == 1
+    assert str(caught[0].message).startswith("fc.weight: ")
+    assert rules(optimizer) == {
+        "fc.weight": "AdamW",
+        "fc.bias": "AdamW",
+        "head.weight": "SINGD",
+        "head.bias": "SINGD",
+    }
+    assert optimizer.plan().state_bytes == stored(optimizer)
+
+
+@pytest.mark.parametrize("first", ["empty", "zero", "infinite"])
+def test_a_pass_that_tells_nothing_does_not_settle_it(first: str) -> None:
+    model = Penalized()
+    optimizer = SINGD(model, T=1)
+    (X, y), *rest = batches(4)
+    if first == "empty":
+        model(X[:0]).sum().backward()
+    else:
+        (mean_loss(model(X), y) * (0.0 if first == "zero" else float("inf"))).backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match=r"fc\.weight"):
+        train(model, optimizer, rest)
+
+
+# Which structure ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("limit", "wide"), [(0, "KC"), (3, "KC"), (5, "K"), (6, ""), (None, "")])
+def test_a_factor_wider_than_the_limit_is_diagonal(limit: int | None, wide: str) -> None:
+    model = nn.Linear(6, 4)
+    expected = ", ".join("diagonal" if side in wide else "dense" for side in "KC")
+    assert structures(SINGD(model, max_dim=limit))["weight"] == expected
+
+
+def test_the_structure_of_wide_factors_is_a_choice() -> None:
+    got = structures(SINGD(nn.Linear(6, 4), max_dim=5, wide_structure="block_diagonal(2)"))
+    assert got["weight"] == "block_diagonal(2), dense"
+
+
+def test_structures_by_pattern_the_first_match_counts() -> None:
+    given = {"0.*": ("diagonal", "dense"), "*.weight": ("dense", "diagonal"), "2.*": ("dense",) * 2}
+    got = structures(SINGD(mlp(), structures=given))
+    assert got["0.weight"] == "diagonal, dense"
+    assert got["2.weight"] == "dense, diagonal"
+    assert structures(SINGD(mlp(), structures={"x*": ("diagonal",) * 2}))["0.weight"] == (
+        "dense, dense"
+    )
+
+
+@pytest.mark.parametrize("layer", OPTIONAL)
+def test_optional_types_are_preconditioned_where_named(layer: Any) -> None:
+    model = layer(*{nn.Embedding: (5, 4), nn.GroupNorm: (2, 4)}.get(layer, (4,)))
+    assert rules(SINGD(model))["weight"] == "AdamW"
+    assert rules(SINGD(model, layers=(layer,)))["weight"] == "SINGD"
+
+
+def test_only_optional_types_may_be_named() -> None:
+    with pytest.raises(ValueError, match=r"layers: expected one of .*Embedding"):
+        SINGD(mlp(), layers=(nn.Linear,))
+
+
+# Everything is trained by something ---------------------------------------------------------------
+
+
+class LoRA(nn.Module):
+    """A frozen layer and a low-rank correction held as bare parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(4, 4).requires_grad_(False)
+        self.A, self.B = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.ones(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.A.mT @ self.B.mT
+
+
+class Attention(nn.MultiheadAttention):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x, x)[0]
+
+
+class Recurrent(nn.LSTM):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)[0]
+
+
+EXOTIC: dict[str, Any] = {
+    "attention": lambda: Attention(4, 2, batch_first=True),
+    "encoder layer": lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True),
+    "recurrent": lambda: Recurrent(4, 4, batch_first=True),
+    "weight norm": lambda: parametrizations.weight_norm(nn.Linear(4, 4)),
+    "spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(4, 4)),
+    "orthogonal": lambda: parametrizations.orthogonal(nn.Linear(4, 4)),
+    "lora": LoRA,
+}
+
+
+@pytest.mark.parametrize("name", EXOTIC)
+def test_every_parameter_is_trained(name: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), EXOTIC[name](), nn.Linear(4, 3))
+    optimizer = SINGD(model, T=1, lr=0.1, kl_clip=None)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(6, 5, 4)).exp().sum().backward()
+        optimizer.step()
+    for name, p in model.named_parameters():
+        moved = not torch.equal(p, before[name])
+        assert moved == (p.grad is not None and bool(p.grad.any())), name
+        assert p.grad is not None or not p.requires_grad, name
+
+
+def test_layers_initialised_lazily_need_one_forward_pass_first() -> None:
+    model = nn.Sequential(nn.LazyLinear(6), nn.Tanh(), nn.LazyLinear(3)).to(F64)
+    with pytest.raises(ValueError, match=r"0.weight is not initialised yet: run one forward"):
+        SINGD(model)
+    model(batches(1)[0][0])
+    optimizer = SINGD(model, T=1)
+    train(model, optimizer, batches(2))
+    assert set(rules(optimizer).values()) == {"SINGD"}
+
+
+def test_a_layer_of_your_own_takes_a_dozen_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("singd.layers.LAYERS", dict(LAYERS))
+
+    class Halved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4, dtype=F64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight.mT / 2
+
+    class HalvedLayer(Layer):
+        def grads(self, module: Any, g: Tensor) -> Tensor:
+            return super().grads(module, g) / 2
+
+    model = nn.Sequential(Halved())
+    assert rules(SINGD(model)) == {"0.weight": "AdamW"}
+    register_layer(Halved, HalvedLayer())
+    optimizer = SINGD(model, T=1)
+    train(model, optimizer, batches(2))
+    assert rules(optimizer) == {"0.weight": "SINGD"}

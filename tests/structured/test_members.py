@@ -1,0 +1,158 @@
+"""What a member does beside the laws: torch functions, NumPy, odd arguments, Kronecker products."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from structured import Dense, Diagonal, Kronecker, LowerTriangular, StructuredMatrix, parse, static
+
+A = Dense(torch.tensor([[1.0, 2.0, 0.0], [-1.0, 3.0, 1.0], [2.0, 0.0, -2.0]]))
+X = torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, -1.0], [2.0, 2.0, 1.0]])
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda: torch.matmul(A, X), A.M @ X),
+        (lambda: torch.matmul(X, A), X @ A.M),
+        (lambda: X.matmul(A), X @ A.M),
+        (lambda: torch.matmul(A, A), A.M @ A.M),
+        (lambda: torch.mul(torch.tensor(2.0), A), 2 * A.M),
+        (lambda: torch.add(A, A), 2 * A.M),
+        (lambda: torch.sub(3 * A, A), 2 * A.M),
+        (lambda: torch.div(A, torch.tensor(2.0)), A.M / 2),
+        (lambda: np.float64(2) * A, 2 * A.M),
+        (lambda: np.int64(2) * A, 2 * A.M),
+        (lambda: torch.nn.Parameter(X) @ A, X @ A.M),
+    ],
+)
+def test_torch_and_numpy_find_our_operators(function, expected):
+    found = function()
+    assert torch.equal(found.to_dense() if isinstance(found, Dense) else found, expected)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda: X + A,
+        lambda: A + X,
+        lambda: A - 1,
+        lambda: 1 / A,
+        lambda: X / A,
+        lambda: A * "2",
+        lambda: 1j * A,
+        lambda: A @ None,
+        lambda: A @ X.numpy(),
+        lambda: X.numpy() @ A,
+        lambda: torch.trace(A),
+        lambda: torch.add(A, A, alpha=2),
+        lambda: Dense([[1.0]]),
+    ],
+)
+def test_no_meaning_is_a_type_error(function):
+    with pytest.raises(TypeError):
+        function()
+
+
+def test_at_sign_does_not_compile_to_another_product():
+    """PyTorch traces ``A @ X`` and ``X @ A`` alike: refused, unless the graph may break."""
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        torch.compile(lambda A, X: A @ X, fullgraph=True, backend="eager")(A, X)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(lambda A, X: A @ X, backend="eager")(A, X), A.M @ X)
+    assert torch.equal(torch.compile(lambda A, X: X @ A, backend="eager")(A, X), X @ A.M)
+
+
+@pytest.mark.parametrize("spec", ["dense", "low_rank_lower(1)", "transposed(low_rank_lower(1))"])
+def test_a_matrix_is_no_stack_of_vectors(spec):
+    """``torch.linalg.solve`` takes X [2, 2] for two vectors where A is [2, 2, 2]."""
+    K = parse(spec).identity(2, batch_shape=(2,)) * torch.tensor([1.0, 2.0])
+    X = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert torch.equal(K.solve(X), torch.stack([X, X / 2]))
+
+
+def test_arrays():
+    np.testing.assert_array_equal(np.asarray(A.to(torch.bfloat16)), A.M.numpy())
+    np.testing.assert_array_equal(np.asarray(A.map(Tensor.requires_grad_)), A.M.detach().numpy())
+    assert np.asarray(A, dtype=np.float16).dtype == np.float16
+    with pytest.raises(ValueError, match="must be written out"):
+        np.asarray(A, copy=False)
+
+
+def test_members_are_immutable():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        A.M = X
+
+
+def test_fields_agree():
+    with pytest.raises(ValueError, match=r"expected last in torch.float32 .* got torch.float64"):
+        type(parse("block_diagonal(2)")(3))(torch.zeros(1, 2, 2), torch.zeros(1, 1).double())
+
+
+def test_nested_static_tensors_are_converted():
+    class Basis(StructuredMatrix):
+        d: Tensor
+        Q: Tensor = static()
+
+        @classmethod
+        def zeros(cls, n, *, batch_shape=(), **opts):
+            return cls(torch.zeros(*batch_shape, n, **opts), torch.eye(n, **opts))
+
+        def to_dense(self):
+            return self.Q @ torch.diag_embed(self.d) @ self.Q.mT
+
+    nested = parse("block_upper(dense, basis, 1)").identity(3).to(torch.float64)
+    assert nested.C.Q.dtype == torch.float64
+    assert torch.equal(nested.to_dense(), torch.eye(3, dtype=torch.float64))
+
+
+def test_gradients_reach_the_stored_numbers():
+    member = LowerTriangular.identity(4).map(Tensor.requires_grad_)
+    (member.matmul(member).gram() + 2.0 * member).trace().backward()
+    assert all(t.grad is not None for t in member.tensors())
+
+
+def test_repr_reads_as_mathematics():
+    member = parse("block_upper(dense, diagonal, 2)")(5, batch_shape=(3,), dtype=torch.bfloat16)
+    assert repr(member) == (
+        "BlockUpper(5; A = Dense(2; M: 2 x 2), B: 2 x 3, C = Diagonal(3; d: 3)) "
+        "[bfloat16, batch (3,)]"
+    )
+
+
+def kronecker(batch=()):
+    C = LowerTriangular.zeros(3, batch_shape=batch, dtype=torch.float64)
+    K = parse("low_rank_upper(1)")(2, batch_shape=batch, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda t: torch.randint(-3, 4, t.shape, generator=generator).to(t)  # noqa: E731  # short
+    return Kronecker(C.map(draw), K.map(draw))
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (1, 3)])
+def test_kronecker(batch):
+    P = kronecker(batch)
+    C, K = P.C.to_dense(), P.K.to_dense()
+    dense = torch.stack(
+        [torch.kron(c, k) for c, k in zip(C.reshape(-1, 3, 3), K.reshape(-1, 2, 2), strict=True)]
+    ).reshape(*batch, 6, 6)
+    X = torch.arange(24.0, dtype=torch.float64).reshape(6, 4)
+    G = torch.arange(6.0, dtype=torch.float64).reshape(3, 2)
+    assert P.shape == dense.shape
+    assert torch.equal(P.to_dense(), dense)
+    assert torch.equal(P @ X, dense @ X)
+    assert torch.equal(P.apply_transpose(X), dense.mT @ X)
+    assert torch.equal(X.mT @ P, X.mT @ dense)
+    assert torch.equal(P.mT.to_dense(), dense.mT)
+    assert torch.equal(P.apply_matrix(G), C @ G @ K.mT)
+    assert torch.equal(P.apply_matrix(G).flatten(-2), (dense @ G.flatten()[:, None])[..., 0])
+
+
+def test_kronecker_of_unlike_factors():
+    with pytest.raises(ValueError, match="expected factors of one batch shape, dtype and device"):
+        Kronecker(Diagonal.zeros(2), Diagonal.zeros(2, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"apply: expected shape \[\.\.\., 6, m\], got \[5, 1\]"):
+        kronecker() @ torch.zeros(5, 1, dtype=torch.float64)

@@ -1,0 +1,68 @@
+"""Sums of many numbers in low precision: accumulated in float32 at least."""
+
+import pytest
+import torch
+
+from structured import parse
+
+SPECS = [
+    "dense",
+    "diagonal",
+    "scaled_identity",
+    "block_diagonal(30)",
+    "lower_triangular",
+    "upper_triangular",
+    "lower_toeplitz",
+    "upper_toeplitz",
+    "circulant",
+    "hierarchical(15, 15)",
+    "low_rank_upper(-15)",
+    "direct_sum(dense, lower_toeplitz, 500)",
+    "transposed(low_rank_lower(15))",
+    "tied(2, diagonal)",
+    "strided(2, lower_triangular)",
+    "rotated(lower_triangular, hadamard)",
+]
+N = 600  # a sum of ones in bfloat16 stops at 256
+
+OPERATIONS = {
+    "apply": lambda A, X, S: A.apply(X),
+    "apply_transpose": lambda A, X, S: A.apply_transpose(X),
+    "matmul": lambda A, X, S: A.matmul(A),
+    "project": lambda A, X, S: A.project(S),
+    "orthogonal_project": lambda A, X, S: A.orthogonal_project(S),
+    "project_gram": lambda A, X, S: A.project_gram(X),
+    "gram": lambda A, X, S: A.gram(),
+    "trace": lambda A, X, S: A.trace(),
+    "frobenius_norm": lambda A, X, S: A.frobenius_norm(),
+}
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_long_sums(operation, spec):
+    """Off by a few roundings of the largest number, however many are added."""
+    dtype = torch.bfloat16
+    n = N
+    generator = torch.Generator().manual_seed(0)
+
+    def positive(t):
+        return torch.rand(t.shape, generator=generator, dtype=torch.float64).add(0.5).to(dtype)
+
+    A = parse(spec)(n, dtype=torch.float64).map(positive)
+    X = positive(torch.empty(n, 600))
+    S = positive(torch.empty(n, n))
+    S = torch.maximum(S, S.mT)
+    compute = OPERATIONS[operation]
+    low = compute(A, X, S)
+    exact = compute(A.to(torch.float64), X.double(), S.double())
+    for ours, theirs in zip(tensors(low), tensors(exact), strict=True):
+        assert ours.dtype == dtype
+        if ours.numel():
+            scale = theirs.abs().max()
+            error = (ours.double() - theirs).abs().max() / scale
+            assert error <= 8 * torch.finfo(dtype).eps / 2
+
+
+def tensors(result):
+    return [result] if isinstance(result, torch.Tensor) else result.tensors()
