@@ -236,7 +236,7 @@ class KroneckerOptimizer(Optimizer):
 
     def _layout(self, unit: Unit) -> tuple[Any, ...]:
         """What the factors of a unit depend on besides statistics."""
-        return unit.weight.dtype, unit.weight.device
+        return tuple(unit.weight.shape), unit.weight.dtype, unit.weight.device
 
     @property
     def _buckets(self) -> list[Bucket]:
