@@ -280,7 +280,7 @@ def test_a_group_that_is_refused_leaves_no_trace() -> None:
         ("T", 2),
         ("kl_clip", None),
         ("loss_average", None),
-        ("alpha1", 0.0),
+        ("alpha1", 0.5),
         ("kfac_like", True),
         ("preconditioner_dtype", (torch.float32, torch.float32)),
         ("structures", ("diagonal", "diagonal")),
