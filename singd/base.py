@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
-from singd import checkpoint
+from singd import checkpoint, distributed
 from singd._layer import flatten_rows
 from singd.capture import Capture, Statistics, Unit
 from singd.grouping import Bucket, Members, buckets
@@ -409,6 +409,8 @@ class KroneckerOptimizer(Optimizer):
         if unscaled:
             scale = _calling_scale()
         self._settle()
+        if distributed.size(self._process_group) > 1:
+            self._agree()
         step = Step(self, scale, unscaled=unscaled)
         bad = step.run(descend=descend)
         self._forget()
@@ -426,6 +428,21 @@ class KroneckerOptimizer(Optimizer):
             raise FloatingPointError(
                 f"{bad}: gradient or statistics not finite in {self._skipped_in_row} steps in a row"
             )
+
+    def _agree(self) -> None:
+        """Make the ranks do the same: one may lack a gradient, or a reason to use AdamW."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        used = [p.grad is not None for p in params]
+        foreign = [unit.explained is False for unit in self._units]
+        numbers = [*used, *foreign, self._terms]
+        total = distributed.sum_numbers(numbers, params[0].device, self._process_group)
+        self._terms = total.pop()
+        for p, count in zip(params, total, strict=False):
+            if count and p.grad is None and self._reduce_gradients:
+                p.grad = torch.zeros_like(p)
+        for unit, count in zip(self._units, total[len(params) :], strict=True):
+            if count:
+                unit.explained = False
 
     def _forget(self) -> None:
         """Drop the statistics of the step that ended."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,13 @@ from singd.capture import Statistics
 def size(group: Any = None) -> int:
     """Number of processes that share the work; 1 where nothing is set up."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def sum_numbers(numbers: Sequence[float | Tensor], device: torch.device, group: Any) -> list[float]:
+    """Sum a list of numbers over the ranks, each of which calls this with as many."""
+    total = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device) for n in numbers])
+    dist.all_reduce(total, group=group)
+    return [float(n) for n in total.tolist()]
 
 
 def reduce_statistics(statistics: Iterable[Statistics], group: Any) -> None:

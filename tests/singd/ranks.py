@@ -1,0 +1,121 @@
+"""One rank of a data-parallel run, in a process of its own: see test_distributed.py."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from datetime import timedelta
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from singd import KFAC, SINGD
+from tests.singd.runs import F64, batches, mlp, snapshot
+
+STEPS = 4
+
+
+class Net(nn.Module):
+    """Two layers, a normalization, and a branch that is used where asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.branch = mlp(), mlp(seed=1)
+        self.norm = nn.LayerNorm(3, dtype=F64)
+
+    def forward(self, x: Tensor, branch: bool) -> Tensor:
+        y = self.norm(self.body(x))
+        return y + self.branch(x) if branch else y
+
+
+class Odd(Net):
+    """The same, with a weight also used in a way that hooks do not see, where asked for."""
+
+    def forward(self, x: Tensor, branch: bool) -> Tensor:
+        y = super().forward(x, branch)
+        return y + self.body[0].weight.exp().sum() if branch else y
+
+
+def branches(rank: int, part: int, ranks: int) -> bool:
+    """Whether this part of a rank's batch takes the branch: the last rank never does."""
+    return rank < ranks - 1 or ranks == 1
+
+
+def shares(total: int, ranks: int) -> list[slice]:
+    """Uneven parts of a batch."""
+    cuts = [0, *(total * (r + 1) // ranks - (r + 1) % 2 for r in range(ranks - 1)), total]
+    return [slice(a, b) for a, b in pairwise(cuts)]
+
+
+def make(case: dict[str, Any]) -> tuple[nn.Module, Any]:
+    model: nn.Module = Odd() if case.get("odd") else Net()
+    method = {"SINGD": SINGD, "KFAC": KFAC}[case["method"]]
+    options = {"T": 2, "lr": 0.05, **case.get("options", {})}
+    if case["wrapped"]:
+        wrapper: Any = DistributedDataParallel(model, find_unused_parameters=True)
+        return wrapper, method(wrapper, **options)
+    return model, method(model, **options)
+
+
+def loss_of(model: nn.Module, X: Tensor, y: Tensor, branch: bool, total: int) -> Tensor:
+    """The part of a mean over ``total`` samples."""
+    return 0.5 * (model(X, branch) - y).square().sum() / total
+
+
+def run(case: dict[str, Any], rank: int, ranks: int) -> dict[str, Tensor]:
+    """All steps of one rank; gradients are averaged, so a part of the loss counts ``ranks``."""
+    model, optimizer = make(case)
+    for step, (X, y) in enumerate(batches(STEPS, 13, 4)):
+        if case.get("bad") == step and rank == 0:
+            X = X * float("nan")
+        optimizer.zero_grad()
+        share = shares(len(X), ranks)[rank]
+        parts = torch.arange(len(X))[share].tensor_split(case.get("micro", 1))
+        for i, index in enumerate(parts):
+            last = i == len(parts) - 1
+            silent = model.no_sync() if case["wrapped"] and not last else nullcontext()
+            with silent:
+                branch = branches(rank, i, ranks)
+                (ranks * loss_of(model, X[index], y[index], branch, len(X))).backward()
+            if case.get("count"):
+                optimizer.count_terms(len(index))
+        optimizer.step()
+    return snapshot(getattr(model, "module", model), optimizer) | {
+        "skipped": torch.tensor(optimizer.skipped)
+    }
+
+
+def alone(case: dict[str, Any], ranks: int) -> dict[str, Tensor]:
+    """The same run in one process: a backward pass for every part."""
+    model, optimizer = make(case | {"wrapped": False})
+    for step, (X, y) in enumerate(batches(STEPS, 13, 4)):
+        optimizer.zero_grad()
+        if case.get("bad") == step:
+            X = X * float("nan")
+        for rank, share in enumerate(shares(len(X), ranks)):
+            for i, index in enumerate(
+                torch.arange(len(X))[share].tensor_split(case.get("micro", 1))
+            ):
+                branch = branches(rank, i, ranks)
+                loss_of(model, X[index], y[index], branch, len(X)).backward()
+        if case.get("count"):
+            optimizer.count_terms(len(X))
+        optimizer.step()
+    return snapshot(model, optimizer) | {"skipped": torch.tensor(optimizer.skipped)}
+
+
+def worker(rank: int, ranks: int, folder: str, cases: dict[str, dict[str, Any]]) -> None:
+    """Run all cases, and leave what they end with in ``folder``."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=30),
+    )
+    torch.save({name: run(case, rank, ranks) for name, case in cases.items()}, f"{folder}/{rank}")
+    dist.destroy_process_group()

@@ -1,0 +1,53 @@
+"""Several processes that share the data do what one process does with all of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, multiprocessing
+
+from tests.singd.ranks import alone, worker
+from tests.singd.runs import distance
+
+Runs = dict[int, list[dict[str, dict[str, Tensor]]]]
+
+CASES: dict[str, dict[str, Any]] = {
+    f"{name}, {'wrapped' if wrapped else 'bare'}": {"wrapped": wrapped, "method": "SINGD", **case}
+    for wrapped in (False, True)
+    for name, case in {
+        "uneven batches": {},
+        "KFAC": {"method": "KFAC"},
+        "Toeplitz": {"options": {"structures": ("lower_toeplitz", "diagonal")}},
+        "micro-batches": {"micro": 2},
+        "a bad batch on one rank": {"bad": 2},
+        "a summed loss": {"options": {"loss_average": None}},
+        "counted terms": {"count": True, "options": {"loss_average": None}},
+        "a use one rank does not have": {"odd": True},
+    }.items()
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """What every rank ends with, for 2 and 4 ranks."""
+    ended: Runs = {}
+    for ranks in (2, 4):
+        folder: Path = tmp_path_factory.mktemp("ranks")
+        multiprocessing.spawn(worker, (ranks, str(folder), CASES), nprocs=ranks)
+        ended[ranks] = [torch.load(folder / str(rank)) for rank in range(ranks)]
+    return ended
+
+
+@pytest.mark.filterwarnings("ignore:.* AdamW trains it instead")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_do_what_one_process_does(ranks: int, case: str, runs: Runs) -> None:
+    expected = alone(CASES[case], ranks)
+    assert int(expected["skipped"]) == ("bad" in CASES[case])
+    ended = [run[case] for run in runs[ranks]]
+    for other in ended:
+        assert distance(other, ended[0]) == 0.0
+    assert distance(ended[0], expected) < 1e-11
