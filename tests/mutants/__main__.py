@@ -1,0 +1,210 @@
+"""How many faults in ``structured/`` the tests see: ``python -m tests.mutants --sample 20``.
+
+A mutant is the package with one small fault; it is killed if a test fails or takes too long. The
+tests are those of ``tests/structured``, with fewer examples for each law. They first run once
+without a fault, which says how long each takes and which functions it reaches. A mutant then runs,
+in a fork of a process that has PyTorch imported, the tests that reach its function, the quickest of
+each kind first, until one fails. Not mutated: annotations, docstrings, messages of errors,
+``__repr__``, decorators, and the kit that states the laws (``tests/structured/test_broken`` is what
+watches the watchmen).
+
+Results go to ``build/mutants.csv``; killed mutants are not run again while their module is the
+same. ``tests/mutants_survivors.csv`` lists the harmless ones, each with its reason. The exit status
+is 1 if fewer than 90 % of the others are killed, or one survives that is not listed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import csv
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.mutants.faults import PACKAGE, Mutant, functions, mutants
+from tests.mutants.selection import TESTS, Test, choose, failing, warm, watch
+
+ROOT = PACKAGE.parent
+RESULTS = ROOT / "build" / "mutants.csv"
+REACH = ROOT / "build" / "mutants_reach.json"
+HARMLESS = ROOT / "tests" / "mutants_survivors.csv"
+KIT = ("_laws", "_conduct", "_strategies", "testing")
+ENOUGH = 0.9
+FORK = multiprocessing.get_context("fork")
+
+Key = tuple[str, ...]
+
+
+class Results:
+    """Outcomes by mutant, kept in a file as they come."""
+
+    def __init__(self) -> None:
+        RESULTS.parent.mkdir(exist_ok=True)
+        self.before = {tuple(row[:5]): row[5] for row in read(RESULTS)}
+        self.file = RESULTS.open("a", newline="")
+        self.outcome: dict[Key, str] = {}
+
+    def known(self, key: Key, source: str) -> bool:
+        """Whether the mutant was killed before, with its module as it is."""
+        result = self.before.get((*key, source), "")
+        if result in ("killed", "timeout"):
+            self.outcome[key] = result
+        return key in self.outcome
+
+    def add(self, key: Key, source: str, result: str, seconds: float, by: str) -> None:
+        self.outcome[key] = result
+        csv.writer(self.file).writerow([*key, source, result, f"{seconds:.1f}", by])
+        self.file.flush()
+
+
+class Pool:
+    """At most ``jobs`` mutants at a time, each in a process of its own."""
+
+    def __init__(self, jobs: int, results: Results, tests: dict[str, Test], bar: Any) -> None:
+        self.jobs, self.results, self.tests, self.bar = jobs, results, tests, bar
+        self.running: list[tuple[Any, Any, Key, str, float]] = []
+
+    def run(self, mutant: Mutant, chosen: list[str], source: str) -> None:
+        self.wait(self.jobs - 1)
+        there, here = FORK.Pipe()
+        arguments = (there, failing, mutant, chosen, self.tests)
+        process = FORK.Process(target=_child, args=arguments)
+        process.start()
+        there.close()
+        self.running.append((process, here, mutant.key, source, time.monotonic()))
+
+    def wait(self, most: int) -> None:
+        """Until at most so many run."""
+        while len(self.running) > most:
+            for entry in list(self.running):
+                process, pipe, key, source, start = entry
+                if process.is_alive():
+                    continue
+                process.join()
+                by = pipe.recv() if pipe.poll() and not process.exitcode else "crash"
+                result = "killed" if by else "survived"
+                if process.exitcode == -signal.SIGPROF:
+                    result, by = "timeout", ""
+                self.results.add(key, source, result, time.monotonic() - start, by)
+                self.running.remove(entry)
+                self.bar.update()
+            time.sleep(0.01)
+
+
+def _child(pipe: Any, function: Any, *arguments: Any) -> None:
+    """Send what the function returns, its output silenced."""
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    pipe.send(function(*arguments))
+    os._exit(0)
+
+
+def reach() -> dict[str, Test]:
+    """What each test reaches, found in a process of its own unless known for these sources.
+
+    Raises:
+        SystemExit: If a test fails without a fault.
+    """
+    sources = [*sorted(PACKAGE.glob("*.py")), *sorted(TESTS.glob("*.py"))]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    if REACH.exists():
+        stored = json.loads(REACH.read_text())
+        if stored["digest"] == digest:
+            return {name: Test(*test) for name, test in stored["tests"].items()}
+    there, here = FORK.Pipe()
+    process = FORK.Process(target=_child, args=(there, watch))
+    process.start()
+    there.close()
+    tests, failed = here.recv()
+    process.join()
+    if failed:
+        raise SystemExit(f"tests fail without a fault: {', '.join(failed)}")
+    REACH.write_text(json.dumps({"digest": digest, "tests": tests}))
+    return dict(tests)
+
+
+def source_of(module: str) -> str:
+    return hashlib.sha256((PACKAGE / f"{module}.py").read_bytes()).hexdigest()[:12]
+
+
+def read(path: Path) -> list[list[str]]:
+    return list(csv.reader(path.open())) if path.exists() else []
+
+
+def main() -> int:
+    from tqdm import tqdm
+
+    found = sorted(path.stem for path in PACKAGE.glob("*.py"))
+    mutated = [name for name in found if name not in (*KIT, "__init__")]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sample", type=_positive, help="mutants of each module; all by default")
+    parser.add_argument("--modules", nargs="+", choices=mutated, default=mutated, metavar="MODULE")
+    parser.add_argument("--jobs", type=_positive, default=2)
+    options = parser.parse_args()
+
+    results = Results()
+    warm()
+    tests = reach()
+    sample: dict[str, set[int]] = {}
+    for module in options.modules:
+        total = sum(1 for _ in mutants(module))
+        count = min(options.sample or total, total)
+        sample[module] = set(random.Random(module).sample(range(total), count))
+    bar = tqdm(total=sum(map(len, sample.values())), unit="mutant", smoothing=0.05)
+    pool = Pool(options.jobs, results, tests, bar)
+    for module in options.modules:
+        source, names = source_of(module), functions(module)
+        for number, mutant in enumerate(mutants(module)):
+            if number not in sample[module]:
+                continue
+            chosen = choose(mutant, names, tests)
+            if results.known(mutant.key, source):
+                bar.update()
+            elif chosen:
+                pool.run(mutant, chosen, source)
+            else:
+                results.add(mutant.key, source, "survived", 0.0, "nothing reaches it")
+                bar.update()
+    pool.wait(0)
+    bar.close()
+    return report(results.outcome, {tuple(row[:4]) for row in read(HARMLESS)[1:]})
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def report(outcome: dict[Key, str], harmless: set[Key]) -> int:
+    by_module: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for key, result in outcome.items():
+        known = result == "survived" and key in harmless
+        by_module[key[0]]["harmless" if known else result] += 1
+    total: collections.Counter[str] = collections.Counter()
+    for module, counts in by_module.items():
+        total += counts
+        print(f"{module:18}", ", ".join(f"{counts[name]} {name}" for name in sorted(counts)))
+    for key, result in outcome.items():
+        if result == "survived" and key not in harmless:
+            print("survived:", *key)
+    killed, survived = total["killed"] + total["timeout"], total["survived"]
+    share = killed / max(1, killed + survived)
+    print(
+        f"{killed} of {sum(total.values())} mutants killed, {total['harmless']} harmless: "
+        f"{share:.1%} of the others"
+    )
+    return int(bool(survived) or share < ENOUGH)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,171 @@
+"""The tests: what each reaches without a fault, and which of them a mutant runs."""
+
+from __future__ import annotations
+
+import collections
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.mutants.faults import PACKAGE, Import, Mutant
+
+TESTS = PACKAGE.parent / "tests" / "structured"
+EXAMPLES = 8  # of each law; the tests draw 20
+BUDGET = 20.0  # seconds of tests for one mutant, as they take without a fault
+PATIENCE = 20  # a test hangs if it takes so many times as long, and 2 s
+MEMORY = 4 << 30  # bytes that a mutant may take beyond what the process has
+
+
+class Test(NamedTuple):
+    """A test, as it is without a fault."""
+
+    seconds: float
+    kind: str  # its function, and its law or operation
+    reach: list[str]  # the functions of the package that it calls
+
+
+class Watch:
+    """A pytest plugin: times every test and notes the functions of the package that it calls."""
+
+    def __init__(self) -> None:
+        self.tests: dict[str, Test] = {}
+        self.failed: list[str] = []
+
+    @pytest.hookimpl
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """Compiling takes seconds, and mutants have little to do with it."""
+        items[:] = [item for item in items if "compil" not in item.nodeid]
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_call(self, item: Any) -> Iterator[None]:
+        package, reached = str(PACKAGE) + os.sep, set()
+
+        def note(frame: Any, event: str, argument: Any) -> None:
+            if event == "call" and frame.f_code.co_filename.startswith(package):
+                reached.add(frame.f_code)
+
+        start = time.process_time()
+        sys.setprofile(note)
+        yield
+        sys.setprofile(None)
+        seconds = time.process_time() - start
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        detail = given.get("law") or given.get("operation") or ""
+        reach = sorted({_place(code) for code in reached})
+        self.tests[item.nodeid] = Test(seconds, f"{item.originalname} {detail}", reach)
+
+    @pytest.hookimpl
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+
+class Run:
+    """A pytest plugin: runs the chosen tests in order, notes which failed, and ends what hangs."""
+
+    def __init__(self, chosen: Sequence[str], seconds: Sequence[float]) -> None:
+        self.order = {name: place for place, name in enumerate(chosen)}
+        self.seconds = seconds
+        self.failed = ""
+
+    @pytest.hookimpl
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        kept = [item for item in items if item.nodeid in self.order]
+        items[:] = sorted(kept, key=lambda item: self.order[item.nodeid])
+
+    @pytest.hookimpl
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        usual = self.seconds[self.order[nodeid]]
+        signal.setitimer(signal.ITIMER_PROF, 2 + PATIENCE * usual)
+
+    @pytest.hookimpl
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.failed = report.nodeid
+
+
+def watch() -> tuple[dict[str, Test], list[str]]:
+    """Run every test without a fault, in this process: what is known of each, and the failures."""
+    watching = Watch()
+    _pytest(watching, [str(path) for path in sorted(TESTS.glob("test_*.py"))])
+    return watching.tests, watching.failed
+
+
+def choose(mutant: Mutant, functions: set[str], tests: dict[str, Test]) -> list[str]:
+    """The tests that reach the mutant's function, the quickest of each kind first."""
+    place = f"{mutant.module}:{mutant.function}"
+    if mutant.function in functions:
+        reach = {name for name, test in tests.items() if place in test.reach}
+    else:  # runs on import: all that the module has a part in
+        start = f"{mutant.module}:"
+        reach = {n for n, test in tests.items() if any(f.startswith(start) for f in test.reach)}
+    if mutant.module != "interop":  # the tests of linear_operator: many, of the same few products
+        reach = {name for name in reach if "test_linear_operator" not in name}
+    rounds: collections.Counter[str] = collections.Counter()
+    keyed = []
+    for name in sorted(reach, key=lambda name: tests[name].seconds):
+        keyed.append((rounds[tests[name].kind], tests[name].seconds, name))
+        rounds[tests[name].kind] += 1
+    total, chosen = 0.0, []
+    for _, seconds, name in sorted(keyed):
+        total += seconds
+        if total <= BUDGET:
+            chosen.append(name)
+    return chosen
+
+
+def failing(mutant: Mutant, chosen: Sequence[str], tests: dict[str, Test]) -> str:
+    """The first of the chosen tests that fails with the mutant, in this process; "" if none."""
+    limit = _size() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    signal.setitimer(signal.ITIMER_PROF, 20)  # to import it
+    sys.meta_path.insert(0, Import(mutant))
+    run = Run(chosen, [tests[name].seconds for name in chosen])
+    root = PACKAGE.parent
+    files = {str(root / name.split("::")[0]): None for name in chosen}
+    status = _pytest(run, list(files))
+    return run.failed or ("" if status in (0, 5) else "import")
+
+
+def warm() -> None:
+    """Import and run once what every child needs, then forget the package itself."""
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # Hypothesis's own comes too late
+    os.environ["LAWS_EXAMPLES"] = str(EXAMPLES)
+    import linear_operator  # noqa: F401
+    import linear_operator.test.linear_operator_test_case  # noqa: F401
+    import scipy.fft
+    import scipy.linalg
+    import scipy.sparse.linalg  # noqa: F401
+
+    import tests.conftest  # noqa: F401  # one thread, a Hypothesis profile without chance
+    from structured.testing import LAWS, check
+
+    check("circulant", laws=[law for law in LAWS if law != "compiled"], examples=5)
+    for name in [m for m in sys.modules if m.split(".")[0] == "structured"]:
+        del sys.modules[name]
+
+
+def _pytest(plugin: Any, files: Sequence[str]) -> int:
+    options = ["-q", "--assert=plain", "-p", "no:cacheprovider", f"--rootdir={PACKAGE.parent}"]
+    quick = ["-x"] if isinstance(plugin, Run) else []
+    return int(pytest.main([*options, *quick, *files], plugins=[plugin]))
+
+
+def _place(code: Any) -> str:
+    """``module:function`` of a code object; lambdas belong to the function they stand in."""
+    names = code.co_qualname.replace(".<locals>", "").split(".")
+    function = ".".join(name for name in names if not name.startswith("<"))
+    return f"{Path(code.co_filename).stem}:{function}"
+
+
+def _size() -> int:
+    """Bytes of address space that this process has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return pages * resource.getpagesize()
