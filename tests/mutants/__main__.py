@@ -2,8 +2,8 @@
 
 A mutant is the package with one small fault; it is killed if a test fails or takes too long. The
 tests are those of ``tests/structured``, with fewer examples for each law. They first run once
-without a fault, which says how long each takes and which functions it reaches. A mutant then runs,
-in a fork of a process that has PyTorch imported, the tests that reach its function, the quickest of
+without a fault, which says how long each takes and which lines it reaches. A mutant then runs, in a
+fork of a process that has PyTorch imported, the tests that reach its statement, the quickest of
 each kind first, until one fails. Not mutated: annotations, docstrings, messages of errors,
 ``__repr__``, decorators, and the kit that states the laws (``tests/structured/test_broken`` is what
 watches the watchmen).
@@ -19,21 +19,21 @@ import argparse
 import collections
 import csv
 import hashlib
-import json
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
-from tests.mutants.faults import PACKAGE, Mutant, functions, mutants
+from tests.mutants.faults import PACKAGE, Mutant, mutants
 from tests.mutants.selection import TESTS, Test, choose, failing, warm, watch
 
 ROOT = PACKAGE.parent
 RESULTS = ROOT / "build" / "mutants.csv"
-REACH = ROOT / "build" / "mutants_reach.json"
+REACH = ROOT / "build" / "mutants_reach.pickle"
 HARMLESS = ROOT / "tests" / "mutants_survivors.csv"
 KIT = ("_laws", "_conduct", "_strategies", "testing")
 ENOUGH = 0.9
@@ -49,12 +49,13 @@ class Results:
         RESULTS.parent.mkdir(exist_ok=True)
         self.before = {tuple(row[:5]): row[5] for row in read(RESULTS)}
         self.file = RESULTS.open("a", newline="")
+        self.harmless = {tuple(row[:4]) for row in read(HARMLESS)[1:]}
         self.outcome: dict[Key, str] = {}
 
     def known(self, key: Key, source: str) -> bool:
         """Whether the mutant was killed before, with its module as it is."""
         result = self.before.get((*key, source), "")
-        if result in ("killed", "timeout"):
+        if result in ("killed", "timeout") or (result and key in self.harmless):
             self.outcome[key] = result
         return key in self.outcome
 
@@ -107,8 +108,8 @@ def _child(pipe: Any, function: Any, *arguments: Any) -> None:
     os._exit(0)
 
 
-def reach() -> dict[str, Test]:
-    """What each test reaches, found in a process of its own unless known for these sources.
+def reach() -> tuple[dict[str, Test], frozenset[str]]:
+    """What each test reaches, and what an import does; unless known, found in another process.
 
     Raises:
         SystemExit: If a test fails without a fault.
@@ -116,19 +117,24 @@ def reach() -> dict[str, Test]:
     sources = [*sorted(PACKAGE.glob("*.py")), *sorted(TESTS.glob("*.py"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     if REACH.exists():
-        stored = json.loads(REACH.read_text())
-        if stored["digest"] == digest:
-            return {name: Test(*test) for name, test in stored["tests"].items()}
+        stored = pickle.loads(REACH.read_bytes())
+        if stored[0] == digest:
+            return stored[1:]
     there, here = FORK.Pipe()
-    process = FORK.Process(target=_child, args=(there, watch))
+    process = FORK.Process(target=_child, args=(there, _watched))
     process.start()
     there.close()
-    tests, failed = here.recv()
+    tests, on_import, failed = here.recv()
     process.join()
     if failed:
         raise SystemExit(f"tests fail without a fault: {', '.join(failed)}")
-    REACH.write_text(json.dumps({"digest": digest, "tests": tests}))
-    return dict(tests)
+    REACH.write_bytes(pickle.dumps((digest, tests, on_import)))
+    return tests, on_import
+
+
+def _watched() -> tuple[dict[str, Test], frozenset[str], list[str]]:
+    watching = watch()
+    return watching.tests, watching.on_import, watching.failed
 
 
 def source_of(module: str) -> str:
@@ -152,7 +158,7 @@ def main() -> int:
 
     results = Results()
     warm()
-    tests = reach()
+    tests, on_import = reach()
     sample: dict[str, set[int]] = {}
     for module in options.modules:
         total = sum(1 for _ in mutants(module))
@@ -161,11 +167,11 @@ def main() -> int:
     bar = tqdm(total=sum(map(len, sample.values())), unit="mutant", smoothing=0.05)
     pool = Pool(options.jobs, results, tests, bar)
     for module in options.modules:
-        source, names = source_of(module), functions(module)
+        source = source_of(module)
         for number, mutant in enumerate(mutants(module)):
             if number not in sample[module]:
                 continue
-            chosen = choose(mutant, names, tests)
+            chosen = choose(mutant, tests, on_import)
             if results.known(mutant.key, source):
                 bar.update()
             elif chosen:
@@ -175,7 +181,7 @@ def main() -> int:
                 bar.update()
     pool.wait(0)
     bar.close()
-    return report(results.outcome, {tuple(row[:4]) for row in read(HARMLESS)[1:]})
+    return report(results.outcome, results.harmless)
 
 
 def _positive(text: str) -> int:

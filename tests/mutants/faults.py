@@ -21,6 +21,12 @@ SWAPS: dict[type, type] = {
 }  # fmt: skip
 
 
+# The first two arguments may change places.
+SYMMETRIC = (
+    "allclose", "equal", "flip", "joint_norm", "max", "maximum", "min", "minimum", "promote_types",
+)  # fmt: skip
+
+
 class Mutant(NamedTuple):
     """One fault, known by its module, its function and what became of the expression."""
 
@@ -28,6 +34,7 @@ class Mutant(NamedTuple):
     function: str
     change: str
     number: int  # of those that read the same
+    lines: range  # of the statement
     tree: ast.Module
 
     @property
@@ -58,7 +65,7 @@ def faults(node: ast.AST) -> Iterator[ast.AST]:
             yield value
         case ast.Slice(lower, upper, step) if lower or upper:
             yield ast.Slice(upper, lower, step)
-        case ast.Call(func, [first, second, *rest], keywords):
+        case ast.Call(func, [first, second, *rest], keywords) if not _symmetric(node):
             yield ast.Call(func, [second, first, *rest], keywords)
         case ast.IfExp(test, body, orelse):
             yield ast.IfExp(test, orelse, body)
@@ -70,25 +77,59 @@ def faults(node: ast.AST) -> Iterator[ast.AST]:
             yield ast.Pass()
 
 
-def places(node: ast.AST, function: str) -> Iterator[tuple[ast.AST, str, int | None, str]]:
-    """Fields of the tree that hold a node to replace: parent, field, index, enclosing function."""
+class Place(NamedTuple):
+    """A field of the tree that holds a node to replace."""
+
+    parent: ast.AST
+    field: str
+    index: int | None
+    function: str  # the enclosing one, ``Class.method``
+    lines: range  # of the statement, or of the head of a compound one
+
+
+def places(node: ast.AST, function: str, lines: range) -> Iterator[Place]:
+    """The nodes below ``node`` that may be replaced."""
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns", "decorator_list", "bases"):
             continue
         for index, child in enumerate(value if isinstance(value, list) else [value]):
             if not isinstance(child, ast.AST) or _left_out(child):
                 continue
-            yield node, name, index if isinstance(value, list) else None, function
+            inside = _lines(child) if isinstance(child, ast.stmt) else lines
+            yield Place(node, name, index if isinstance(value, list) else None, function, inside)
             if isinstance(child, ast.FunctionDef | ast.ClassDef):
-                yield from places(child, f"{function}.{child.name}".lstrip("."))
+                yield from places(child, f"{function}.{child.name}".lstrip("."), inside)
             elif not isinstance(child, ast.Raise | ast.JoinedStr):
-                yield from places(child, function)
+                yield from places(child, function, inside)
+
+
+def _lines(statement: ast.stmt) -> range:
+    last = statement.end_lineno or statement.lineno
+    body = getattr(statement, "body", None)
+    if body:
+        last = max(statement.lineno, body[0].lineno - 1)
+    return range(statement.lineno, last + 1)
+
+
+def _symmetric(call: ast.Call) -> bool:
+    """Whether the first two arguments may change places."""
+    match call:
+        case ast.Call(ast.Attribute(_, "movedim"), [a, b]):
+            try:
+                return abs(ast.literal_eval(a) - ast.literal_eval(b)) == 1
+            except (TypeError, ValueError):
+                return False
+        case ast.Call(ast.Attribute(_, name) | ast.Name(name)):
+            return name in SYMMETRIC
+    return False
 
 
 def _left_out(node: ast.AST) -> bool:
     match node:
         case ast.Expr(ast.Constant()) | ast.AnnAssign(annotation=ast.Name("TypeAlias")):
             return True  # docstrings, types
+        case ast.keyword("strict"):
+            return True  # of zip: the lengths are equal
         case ast.FunctionDef("__repr__") | ast.If(ast.Name("TYPE_CHECKING")):
             return True
         case ast.Assign([ast.Name("__all__")]):
@@ -102,7 +143,7 @@ def mutants(module: str) -> Iterator[Mutant]:
     """All faults of a module, one at a time in one tree: use each before the next."""
     tree = ast.parse((PACKAGE / f"{module}.py").read_text())
     seen: collections.Counter[tuple[str, str]] = collections.Counter()
-    for parent, name, index, function in list(places(tree, "")):
+    for parent, name, index, function, lines in list(places(tree, "", range(0))):
         held = getattr(parent, name)
         node = held if index is None else held[index]
         for fault in faults(node):
@@ -111,26 +152,14 @@ def mutants(module: str) -> Iterator[Mutant]:
             ast.copy_location(fault, node)
             _put(parent, name, index, fault)
             after = ast.unparse(parent if isinstance(node, ast.Constant | ast.Slice) else fault)
+            if before == after:
+                _put(parent, name, index, node)
+                continue
             change = " -> ".join(" ".join(text.split())[:100] for text in (before, after))
             number = seen[function, change]
             seen[function, change] += 1
-            yield Mutant(module, function, change, number, tree)
+            yield Mutant(module, function, change, number, lines, tree)
             _put(parent, name, index, node)
-
-
-def functions(module: str) -> set[str]:
-    """Names of the functions of a module, ``Class.method``."""
-
-    def named(node: ast.AST, prefix: str) -> Iterator[str]:
-        for child in ast.iter_child_nodes(node):
-            name = prefix
-            if isinstance(child, ast.FunctionDef | ast.ClassDef):
-                name = f"{prefix}.{child.name}".lstrip(".")
-                if isinstance(child, ast.FunctionDef):
-                    yield name
-            yield from named(child, name)
-
-    return set(named(ast.parse((PACKAGE / f"{module}.py").read_text()), ""))
 
 
 def _put(parent: ast.AST, name: str, index: int | None, node: ast.AST) -> None:

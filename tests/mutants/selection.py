@@ -16,9 +16,10 @@ import pytest
 
 from tests.mutants.faults import PACKAGE, Import, Mutant
 
+ROOT = str(PACKAGE)
 TESTS = PACKAGE.parent / "tests" / "structured"
 EXAMPLES = 8  # of each law; the tests draw 20
-BUDGET = 20.0  # seconds of tests for one mutant, as they take without a fault
+BUDGET = 60.0  # seconds of tests for one mutant, as they take without a fault and traced
 PATIENCE = 20  # a test hangs if it takes so many times as long, and 2 s
 MEMORY = 4 << 30  # bytes that a mutant may take beyond what the process has
 
@@ -27,39 +28,55 @@ class Test(NamedTuple):
     """A test, as it is without a fault."""
 
     seconds: float
-    kind: str  # its function, and its law or operation
-    reach: list[str]  # the functions of the package that it calls
+    kind: str  # its law or operation; else its own
+    reach: frozenset[str]  # the lines of the package that it runs, "module:line"
 
 
 class Watch:
-    """A pytest plugin: times every test and notes the functions of the package that it calls."""
+    """A pytest plugin: times every test and notes the lines of the package that it runs."""
 
     def __init__(self) -> None:
         self.tests: dict[str, Test] = {}
         self.failed: list[str] = []
+        self.lines: set[str] = set()
+        self.on_import: frozenset[str] = frozenset()
+        sys.settrace(self.trace)
+
+    def trace(self, frame: Any, event: str, argument: Any) -> Any:
+        path = Path(frame.f_code.co_filename) if frame.f_code.co_filename.startswith(ROOT) else None
+        if path is None or path.parent != PACKAGE:
+            return None
+        module, add = path.stem, self.lines.add
+
+        def note(frame: Any, event: str, argument: Any) -> Any:
+            if event == "line":
+                add(f"{module}:{frame.f_lineno}")
+            return note
+
+        return note
 
     @pytest.hookimpl
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        """Compiling takes seconds, and mutants have little to do with it."""
-        items[:] = [item for item in items if "compil" not in item.nodeid]
+        """All but the law of compiling, which takes seconds and has little to do with mutants."""
+        sys.settrace(None)
+        self.on_import = frozenset(self.lines)
+        items[:] = [item for item in items if "[compiled" not in item.nodeid]
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_call(self, item: Any) -> Iterator[None]:
-        package, reached = str(PACKAGE) + os.sep, set()
-
-        def note(frame: Any, event: str, argument: Any) -> None:
-            if event == "call" and frame.f_code.co_filename.startswith(package):
-                reached.add(frame.f_code)
-
+        coordinates = sys.modules["structured._coordinates"]
+        coordinates._SHAPES.clear()  # what is remembered is not reached
+        coordinates._WEIGHTS.clear()
+        self.lines.clear()
         start = time.process_time()
-        sys.setprofile(note)
+        sys.settrace(self.trace)
         yield
-        sys.setprofile(None)
+        sys.settrace(None)
         seconds = time.process_time() - start
         given = item.callspec.params if hasattr(item, "callspec") else {}
-        detail = given.get("law") or given.get("operation") or ""
-        reach = sorted({_place(code) for code in reached})
-        self.tests[item.nodeid] = Test(seconds, f"{item.originalname} {detail}", reach)
+        shared = given.get("law") or given.get("operation")
+        kind = f"{item.originalname} {shared}" if shared else item.nodeid
+        self.tests[item.nodeid] = Test(seconds, kind, frozenset(self.lines))
 
     @pytest.hookimpl
     def pytest_runtest_logreport(self, report: Any) -> None:
@@ -91,19 +108,18 @@ class Run:
             self.failed = report.nodeid
 
 
-def watch() -> tuple[dict[str, Test], list[str]]:
-    """Run every test without a fault, in this process: what is known of each, and the failures."""
+def watch() -> Watch:
+    """Run every test without a fault, in this process."""
     watching = Watch()
     _pytest(watching, [str(path) for path in sorted(TESTS.glob("test_*.py"))])
-    return watching.tests, watching.failed
+    return watching
 
 
-def choose(mutant: Mutant, functions: set[str], tests: dict[str, Test]) -> list[str]:
-    """The tests that reach the mutant's function, the quickest of each kind first."""
-    place = f"{mutant.module}:{mutant.function}"
-    if mutant.function in functions:
-        reach = {name for name, test in tests.items() if place in test.reach}
-    else:  # runs on import: all that the module has a part in
+def choose(mutant: Mutant, tests: dict[str, Test], on_import: frozenset[str]) -> list[str]:
+    """The tests that reach the mutant's lines, the quickest of each kind first."""
+    lines = {f"{mutant.module}:{line}" for line in mutant.lines}
+    reach = {name for name, test in tests.items() if lines & test.reach}
+    if not reach and lines & on_import:  # all that the module has a part in
         start = f"{mutant.module}:"
         reach = {n for n, test in tests.items() if any(f.startswith(start) for f in test.reach)}
     if mutant.module != "interop":  # the tests of linear_operator: many, of the same few products
@@ -138,11 +154,12 @@ def warm() -> None:
     """Import and run once what every child needs, then forget the package itself."""
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # Hypothesis's own comes too late
     os.environ["LAWS_EXAMPLES"] = str(EXAMPLES)
-    import linear_operator  # noqa: F401
+    import linear_operator
     import linear_operator.test.linear_operator_test_case  # noqa: F401
     import scipy.fft
     import scipy.linalg
     import scipy.sparse.linalg  # noqa: F401
+    import torch._dynamo  # noqa: F401
 
     import tests.conftest  # noqa: F401  # one thread, a Hypothesis profile without chance
     from structured.testing import LAWS, check
@@ -156,13 +173,6 @@ def _pytest(plugin: Any, files: Sequence[str]) -> int:
     options = ["-q", "--assert=plain", "-p", "no:cacheprovider", f"--rootdir={PACKAGE.parent}"]
     quick = ["-x"] if isinstance(plugin, Run) else []
     return int(pytest.main([*options, *quick, *files], plugins=[plugin]))
-
-
-def _place(code: Any) -> str:
-    """``module:function`` of a code object; lambdas belong to the function they stand in."""
-    names = code.co_qualname.replace(".<locals>", "").split(".")
-    function = ".".join(name for name in names if not name.startswith("<"))
-    return f"{Path(code.co_filename).stem}:{function}"
 
 
 def _size() -> int:

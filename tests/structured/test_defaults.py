@@ -10,7 +10,9 @@ from tests.structured.algebras import (
     Complex,
     Cyclic,
     InBasis,
+    Large,
     PartlyMirrored,
+    PartlyShared,
     Redundant,
     Series,
     Skewed,
@@ -24,8 +26,9 @@ def test_law(law, algebra):
 
 
 @pytest.mark.parametrize("law", ["project", "project_gram", "gram", "orthogonal_project"])
-def test_projections_onto_any_space(law):
-    check(PartlyMirrored, laws=[law], sizes=[3])
+@pytest.mark.parametrize(("space", "n"), [(PartlyMirrored, 3), (PartlyShared, 3), (Large, 4)])
+def test_projections_onto_any_space(space, n, law):
+    check(space, laws=[law], sizes=[n])
 
 
 @pytest.mark.parametrize(
