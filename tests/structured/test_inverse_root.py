@@ -153,11 +153,18 @@ def test_divergence_is_that_of_the_gaussians():
 
 
 def test_the_iteration_stops_at_its_tolerance(monkeypatch):
-    monkeypatch.setattr("structured._inverse_root._TOLERANCE", 1e-3)
-    K = inverse_root(Bare, spd())
-    dense = K.to_dense()
-    error = (K.project(dense.mT @ spd() @ dense).to_dense() - eye()).norm()
-    assert 0.9 < error / (1e-3 * 12**0.5) <= 1
+    """The residual it stops at is the least tolerance, by sqrt(n), that stops it there."""
+
+    def solved(tolerance):
+        monkeypatch.setattr("structured._inverse_root._TOLERANCE", tolerance)
+        K = inverse_root(Bare, spd())
+        dense = K.to_dense()
+        return K, (K.project(dense.mT @ spd() @ dense).to_dense() - eye()).norm() / 12**0.5
+
+    K, error = solved(1e-3)
+    assert error <= 1e-3
+    assert torch.equal(solved(1.001 * error)[0].to_dense(), K.to_dense())
+    assert solved(0.999 * error)[1] < error
 
 
 def test_the_iteration_stops_where_rounding_hides_the_rest(monkeypatch):
