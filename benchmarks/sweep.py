@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from benchmarks.training import train
 from singd import KFAC, SINGD, update
-from singd.base import Group
 from singd.grouping import Members
+from singd.options import Group
 from structured import StructuredMatrix
 
 OUT = Path("benchmarks/out/sweep.csv")

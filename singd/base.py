@@ -7,10 +7,9 @@ what it stores and how it turns statistics into a preconditioned gradient.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self, cast
 
@@ -21,17 +20,16 @@ from torch.optim import AdamW, Optimizer
 
 from singd import checkpoint, distributed
 from singd._layer import flatten_rows
+from singd.amp import calling_scale
 from singd.capture import Capture, Statistics, Unit
 from singd.grouping import Bucket, Members, buckets
 from singd.layers import OPTIONAL
-from singd.plan import Plan, Row, find_units, owners_of
+from singd.options import LOSS_AVERAGES, Group, given_group, in_range, one_of, parameter_of
+from singd.plan import Plan, find_units, make_plan, owners_of
 from singd.stepping import Step
 from structured import Diagonal, Structure, StructuredMatrix
 
-LOSS_AVERAGES = (None, "batch", "batch+sequence")
 KRONECKER, ADAMW = "kronecker", "adamw"
-
-Group = dict[str, Any]
 
 
 class KroneckerOptimizer(Optimizer):
@@ -95,9 +93,9 @@ class KroneckerOptimizer(Optimizer):
         self._terms: float | Tensor = 0  # of the loss, counted for the coming step
         self._watch()
         params = [p for p in model.parameters() if p.requires_grad] if params is None else params
-        params = [_given(p) if isinstance(p, Mapping) else p for p in params]
+        params = [given_group(p) if isinstance(p, Mapping) else p for p in params]
         groups = params if params and isinstance(params[0], dict) else [{"params": params}]
-        self._given = {id(_parameter(p)) for group in groups for p in group["params"]}
+        self._given = {id(parameter_of(p)) for group in groups for p in group["params"]}
         super().__init__(params, defaults)
 
     # What a method fills in ---------------------------------------------------------------------
@@ -148,9 +146,9 @@ class KroneckerOptimizer(Optimizer):
         Raises:
             ValueError: If an option is out of range; nothing is added then.
         """
-        group = _given(param_group)
+        group = given_group(param_group)
         given = group.pop("params")
-        ids = {id(_parameter(p)) for p in given}
+        ids = {id(parameter_of(p)) for p in given}
         self._check_group({**self.defaults, **group})
         if ids & self._groups.keys() or len(ids) < len(given):
             raise ValueError("add_param_group: some parameters appear in more than one group")
@@ -162,8 +160,8 @@ class KroneckerOptimizer(Optimizer):
             if id(unit.weight) in ids
         ]
         ours = {id(p) for unit in (*units, *self._units) for p in unit.parameters}
-        kronecker = [p for p in given if id(_parameter(p)) in ours]
-        others = [p for p in given if id(_parameter(p)) not in ours]
+        kronecker = [p for p in given if id(parameter_of(p)) in ours]
+        others = [p for p in given if id(parameter_of(p)) not in ours]
         if kronecker or not given:
             own = {**group, "params": kronecker, "rule": KRONECKER, "step": 0}
             super().add_param_group(own)
@@ -254,28 +252,7 @@ class KroneckerOptimizer(Optimizer):
 
         Nothing is allocated: the model may be on the meta device.
         """
-        weights = {id(unit.weight): unit for unit in self._units}
-        units = {id(p): unit for unit in self._units for p in unit.parameters}
-        rows, adamw = [], 0
-        for name, p, module, _ in owners_of(self.model):
-            rule, structures, stored = "frozen", "", 0
-            if id(p) in self._groups:
-                own = (2 + self._adamw.defaults["amsgrad"]) * _size(p) + _size(torch.tensor(0.0))
-                adamw += own
-                if self._is_adamw(p):
-                    rule, stored = "AdamW", own
-                else:
-                    rule = type(self).__name__
-                    structures = ", ".join(map(str, units[id(p)].structures))
-                    stored = _size(p) if self._groups[id(p)]["momentum"] else 0
-                    if id(p) in weights:
-                        fresh = self._fresh(weights[id(p)], (), "meta")
-                        stored += sum(_size(member.tensors()) for member in fresh.values())
-            elif p.requires_grad:
-                rule = "not given"
-            layer = type(module).__name__
-            rows.append(Row(name, tuple(p.shape), layer, rule, structures, stored))
-        return Plan(tuple(rows), adamw)
+        return make_plan(self)
 
     def _is_adamw(self, p: Tensor) -> bool:
         """Whether AdamW trains ``p``: by its group, or since its use was not understood."""
@@ -407,10 +384,10 @@ class KroneckerOptimizer(Optimizer):
             return
         unscaled = found_inf is not None and scale is None  # by GradScaler.unscale_
         if unscaled:
-            scale = _calling_scale()
+            scale = calling_scale()
         self._settle()
         if distributed.size(self._process_group) > 1:
-            self._agree()
+            distributed.agree(self)
         step = Step(self, scale, unscaled=unscaled)
         bad = step.run(descend=descend)
         self._forget()
@@ -428,21 +405,6 @@ class KroneckerOptimizer(Optimizer):
             raise FloatingPointError(
                 f"{bad}: gradient or statistics not finite in {self._skipped_in_row} steps in a row"
             )
-
-    def _agree(self) -> None:
-        """Make the ranks do the same: one may lack a gradient, or a reason to use AdamW."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        used = [p.grad is not None for p in params]
-        foreign = [unit.explained is False for unit in self._units]
-        numbers = [*used, *foreign, self._terms]
-        total = distributed.sum_numbers(numbers, params[0].device, self._process_group)
-        self._terms = total.pop()
-        for p, count in zip(params, total, strict=False):
-            if count and p.grad is None and self._reduce_gradients:
-                p.grad = torch.zeros_like(p)
-        for unit, count in zip(self._units, total[len(params) :], strict=True):
-            if count:
-                unit.explained = False
 
     def _forget(self) -> None:
         """Drop the statistics of the step that ended."""
@@ -497,67 +459,5 @@ class KroneckerOptimizer(Optimizer):
         Raises:
             ValueError: If the state is of another model, method or structure. Nothing is changed.
         """
-        state, saved = state_dict["state"], state_dict["param_groups"]
-        units = {id(unit.weight): unit for unit in self._units}
-        checkpoint.check_groups(self.param_groups, saved, ("rule", *self._identity))
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        for p, number in checkpoint.pairs(self.param_groups, saved):
-            expected: dict[str, Any] = {"momentum_buffer": p, "exp_avg": p, "exp_avg_sq": p}
-            if id(p) in units:
-                fresh = self._fresh(units[id(p)], (), "meta")
-                expected |= {name: list(member.tensors()) for name, member in fresh.items()}
-            checkpoint.check_state(names.get(id(p), "parameter"), state.get(number, {}), expected)
-        groups = checkpoint.merged(self.param_groups, saved)
-        super().load_state_dict({"state": state, "param_groups": groups})
-        # The base class casts to the parameter's dtype and may share memory: put copies back.
-        for p, number in checkpoint.pairs(self.param_groups, saved):
-            if number in state:
-                self.state[p] = {k: checkpoint.copied(v, k, p) for k, v in state[number].items()}
+        checkpoint.load(self, state_dict)
         self._bind()
-
-
-def _calling_scale() -> Tensor | None:
-    """The scale of the GradScaler that is calling ``step``.
-
-    After ``unscale_`` it hands over no scale, for gradients need none any more; the statistics of
-    the backward pass still do.
-    """
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, torch.amp.GradScaler):
-            return torch.tensor(caller.get_scale())
-    return None
-
-
-def _parameter(given: Any) -> Any:
-    """The parameter, of a parameter or a pair ``(name, parameter)``."""
-    return given[1] if isinstance(given, tuple) else given
-
-
-def _given(group: Mapping[str, Any]) -> Group:
-    """A parameter group as a dictionary whose ``"params"`` is a list."""
-    params = group["params"]
-    return {**group, "params": [params] if isinstance(params, Tensor) else list(params)}
-
-
-def _size(value: Any) -> int:
-    """Bytes of a tensor, or of all in a container."""
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    return sum(_size(v) for v in (value.values() if isinstance(value, dict) else value))
-
-
-def in_range(name: str, value: Any, low: float, high: float, *, open_end: bool = False) -> None:
-    """Raise unless ``low <= value <= high`` (or ``< high``)."""
-    good = isinstance(value, int | float | Tensor) and not isinstance(value, bool)
-    if not good or not (low <= value and (value < high if open_end else value <= high)):
-        bracket = ")" if open_end or high == float("inf") else "]"
-        raise ValueError(f"{name}: expected a number in [{low:g}, {high:g}{bracket}, got {value!r}")
-
-
-def one_of(name: str, value: Any, known: Sequence[Any]) -> None:
-    """Raise unless ``value`` is one of ``known``."""
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")

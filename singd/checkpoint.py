@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from structured import Structure, parse
+
+if TYPE_CHECKING:
+    from singd.base import KroneckerOptimizer
 
 Group = Mapping[str, Any]
 
@@ -41,6 +45,26 @@ def pairs(ours: Sequence[Group], saved: Sequence[Group]) -> Iterator[tuple[Tenso
     """Every parameter with its number in the checkpoint."""
     for own, other in zip(ours, saved, strict=True):
         yield from zip(own["params"], other["params"], strict=True)
+
+
+def load(optimizer: KroneckerOptimizer, state_dict: Mapping[str, Any]) -> None:
+    """Restore a state, or raise and change nothing; see ``load_state_dict``."""
+    state, saved = state_dict["state"], state_dict["param_groups"]
+    units = {id(unit.weight): unit for unit in optimizer._units}
+    check_groups(optimizer.param_groups, saved, ("rule", *optimizer._identity))
+    names = {id(p): name for name, p in optimizer.model.named_parameters()}
+    for p, number in pairs(optimizer.param_groups, saved):
+        expected: dict[str, Any] = {"momentum_buffer": p, "exp_avg": p, "exp_avg_sq": p}
+        if id(p) in units:
+            fresh = optimizer._fresh(units[id(p)], (), "meta")
+            expected |= {name: list(member.tensors()) for name, member in fresh.items()}
+        check_state(names.get(id(p), "parameter"), state.get(number, {}), expected)
+    groups = merged(optimizer.param_groups, saved)
+    Optimizer.load_state_dict(optimizer, {"state": state, "param_groups": groups})
+    # The base class casts to the parameter's dtype and may share memory: put copies back.
+    for p, number in pairs(optimizer.param_groups, saved):
+        if number in state:
+            optimizer.state[p] = {k: copied(v, k, p) for k, v in state[number].items()}
 
 
 def check_groups(ours: Sequence[Group], saved: Sequence[Group], keys: Sequence[str]) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from singd.capture import Statistics
+
+if TYPE_CHECKING:
+    from singd.base import KroneckerOptimizer
 
 
 def size(group: Any = None) -> int:
@@ -22,6 +25,22 @@ def sum_numbers(numbers: Sequence[float | Tensor], device: torch.device, group: 
     total = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device) for n in numbers])
     dist.all_reduce(total, group=group)
     return [float(n) for n in total.tolist()]
+
+
+def agree(optimizer: KroneckerOptimizer) -> None:
+    """Make the ranks do the same: one may lack a gradient, or a reason to use AdamW."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    used = [p.grad is not None for p in params]
+    foreign = [unit.explained is False for unit in optimizer._units]
+    numbers = [*used, *foreign, optimizer._terms]
+    total = sum_numbers(numbers, params[0].device, optimizer._process_group)
+    optimizer._terms = total.pop()
+    for p, count in zip(params, total, strict=False):
+        if count and p.grad is None and optimizer._reduce_gradients:
+            p.grad = torch.zeros_like(p)
+    for unit, count in zip(optimizer._units, total[len(params) :], strict=True):
+        if count:
+            unit.explained = False
 
 
 def reduce_statistics(statistics: Iterable[Statistics], group: Any) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from singd import update
-from singd.base import Group, KroneckerOptimizer, in_range
+from singd.base import KroneckerOptimizer
 from singd.capture import Unit
 from singd.grouping import Members
+from singd.options import Group, in_range
 from structured import Dense, StructuredMatrix
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from singd.capture import Unit
 from singd.layers import find_layer
+
+if TYPE_CHECKING:
+    from singd.base import KroneckerOptimizer
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,39 @@ class Plan:
 
 def _times(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "1"
+
+
+def make_plan(optimizer: KroneckerOptimizer) -> Plan:
+    """The plan of an optimizer; nothing is allocated."""
+    weights = {id(unit.weight): unit for unit in optimizer._units}
+    units = {id(p): unit for unit in optimizer._units for p in unit.parameters}
+    rows, adamw = [], 0
+    for name, p, module, _ in owners_of(optimizer.model):
+        rule, structures, stored = "frozen", "", 0
+        if id(p) in optimizer._groups:
+            own = (2 + optimizer._adamw.defaults["amsgrad"]) * nbytes(p) + nbytes(torch.tensor(0.0))
+            adamw += own
+            if optimizer._is_adamw(p):
+                rule, stored = "AdamW", own
+            else:
+                rule = type(optimizer).__name__
+                structures = ", ".join(map(str, units[id(p)].structures))
+                stored = nbytes(p) if optimizer._groups[id(p)]["momentum"] else 0
+                if id(p) in weights:
+                    fresh = optimizer._fresh(weights[id(p)], (), "meta")
+                    stored += sum(nbytes(member.tensors()) for member in fresh.values())
+        elif p.requires_grad:
+            rule = "not given"
+        layer = type(module).__name__
+        rows.append(Row(name, tuple(p.shape), layer, rule, structures, stored))
+    return Plan(tuple(rows), adamw)
+
+
+def nbytes(value: Any) -> int:
+    """Bytes of a tensor, or of all in a container."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(nbytes(v) for v in (value.values() if isinstance(value, dict) else value))
 
 
 def find_units(

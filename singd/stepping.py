@@ -12,11 +12,12 @@ from torch import Tensor
 from singd import distributed
 from singd.capture import Statistics, Unit
 from singd.grouping import Bucket, gather, stack
+from singd.options import Group
 from singd.rounding import Rounding
 from singd.update import inner, residual, trust_region
 
 if TYPE_CHECKING:
-    from singd.base import Group, KroneckerOptimizer
+    from singd.base import KroneckerOptimizer
 
 Naturals = list[tuple[list[Unit], Tensor]]
 

@@ -35,7 +35,7 @@ ROOT = PACKAGE.parent
 RESULTS = ROOT / "build" / "mutants.csv"
 REACH = ROOT / "build" / "mutants_reach.pickle"
 HARMLESS = ROOT / "tests" / "mutants_survivors.csv"
-KIT = ("_laws", "_conduct", "_strategies", "testing")
+KIT = ("_laws", "_conduct", "_mistakes", "_operations", "_strategies", "testing")
 ENOUGH = 0.9
 FORK = multiprocessing.get_context("fork")
 

@@ -1,0 +1,37 @@
+"""Options and parameter groups as they are given: their form, and their ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+Group = dict[str, Any]
+
+LOSS_AVERAGES = (None, "batch", "batch+sequence")
+
+
+def parameter_of(given: Any) -> Any:
+    """The parameter, of a parameter or a pair ``(name, parameter)``."""
+    return given[1] if isinstance(given, tuple) else given
+
+
+def given_group(group: Mapping[str, Any]) -> Group:
+    """A parameter group as a dictionary whose ``"params"`` is a list."""
+    params = group["params"]
+    return {**group, "params": [params] if isinstance(params, Tensor) else list(params)}
+
+
+def in_range(name: str, value: Any, low: float, high: float, *, open_end: bool = False) -> None:
+    """Raise unless ``low <= value <= high`` (or ``< high``)."""
+    good = isinstance(value, int | float | Tensor) and not isinstance(value, bool)
+    if not good or not (low <= value and (value < high if open_end else value <= high)):
+        bracket = ")" if open_end or high == float("inf") else "]"
+        raise ValueError(f"{name}: expected a number in [{low:g}, {high:g}{bracket}, got {value!r}")
+
+
+def one_of(name: str, value: Any, known: Sequence[Any]) -> None:
+    """Raise unless ``value`` is one of ``known``."""
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
