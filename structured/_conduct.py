@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-import pickle
 from collections.abc import Sequence
 from typing import Any
 
