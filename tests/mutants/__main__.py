@@ -9,8 +9,9 @@ each kind first, until one fails. Not mutated: annotations, docstrings, messages
 watches the watchmen).
 
 Results go to ``build/mutants.csv``; killed mutants are not run again while their module is the
-same. ``tests/mutants_survivors.csv`` lists the harmless ones, each with its reason. The exit status
-is 1 if fewer than 90 % of the others are killed, or one survives that is not listed.
+same. ``tests/mutants_survivors.csv`` lists the harmless ones, each with its reason, and
+``tests/mutants_results.csv`` is the record of a whole run. The exit status is 1 if fewer than 90 %
+of the others are killed, one survives that is not listed, or one is listed that does not survive.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ RESULTS = ROOT / "build" / "mutants.csv"
 REACH = ROOT / "build" / "mutants_reach.pickle"
 HARMLESS = ROOT / "tests" / "mutants_survivors.csv"
 KIT = ("_laws", "_conduct", "_mistakes", "_operations", "_strategies", "testing")
+RECORD = ROOT / "tests" / "mutants_results.csv"
+COLUMNS = ("killed", "harmless", "survived")
 ENOUGH = 0.9
 FORK = multiprocessing.get_context("fork")
 
@@ -154,7 +157,11 @@ def main() -> int:
     parser.add_argument("--sample", type=_positive, help="mutants of each module; all by default")
     parser.add_argument("--modules", nargs="+", choices=mutated, default=mutated, metavar="MODULE")
     parser.add_argument("--jobs", type=_positive, default=2)
+    parser.add_argument("--record", action="store_true", help=f"write {RECORD.relative_to(ROOT)}")
     options = parser.parse_args()
+    whole = options.sample is None and set(options.modules) == set(mutated)
+    if options.record and not whole:
+        parser.error("--record: expected a run of all mutants, got a selection")
 
     results = Results()
     warm()
@@ -181,7 +188,10 @@ def main() -> int:
                 bar.update()
     pool.wait(0)
     bar.close()
-    return report(results.outcome, results.harmless)
+    stale = [key for key in results.harmless if results.outcome.get(key, "killed") != "survived"]
+    for key in stale if whole else ():
+        print("listed as harmless, but killed or gone:", *key)
+    return report(results.outcome, results.harmless, options.record) or int(whole and bool(stale))
 
 
 def _positive(text: str) -> int:
@@ -191,25 +201,39 @@ def _positive(text: str) -> int:
     return value
 
 
-def report(outcome: dict[Key, str], harmless: set[Key]) -> int:
-    by_module: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+def tally(outcome: dict[Key, str], harmless: set[Key]) -> dict[str, collections.Counter[str]]:
+    """For each module how many mutants were killed, are harmless, and survived."""
+    by_module: dict[str, collections.Counter[str]] = {}
     for key, result in outcome.items():
-        known = result == "survived" and key in harmless
-        by_module[key[0]]["harmless" if known else result] += 1
-    total: collections.Counter[str] = collections.Counter()
-    for module, counts in by_module.items():
-        total += counts
-        print(f"{module:18}", ", ".join(f"{counts[name]} {name}" for name in sorted(counts)))
+        counts = by_module.setdefault(key[0], collections.Counter())
+        if result in ("killed", "timeout"):
+            counts["killed"] += 1
+        else:
+            counts["harmless" if key in harmless else "survived"] += 1
+    return by_module
+
+
+def report(outcome: dict[Key, str], harmless: set[Key], record: bool) -> int:
+    """Print what became of the mutants; the exit status."""
+    by_module = tally(outcome, harmless)
+    total = sum(by_module.values(), collections.Counter())
+    rows = [
+        [name, counts.total(), *(counts[column] for column in COLUMNS)]
+        for name, counts in [*by_module.items(), ("all", total)]
+    ]
+    for row in [["module", "mutants", *COLUMNS], *rows]:
+        print("{:18}{:>9}{:>9}{:>10}{:>10}".format(*row))
     for key, result in outcome.items():
         if result == "survived" and key not in harmless:
             print("survived:", *key)
-    killed, survived = total["killed"] + total["timeout"], total["survived"]
-    share = killed / max(1, killed + survived)
-    print(
-        f"{killed} of {sum(total.values())} mutants killed, {total['harmless']} harmless: "
-        f"{share:.1%} of the others"
-    )
-    return int(bool(survived) or share < ENOUGH)
+    share = total["killed"] / max(1, total["killed"] + total["survived"])
+    print(f"{share:.1%} of those that are not harmless are killed")
+    if record:
+        with RECORD.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(
+                [["module", "mutants", *COLUMNS], *rows]
+            )
+    return int(bool(total["survived"]) or share < ENOUGH)
 
 
 if __name__ == "__main__":
