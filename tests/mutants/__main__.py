@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.mutants.faults import PACKAGE, Mutant, mutants
-from tests.mutants.selection import TESTS, Test, choose, failing, warm, watch
+from tests.mutants.selection import TESTS, Line, Test, choose, failing, warm, watch
 
 ROOT = PACKAGE.parent
 RESULTS = ROOT / "build" / "mutants.csv"
@@ -111,7 +111,7 @@ def _child(pipe: Any, function: Any, *arguments: Any) -> None:
     os._exit(0)
 
 
-def reach() -> tuple[dict[str, Test], frozenset[str]]:
+def reach() -> tuple[dict[str, Test], frozenset[Line]]:
     """What each test reaches, and what an import does; unless known, found in another process.
 
     Raises:
@@ -135,7 +135,7 @@ def reach() -> tuple[dict[str, Test], frozenset[str]]:
     return tests, on_import
 
 
-def _watched() -> tuple[dict[str, Test], frozenset[str], list[str]]:
+def _watched() -> tuple[dict[str, Test], frozenset[Line], list[str]]:
     watching = watch()
     return watching.tests, watching.on_import, watching.failed
 

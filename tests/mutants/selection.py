@@ -16,7 +16,6 @@ import pytest
 
 from tests.mutants.faults import PACKAGE, Import, Mutant
 
-ROOT = str(PACKAGE)
 TESTS = PACKAGE.parent / "tests" / "structured"
 EXAMPLES = 8  # of each law; the tests draw 20
 BUDGET = 60.0  # seconds of tests for one mutant, as they take without a fault and traced
@@ -24,12 +23,15 @@ PATIENCE = 20  # a test hangs if it takes so many times as long, and 2 s
 MEMORY = 4 << 30  # bytes that a mutant may take beyond what the process has
 
 
+Line = tuple[str, int]  # of a module
+
+
 class Test(NamedTuple):
     """A test, as it is without a fault."""
 
     seconds: float
     kind: str  # its law or operation; else its own
-    reach: frozenset[str]  # the lines of the package that it runs, "module:line"
+    reach: frozenset[Line]  # the lines of the package that it runs
 
 
 class Watch:
@@ -38,19 +40,25 @@ class Watch:
     def __init__(self) -> None:
         self.tests: dict[str, Test] = {}
         self.failed: list[str] = []
-        self.lines: set[str] = set()
-        self.on_import: frozenset[str] = frozenset()
+        self.lines: set[Line] = set()
+        self.on_import: frozenset[Line] = frozenset()
+        self.notes: dict[str, Any] = {}  # by file; None outside the package
         sys.settrace(self.trace)
 
     def trace(self, frame: Any, event: str, argument: Any) -> Any:
-        path = Path(frame.f_code.co_filename) if frame.f_code.co_filename.startswith(ROOT) else None
-        if path is None or path.parent != PACKAGE:
-            return None
-        module, add = path.stem, self.lines.add
+        name = frame.f_code.co_filename
+        if name not in self.notes:
+            path = Path(name)
+            self.notes[name] = self.note(path.stem) if path.parent == PACKAGE else None
+        return self.notes[name]
+
+    def note(self, module: str) -> Any:
+        """The function that notes lines of ``module``."""
+        add = self.lines.add
 
         def note(frame: Any, event: str, argument: Any) -> Any:
             if event == "line":
-                add(f"{module}:{frame.f_lineno}")
+                add((module, frame.f_lineno))
             return note
 
         return note
@@ -115,13 +123,12 @@ def watch() -> Watch:
     return watching
 
 
-def choose(mutant: Mutant, tests: dict[str, Test], on_import: frozenset[str]) -> list[str]:
+def choose(mutant: Mutant, tests: dict[str, Test], on_import: frozenset[Line]) -> list[str]:
     """The tests that reach the mutant's lines, the quickest of each kind first."""
-    lines = {f"{mutant.module}:{line}" for line in mutant.lines}
+    lines = {(mutant.module, line) for line in mutant.lines}
     reach = {name for name, test in tests.items() if lines & test.reach}
     if not reach and lines & on_import:  # all that the module has a part in
-        start = f"{mutant.module}:"
-        reach = {n for n, test in tests.items() if any(f.startswith(start) for f in test.reach)}
+        reach = {n for n, t in tests.items() if any(line[0] == mutant.module for line in t.reach)}
     if mutant.module != "interop":  # the tests of linear_operator: many, of the same few products
         reach = {name for name in reach if "test_linear_operator" not in name}
     rounds: collections.Counter[str] = collections.Counter()
