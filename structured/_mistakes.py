@@ -40,11 +40,14 @@ def _mistakes(
             "one row more": ones(n + 1, good.shape[-1]),
             "one dimension": ones(n),
             "float32": good.float(),
+            "another device": good.to("meta"),
             "an array": good.numpy(),
             "None": None,
         }
         if name in _OF_SQUARES:
             wrong["one column more"] = ones(n, n + 1)
+        elif name != "project_gram" and batch:
+            wrong["another batch"] = ones(*batch[:-1], batch[-1] + 2, n, 2)
         for what, value in wrong.items():
             yield f"{name} of {what}", partial(getattr(A, name), value)
 
@@ -53,6 +56,7 @@ def _mistakes(
         "batch shape": structure(n, batch_shape=(*batch, 5), dtype=A.dtype),
         "structure": foreign.zeros(n, batch_shape=batch, dtype=A.dtype),
         "dtype": A.to(torch.float32),
+        "device": A.to("meta"),
     }
     if other.n != n:
         members["size"] = structure(other.n, batch_shape=batch, dtype=A.dtype)
@@ -60,12 +64,17 @@ def _mistakes(
         for name, operation in _BINARY.items():
             yield f"{name} of another {what}", partial(operation, A, member)
 
-    scalars: Any = ones(*batch, 5)
+    scalars: dict[str, Any] = {
+        "one too many": ones(*batch, 5),
+        "complex": torch.tensor(1j),
+        "on another device": torch.ones(batch, device="meta"),
+    }
+    for what, c in scalars.items():
+        yield f"A * c, c {what}", partial(operator.mul, A, c)
+        yield f"c * A, c {what}", partial(operator.mul, c, A)
+        yield f"A / c, c {what}", partial(operator.truediv, A, c)
+        yield f"A + c I, c {what}", partial(A.add_scaled_identity, c)
     a_list: Any = [1.0]
-    yield "A * c, one c too many", partial(operator.mul, A, scalars)
-    yield "c * A, one c too many", partial(operator.mul, scalars, A)
-    yield "A / c, one c too many", partial(operator.truediv, A, scalars)
-    yield "A + c I, one c too many", partial(A.add_scaled_identity, scalars)
     yield "A + c I, c a list", partial(A.add_scaled_identity, a_list)
     yield "A + 1", partial(operator.add, A, 1)
     yield "A * A", partial(operator.mul, A, A)
