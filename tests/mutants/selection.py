@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import gc
 import os
 import resource
 import signal
@@ -174,6 +175,8 @@ def warm() -> None:
     check("circulant", laws=[law for law in LAWS if law != "compiled"], examples=5)
     for name in [m for m in sys.modules if m.split(".")[0] == "structured"]:
         del sys.modules[name]
+    gc.collect()
+    gc.freeze()  # or every child goes through all that is imported, thrice
 
 
 def _pytest(plugin: Any, files: Sequence[str]) -> int:
