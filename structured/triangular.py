@@ -57,30 +57,31 @@ class _Triangular(StructuredMatrix):
         shift = self._shift
         return R.diagonal(-shift, -2, -1), R.diagonal(1 - shift, -2, -1)
 
-    def _cut(self, M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Views of the blocks ``(M11, M21, M22)`` of ``M [..., n, n]``."""
-        h = self.R.shape[-1]
-        return M[..., :h, :h], M[..., h:, :h], M[..., h:, h:]
+    def _fold(self, columns: Tensor, L2: Tensor) -> Self:
+        """The member with the first columns ``[L1; B]`` and ``L2``, zero above the diagonal."""
+        n, h = self.n, self.R.shape[-1]
+        R = pad(columns, (0, 0, self._shift, 0))
+        R[..., : n - h, h - (n - h) :] += L2.mT
+        return self._build([R])
 
-    def _fold(self, L1: Tensor, B: Tensor, L2: Tensor) -> Self:
-        """The member with lower triangular ``L1``, ``L2`` and a full ``B``."""
-        odd = self.n % 2
-        top = pad(L1, (0, 0, 1 - odd, 0)) + pad(L2.mT, (odd, 0, 0, 1))
-        return self._build([torch.cat([top, B], -2)])
-
-    def _fold_symmetric(self, S11: Tensor, S21: Tensor, S22: Tensor) -> Self:
-        """``Pi`` of the symmetric ``[[S11, S21^T], [S21, S22]]``: twice below the diagonal."""
-        return self._fold(S11.tril() + S11.tril(-1), 2 * S21, S22.tril() + S22.tril(-1))
+    def _fold_symmetric(self, columns: Tensor, S22: Tensor) -> Self:
+        """``Pi`` of a symmetric matrix of these columns and ``S22``: twice off the diagonal."""
+        member = self._fold(columns.tril(), S22.tril())
+        member.R.mul_(2)
+        for diagonal in self._diagonals(member.R):
+            diagonal /= 2
+        return member
 
     def project(self, S: Tensor) -> Self:
         """The triangle of ``S [..., n, n]``, twice off the diagonal."""
-        return self._fold_symmetric(*self._cut(S))
+        h = self.R.shape[-1]
+        return self._fold_symmetric(S[..., :h], S[..., h:, h:])
 
     def project_gram(self, X: Tensor) -> Self:
         """The triangle of ``X X^T``, twice off the diagonal; 3/4 n^2 a column."""
         h = self.R.shape[-1]
         x1, x2 = X[..., :h, :], X[..., h:, :]
-        return self._fold_symmetric(x1 @ x1.mT, x2 @ x1.mT, x2 @ x2.mT)
+        return self._fold_symmetric(X @ x1.mT, x2 @ x2.mT)
 
     def trace(self) -> Tensor:
         """Sum of the diagonal."""
@@ -141,34 +142,38 @@ class LowerTriangular(_Triangular):
         columns, h = other._columns, self.R.shape[-1]
         first = self._blocks[0].tril() @ columns[..., :h, :]
         last = self._blocks[2].tril() @ other._blocks[2].tril()
-        return self._fold(first, self._rows @ columns, last)
+        return self._fold(torch.cat([first, self._rows @ columns], -2), last)
 
     def apply(self, X: Tensor) -> Tensor:
         """``[L1 x1, B x1 + L2 x2]``."""
         h = self.R.shape[-1]
-        return torch.cat([self._blocks[0].tril() @ X[..., :h, :], self._rows @ X], -2)
+        x1, x2 = X[..., :h, :], X[..., h:, :]
+        L1, B, L2 = self._blocks
+        return torch.cat([L1.tril() @ x1, B @ x1 + L2.tril() @ x2], -2)
 
     def apply_transpose(self, X: Tensor) -> Tensor:
         """``[L1^T x1 + B^T x2, L2^T x2]``."""
         h = self.R.shape[-1]
-        return torch.cat([self._columns.mT @ X, self._blocks[2].tril().mT @ X[..., h:, :]], -2)
+        x1, x2 = X[..., :h, :], X[..., h:, :]
+        L1, B, L2 = self._blocks
+        return torch.cat([L1.tril().mT @ x1 + B.mT @ x2, L2.tril().mT @ x2], -2)
 
     def orthogonal_project(self, M: Tensor) -> Self:
         """The lower triangle of ``M [..., n, n]``."""
-        M11, M21, M22 = self._cut(M)
-        return self._fold(M11.tril(), M21, M22.tril())
+        h = self.R.shape[-1]
+        return self._fold(M[..., :h].tril(), M[..., h:, h:].tril())
 
     def gram(self) -> Self:
         """``Pi(A^T A)``, half the work of a dense product."""
         _, B, L2 = self._blocks
         columns, L2 = self._columns, L2.tril()
-        return self._fold_symmetric(columns.mT @ columns, L2.mT @ B, L2.mT @ L2)
+        return self._fold_symmetric(torch.cat([columns.mT @ columns, L2.mT @ B], -2), L2.mT @ L2)
 
     def _outer(self) -> Self:
         """``Pi(A A^T)``, half the work of a dense product."""
-        L1, B, _ = self._blocks
-        L1, rows = L1.tril(), self._rows
-        return self._fold_symmetric(L1 @ L1.mT, B @ L1.mT, rows @ rows.mT)
+        columns, rows = self._columns, self._rows
+        L1 = columns[..., : self.R.shape[-1], :]
+        return self._fold_symmetric(columns @ L1.mT, rows @ rows.mT)
 
     def solve(self, X: Tensor) -> Tensor:
         """Forward substitution, n^2 / 2 a column; a zero on the diagonal gives infinities."""
