@@ -47,8 +47,8 @@ def _convolve(t: Tensor, X: Tensor, *, adjoint: bool = False) -> Tensor:
 def _dense_is_faster(n: int, m: int, dtype: torch.dtype) -> bool:
     """Whether matrix products beat FFTs for ``m`` columns; beyond n = 2048 they never do.
 
-    Measured (``benchmarks/results/toeplitz_crossover.csv``). An FFT raises 16 bits to 32, which
-    matrix units need not.
+    Measured by ``benchmarks.toeplitz_crossover`` and ``benchmarks.ops``. An FFT raises 16 bits to
+    32, which matrix units need not.
     """
     most, columns = (1024, 2 * m) if dtype.itemsize > 2 else (2048, 8 * m)
     return n <= 128 or n <= min(most, columns)

@@ -83,7 +83,7 @@ class _Triangular(StructuredMatrix):
         return pad(columns, (0, 0, self._shift, 0))
 
     def _fold(self, R: Tensor, U: Tensor) -> Self:
-        """The member with ``[L1; B]`` in ``R`` and ``L2^T`` in ``U``; what else they hold is dropped."""
+        """The member with ``[L1; B]`` in ``R`` and ``L2^T`` in ``U``, and nothing else of them."""
         n, h = self.n, self.R.shape[-1]
         R = R.tril_(-self._shift)
         R[..., : n - h, h - (n - h) :] += U.triu()
