@@ -203,7 +203,7 @@ def test_the_step_on_products_is_the_same_step(
     H_K, H_C = update.curvature(K, U_K), update.curvature(C, U_C)
     if kfac_like:
         momenta = [update.ikfac_momentum(K, H_K, damping), update.ikfac_momentum(C, H_C, damping)]
-        weights = [(torch.ones(2).double(), torch.full((2,), damping).double())] * 2
+        weights = [(torch.ones(2).double(), torch.full((2,), damping, dtype=torch.float64))] * 2
     else:
         momenta = list(update.singd_momenta(K, C, H_K, H_C, damping))
         weights = list(update.singd_weights(P_K, P_C, U_K, U_C, damping))
