@@ -20,7 +20,7 @@ from tests.mutants.faults import PACKAGE, Import, Mutant
 TESTS = PACKAGE.parent / "tests" / "structured"
 EXAMPLES = 8  # of each law; the tests draw 20
 BUDGET = 60.0  # seconds of tests for one mutant, as they take without a fault and traced
-PATIENCE = 20  # a test hangs if it takes so many times as long, and 2 s
+PATIENCE = 5  # a test hangs if it takes so many times as long as traced, and 2 s
 MEMORY = 4 << 30  # bytes that a mutant may take beyond what the process has
 
 
