@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from structured import LowerToeplitz, StructuredMatrix, divergence, inverse_root, parse
+from tests.structured.algebras import Wasteful
 
 CLOSED_FORMS = [
     "dense",
@@ -150,6 +151,13 @@ def test_divergence_is_that_of_the_gaussians():
     q = torch.distributions.MultivariateNormal(zero, precision_matrix=S + 0.3 * eye())
     expected = torch.distributions.kl_divergence(p, q)
     torch.testing.assert_close(divergence(K, S, 0.3), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_iteration_needs_no_commuting_members(monkeypatch):
+    monkeypatch.setattr("structured._inverse_root._MAX_ITERATIONS", 500)
+    S = spd(n=3)
+    K = inverse_root(Wasteful, S).to_dense()  # lower triangular
+    torch.testing.assert_close(K @ K.mT, torch.linalg.inv(S), rtol=1e-8, atol=1e-8)
 
 
 def test_the_iteration_stops_at_its_tolerance(monkeypatch):
