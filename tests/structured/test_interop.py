@@ -104,6 +104,11 @@ def test_defaults_of_the_quadratic_form():
     same(logdet, torch.zeros((), dtype=torch.float64))
 
 
+def test_constants_broadcast_over_the_batch():
+    A, c = draw("dense", (2, 3)), torch.tensor([1.0, 2.0, 3.0]).double()[:, None, None]
+    same((to_linear_operator(A) * c).to_dense(), c * A.to_dense())
+
+
 def test_products_with_vectors():
     A, x = draw("lower_triangular"), columns(6)
     operator = to_linear_operator(A)
