@@ -127,7 +127,9 @@ def _(zero: Transposed, S: Tensor) -> StructuredMatrix:
     named = zero.A.mT
     if isinstance(named, Transposed):
         return _minimiser.dispatch(StructuredMatrix)(zero, S)
-    return Transposed(_minimiser(named, S).mT)
+    K = _minimiser(named, S)
+    same = named.mT.layout == zero.A.layout  # not where a part of A is itself a transpose
+    return Transposed(K.mT) if same else zero.orthogonal_project(K.to_dense())
 
 
 @_minimiser.register

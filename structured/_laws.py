@@ -145,6 +145,7 @@ def project_gram(A: StructuredMatrix, X: Tensor) -> None:
 def gram(A: StructuredMatrix) -> None:
     """``Pi(A^T A)``."""
     dense = A.to_dense()
+    assert A.gram().layout == A.layout, f"gram: {A.gram()!r}, expected one like {A!r}"
     assert_close(A.gram(), _definition.projection(A, dense.mT @ dense), "Pi(A^T A)")
 
 

@@ -9,6 +9,7 @@ import scipy.linalg
 import torch
 
 from structured import Dense, Rotated, StructuredMatrix, Tied, parse
+from structured.testing import check
 
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -231,6 +232,17 @@ def test_low_precision(structure, dtype):
 def test_specs_round_trip(spec):
     assert str(parse(spec)) == spec
     assert parse(str(parse(spec))) == parse(spec)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "block_upper(dense, transposed(transposed(dense)), 2)",
+        "transposed(direct_sum(transposed(lower_triangular), diagonal, 2))",
+    ],
+)
+def test_transposes_of_transposes_stay_what_they_are(spec):
+    check(spec, laws=["gram"])
 
 
 # Against SciPy ----------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ CLOSED_FORMS = [
     "rotated(diagonal, cosine)",
     "rotated(block_lower(lower_toeplitz, tied(2, dense), 4), hadamard)",
     "transposed(lower_toeplitz)",
+    "transposed(direct_sum(transposed(lower_triangular), dense, 5))",
 ]
 ITERATED = ["scaled_identity", "circulant", "block_circulant(3)"]
 SPECS = CLOSED_FORMS + ITERATED
