@@ -62,6 +62,10 @@ def test_static_tensors_may_change():
         torch.testing.assert_close(A.project(S).to_dense(), S)
 
 
+def test_layouts_are_hashable():
+    assert len({InBasis.zeros(3).layout, InBasis.zeros(3).layout, InBasis.zeros(4).layout}) == 2
+
+
 def test_static_tensors_agree_by_their_numbers():
     A = InBasis.zeros(4, dtype=torch.float64)
     low = A.to(torch.bfloat16)

@@ -348,6 +348,8 @@ def test_bases_are_part_of_the_structure():
         Rotated(A, "cosine") + Rotated(A, "hadamard")
     with pytest.raises(ValueError, match="two members of one structure"):
         Rotated(A, rotation(4)) @ Rotated(A, -rotation(4))
+    with pytest.raises(ValueError, match="two members of one structure"):
+        Rotated(A, rotation(4)) + Rotated(A, "cosine")
     moved = Rotated(A, rotation(4)).to(torch.float32)
     same_member(moved + Rotated(A, rotation(4)).to(torch.float32), 2 * moved)
 

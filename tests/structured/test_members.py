@@ -89,6 +89,11 @@ def test_members_are_immutable():
         A.M = X
 
 
+def test_members_are_told_apart_by_identity():
+    assert A != A.clone()
+    assert len({A, A.clone()}) == 2
+
+
 def test_fields_agree():
     with pytest.raises(ValueError, match=r"expected last in torch.float32 .* got torch.float64"):
         type(parse("block_diagonal(2)")(3))(torch.zeros(1, 2, 2), torch.zeros(1, 1).double())
