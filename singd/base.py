@@ -18,13 +18,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
-from singd import checkpoint, distributed
+from singd import checkpoint, distributed, grafting
 from singd._layer import flatten_rows
 from singd.amp import calling_scale
 from singd.capture import Capture, Statistics, Unit
 from singd.grouping import Bucket, Members, buckets
 from singd.layers import OPTIONAL
-from singd.options import LOSS_AVERAGES, Group, given_group, in_range, one_of, parameter_of
+from singd.options import (
+    LOSS_AVERAGES,
+    Group,
+    given_group,
+    in_range,
+    integer,
+    one_of,
+    parameter_of,
+)
 from singd.plan import Plan, find_units, make_plan, owners_of
 from singd.stepping import Step
 from structured import Diagonal, Structure, StructuredMatrix
@@ -89,6 +97,10 @@ class KroneckerOptimizer(Optimizer):
         self._process_group = process_group
         self._reduce_gradients = not wrapped
         self.skipped = self._skipped_in_row = 0
+        if max_skipped is not None:
+            integer("max_skipped", max_skipped, 0)
+        if telemetry is not None and not callable(telemetry):
+            raise ValueError(f"telemetry: expected a function or None, got {telemetry!r}")
         self.max_skipped, self.telemetry = max_skipped, telemetry
         self._terms: float | Tensor = 0  # of the loss, counted for the coming step
         self._watch()
@@ -131,10 +143,11 @@ class KroneckerOptimizer(Optimizer):
         for name in ("lr", "damping", "weight_decay"):
             in_range(name, group[name], 0.0, float("inf"))
         in_range("momentum", group["momentum"], 0.0, 1.0, open_end=True)
-        if not isinstance(group["T"], int) or group["T"] < 1:
-            raise ValueError(f"T: expected an integer >= 1, got {group['T']!r}")
+        integer("T", group["T"], 1)
+        integer("seed", group["seed"])
         one_of("loss_average", group["loss_average"], LOSS_AVERAGES)
         one_of("kfac_approx", group["kfac_approx"], ("expand", "reduce"))
+        one_of("graft", group["graft"], grafting.METHODS)
         if group["kl_clip"] is not None:
             in_range("kl_clip", group["kl_clip"], 0.0, float("inf"))
 
@@ -386,6 +399,9 @@ class KroneckerOptimizer(Optimizer):
         if unscaled:
             scale = calling_scale()
         self._settle()
+        if checkpoint.wants_state(self):
+            checkpoint.make_state(self)
+            return
         if distributed.size(self._process_group) > 1:
             distributed.agree(self)
         step = Step(self, scale, unscaled=unscaled)
@@ -449,9 +465,7 @@ class KroneckerOptimizer(Optimizer):
         ``torch.load`` restores it with its default ``weights_only=True``. Structures appear as
         specs; an option that is a function is left out, and kept by the optimizer that loads.
         """
-        packed: dict[str, Any] = super().state_dict()
-        packed["param_groups"] = [checkpoint.plain_group(g) for g in packed["param_groups"]]
-        return packed
+        return checkpoint.pack(super().state_dict(), self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state. ``state_dict`` is neither changed nor shared; dtypes are kept.

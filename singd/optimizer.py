@@ -13,7 +13,7 @@ from singd import update
 from singd.base import KroneckerOptimizer
 from singd.capture import Unit
 from singd.grouping import Members
-from singd.options import Group, in_range
+from singd.options import Group, floating, in_range, integer, one_of, pair
 from structured import Structure, StructuredMatrix, StructureLike, parse
 
 Structures: TypeAlias = tuple[StructureLike, StructureLike]
@@ -62,6 +62,9 @@ class SINGD(KroneckerOptimizer):
         factor_clip: Bound, in (0, 1], of ``||lr_cov m_K||_2`` at every update of K, and so of C:
             they stay invertible, and in range whatever the scale of inputs and gradients. ``None``
             for the paper's bare rule.
+        graft: Give every layer's preconditioned gradient the norm of the gradient (``"sgd"``) or of
+            AdamW's step (``"adamw"``, with the options ``adamw``; its moments are stored as well);
+            ``lr`` is then a learning rate of that method, and ``kl_clip`` best ``None``.
         keep_products: Keep ``K K^T`` and ``C C^T`` between updates of the factors where their
             structure allows: half the work of a step, for the memory of K and C once more.
         max_dim: A factor wider than this takes ``wide_structure`` instead; ``None`` for no limit.
@@ -106,6 +109,7 @@ class SINGD(KroneckerOptimizer):
         normalize_lr_cov: bool = False,
         kl_clip: float | None = 3e-5,
         factor_clip: float | None = 0.5,
+        graft: str | None = None,
         keep_products: bool = True,
         max_dim: int | None = 8192,
         wide_structure: StructureLike = "diagonal",
@@ -132,6 +136,7 @@ class SINGD(KroneckerOptimizer):
             "normalize_lr_cov": normalize_lr_cov,
             "kl_clip": kl_clip,
             "factor_clip": factor_clip,
+            "graft": graft,
             "keep_products": keep_products,
             "max_dim": max_dim,
             "wide_structure": wide_structure,
@@ -149,16 +154,17 @@ class SINGD(KroneckerOptimizer):
         if group["factor_clip"] is not None:
             in_range("factor_clip", group["factor_clip"], 1e-6, 1.0)
         if group["max_dim"] is not None:
-            in_range("max_dim", group["max_dim"], 0, float("inf"))
+            integer("max_dim", group["max_dim"], 0)
+        for name in ("kfac_like", "normalize_lr_cov", "keep_products"):
+            one_of(name, group[name], (False, True))
+        pair("preconditioner_dtype", group["preconditioner_dtype"])
+        for dtype in group["preconditioner_dtype"]:
+            floating("preconditioner_dtype", dtype)
         given = group["structures"]
         pairs = list(given.values()) if isinstance(given, Mapping) else [given]
-        for pair in (*pairs, group["preconditioner_dtype"]):
-            if not isinstance(pair, tuple | list) or len(pair) != 2:
-                raise ValueError(
-                    "structures, preconditioner_dtype: expected a pair, for K and for C, "
-                    f"got {pair!r}"
-                )
-        for spec in (group["wide_structure"], *(spec for pair in pairs for spec in pair)):
+        for each in pairs:
+            pair("structures", each)
+        for spec in (group["wide_structure"], *(spec for each in pairs for spec in each)):
             parse(spec)
 
     # What is stored -----------------------------------------------------------------------------
@@ -166,7 +172,7 @@ class SINGD(KroneckerOptimizer):
     def _structures(self, unit: Unit) -> tuple[Structure, ...]:
         given, limit = unit.group["structures"], unit.group["max_dim"]
         if isinstance(given, Mapping):
-            matching = [pair for pattern, pair in given.items() if fnmatch(unit.name, pattern)]
+            matching = [both for pattern, both in given.items() if fnmatch(unit.name, pattern)]
             given = matching[0] if matching else ("dense", "dense")
         *_, d_out, d_in = unit.layer.shape(unit.module)
         sides = [(d_in, unit.layer.input_structure or given[0]), (d_out, given[1])]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from singd import grafting
 from singd.capture import Unit
 from singd.layers import find_layer
 
@@ -72,7 +73,10 @@ def make_plan(optimizer: KroneckerOptimizer) -> Plan:
             else:
                 rule = type(optimizer).__name__
                 structures = ", ".join(map(str, units[id(p)].structures))
-                stored = nbytes(p) if optimizer._groups[id(p)]["momentum"] else 0
+                group = optimizer._groups[id(p)]
+                stored = nbytes(p) if group["momentum"] else 0
+                if group["graft"] == "adamw":
+                    stored += len(grafting.state_names("adamw")) * nbytes(p) + 4
                 if id(p) in weights:
                     fresh = optimizer._fresh(weights[id(p)], (), "meta")
                     stored += sum(nbytes(member.tensors()) for member in fresh.values())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from singd import distributed
 from singd.capture import Statistics, Unit
+from singd.grafting import graft_
 from singd.grouping import Bucket, gather, stack
 from singd.options import Group
 from singd.rounding import Rounding
@@ -176,6 +177,9 @@ class Step:
                 continue
             G = gather(units)
             natural = self.optimizer._precondition(*bucket.select(units), G)
+            graft, optimizer = units[0].group["graft"], self.optimizer
+            if graft is not None:
+                graft_(natural, units, graft, optimizer._adamw.defaults, optimizer.state)
             naturals.append((units, natural))
             if units[0].group["kl_clip"] is not None:
                 quadratic.append(units[0].group["lr"] ** 2 * inner(natural, G))
