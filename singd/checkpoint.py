@@ -99,6 +99,18 @@ def _tupled(value: Any) -> Any:
     return tuple(map(_tupled, value)) if isinstance(value, list | tuple) else value
 
 
+def _comparable(value: Any) -> Any:
+    """An option with every spec in its one spelling."""
+    if isinstance(value, Mapping):
+        return {k: _comparable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(map(_comparable, value))
+    try:
+        return str(parse(value)) if isinstance(value, str) else value
+    except ValueError:
+        return value  # not a spec
+
+
 def _listed(value: Any) -> Any:
     """The numbered tensors of a factor as a list."""
     if isinstance(value, Mapping) and all(str(k).isdecimal() for k in value):
@@ -149,7 +161,7 @@ def check_groups(optimizer: KroneckerOptimizer, saved: Any) -> None:
     for index, (own, other) in enumerate(zip(ours, saved, strict=True)):
         where = f"load_state_dict: group {index}"
         for key in ("rule", *optimizer._identity):
-            expected, got = _tupled(plain(own.get(key))), _tupled(other.get(key))
+            expected, got = _comparable(plain(own.get(key))), _comparable(other.get(key))
             if expected != got:
                 raise ValueError(f"{where}: expected {key} = {expected!r}, got {got!r}")
         expected, got = [names.get(id(p), "") for p in own["params"]], list(other["params"])
