@@ -99,7 +99,7 @@ def entry(name: str, cells: list[str]) -> str:
 # Modules with more to use than what the packages export.
 MODULES = {
     "structured": ("testing", "interop", "kernels"),
-    "singd": ("update", "layers", "plan", "rounding"),
+    "singd": ("update", "layers", "plan", "convert", "rounding"),
 }
 
 

@@ -382,22 +382,25 @@ class KroneckerOptimizer(Optimizer):
         return loss
 
     @torch.no_grad()
-    def precondition(self) -> None:
+    def precondition(self, scale: float | Tensor | None = None) -> None:
         """Replace every gradient of a preconditioned layer by the preconditioned one, bounded.
 
         Factors that are due are updated. The step of any other optimizer may follow: then this one
         is only its preconditioner.
-        """
-        self._run(descend=False)
 
-    def _run(self, *, descend: bool) -> None:
-        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        Args:
+            scale: By which a GradScaler multiplied the loss; the gradients are to be unscaled.
+        """
+        self._run(descend=False, scale=None if scale is None else torch.as_tensor(scale))
+
+    def _run(self, *, descend: bool, scale: Tensor | None = None) -> None:
+        found_inf, own = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is not None and bool(found_inf):
             self._forget()  # the GradScaler skips, and counts by itself
             return
-        unscaled = found_inf is not None and scale is None  # by GradScaler.unscale_
-        if unscaled:
-            scale = calling_scale()
+        unscaled = scale is not None or (found_inf is not None and own is None)  # by unscale_
+        if scale is None:
+            scale = calling_scale() if unscaled else own
         self._settle()
         if checkpoint.wants_state(self):
             checkpoint.make_state(self)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -292,53 +291,3 @@ def make_state(optimizer: KroneckerOptimizer) -> None:
                     state[p]["momentum_buffer"] = torch.zeros_like(p)
                 if group["graft"] == "adamw":
                     grafting.make_state(p, state[p])
-
-
-# As tensors and text -----------------------------------------------------------------------------
-
-
-def to_tensors(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A state as named tensors and text, for files that hold nothing else, such as safetensors.
-
-    Args:
-        state_dict: From ``optimizer.state_dict()``.
-
-    Returns:
-        Tensors by name, and metadata.
-    """
-    tensors = {}
-    for number, values in state_dict["state"].items():
-        for key, value in values.items():
-            for index, t in value.items() if isinstance(value, Mapping) else [("", value)]:
-                tensors[f"{number}.{key}.{index}"] = t
-    groups = json.dumps(state_dict["param_groups"], default=_as_text)
-    return tensors, {"param_groups": groups}
-
-
-def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The state that :func:`to_tensors` took apart."""
-    groups = json.loads(metadata["param_groups"])
-    for group in groups:
-        for key, value in group.items():
-            if isinstance(value, list) and key not in ("params", "param_names"):
-                group[key] = tuple(map(_from_text, value))
-    state: dict[int, Any] = {number: {} for group in groups for number in group["params"]}
-    for name, t in tensors.items():
-        number, key, index = name.split(".")
-        if index:
-            state[int(number)].setdefault(key, {})[int(index)] = t
-        else:
-            state[int(number)][key] = t
-    return {"state": state, "param_groups": groups}
-
-
-def _as_text(value: Any) -> str:
-    if isinstance(value, torch.dtype):
-        return str(value)
-    raise TypeError(f"to_tensors: expected numbers, strings and dtypes, got {value!r}")
-
-
-def _from_text(value: Any) -> Any:
-    """The value, or the dtype of that name."""
-    named = getattr(torch, str(value).removeprefix("torch."), None)
-    return named if isinstance(named, torch.dtype) else value

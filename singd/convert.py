@@ -1,7 +1,8 @@
-"""Checkpoints of PyPI ``singd`` 0.0.5: read without that package, and continued with this one."""
+"""Checkpoints in other forms: as tensors and text, and those of PyPI ``singd`` 0.0.5."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -11,6 +12,58 @@ from torch import Tensor, nn
 
 from singd.base import KRONECKER, KroneckerOptimizer
 from singd.options import parameter_of
+
+# As tensors and text -----------------------------------------------------------------------------
+
+
+def to_tensors(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A state as named tensors and text, for files that hold nothing else, such as safetensors.
+
+    Args:
+        state_dict: From ``optimizer.state_dict()``.
+
+    Returns:
+        Tensors by name, and metadata.
+    """
+    tensors = {}
+    for number, values in state_dict["state"].items():
+        for key, value in values.items():
+            for index, t in value.items() if isinstance(value, Mapping) else [("", value)]:
+                tensors[f"{number}.{key}.{index}"] = t
+    groups = json.dumps(state_dict["param_groups"], default=_as_text)
+    return tensors, {"param_groups": groups}
+
+
+def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The state that :func:`to_tensors` took apart."""
+    groups = json.loads(metadata["param_groups"])
+    for group in groups:
+        for key, value in group.items():
+            if isinstance(value, list) and key not in ("params", "param_names"):
+                group[key] = tuple(map(_from_text, value))
+    state: dict[int, Any] = {number: {} for group in groups for number in group["params"]}
+    for name, t in tensors.items():
+        number, key, index = name.split(".")
+        if index:
+            state[int(number)].setdefault(key, {})[int(index)] = t
+        else:
+            state[int(number)][key] = t
+    return {"state": state, "param_groups": groups}
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, torch.dtype):
+        return str(value)
+    raise TypeError(f"to_tensors: expected numbers, strings and dtypes, got {value!r}")
+
+
+def _from_text(value: Any) -> Any:
+    """The value, or the dtype of that name."""
+    named = getattr(torch, str(value).removeprefix("torch."), None)
+    return named if isinstance(named, torch.dtype) else value
+
+
+# Of PyPI singd -----------------------------------------------------------------------------------
 
 _MODULES = {
     "dense": "DenseMatrix",

@@ -30,6 +30,7 @@ class Bucket:
     ) -> None:
         self.units, self.members = list(units), fresh
         self.products: Members = {}  # worth keeping between two updates, not part of the state
+        self.refused = torch.zeros(len(self.units), dtype=torch.int64, device=_device(fresh))
         for index, unit in enumerate(self.units):
             own = state[unit.weight]
             for name, member in fresh.items():
@@ -48,15 +49,28 @@ class Bucket:
         return _map(self.members, lambda t: t[index]), _map(self.products, lambda t: t[index])
 
     def write(self, units: Sequence[Unit], new: Members, rounded: Callable[..., Tensor]) -> None:
-        """Store new factors of some of the units, ``rounded(tensor, dtype)``."""
-        whole = len(units) == len(self.units)
-        index = [self.units.index(unit) for unit in units]
-        for name, member in new.items():
-            for stored, tensor in zip(self.members[name].tensors(), member.tensors(), strict=True):
-                value = rounded(tensor, stored.dtype)
-                stored.copy_(value) if whole else stored.index_copy_(
-                    0, torch.tensor(index, device=stored.device), value
-                )
+        """Store new factors of some of the units, ``rounded(tensor, dtype)``.
+
+        Units of which any new number is not finite keep what they have; :attr:`refused` counts how
+        often in a row.
+        """
+        chosen: Any = slice(None)
+        if len(units) < len(self.units):
+            chosen = torch.tensor([*map(self.units.index, units)], device=self.refused.device)
+        values = {
+            name: [
+                rounded(t, stored.dtype)
+                for stored, t in zip(self.members[name].tensors(), member.tensors(), strict=True)
+            ]
+            for name, member in new.items()
+        }
+        tensors = [t for value in values.values() for t in value]
+        finite = torch.stack([t.flatten(1).isfinite().all(1) for t in tensors]).all(0)
+        self.refused[chosen] = torch.where(finite, 0, self.refused[chosen] + 1)
+        for name, value in values.items():
+            for stored, t in zip(self.members[name].tensors(), value, strict=True):
+                good = finite.view(-1, *[1] * (t.ndim - 1))
+                stored[chosen] = torch.where(good, t, stored[chosen])
 
 
 def buckets(
@@ -105,3 +119,7 @@ def gather(units: Sequence[Unit]) -> Tensor:
 
 def _map(members: Members, function: Callable[[Tensor], Tensor]) -> Members:
     return {name: member.map(function) for name, member in members.items()}
+
+
+def _device(members: Members) -> torch.device:
+    return next(t.device for member in members.values() for t in member.tensors())

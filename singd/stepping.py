@@ -102,15 +102,33 @@ class Step:
                 parts = (unit.statistics.U_K, unit.statistics.U_C)
                 found += [(unit.name, t) for part in parts for t in part.tensors()]
         found = [(name, t) for name, t in found if t.numel()]
+        seen = len(found)
+        found += self._refused()
         if not found:
             return None
         norms = torch._foreach_norm([t for _, t in found], float("inf"))
         finite = torch.stack([n.float().to(norms[0].device) for n in norms]).isfinite()
         if bool(finite.all()):
             return None
-        return next(
-            name for (name, _), good in zip(found, finite.tolist(), strict=True) if not good
-        )
+        bad = finite.tolist().index(False)
+        if bad >= seen:
+            times = f"{self.optimizer.max_skipped} updates in a row"
+            raise FloatingPointError(f"{found[bad][0]}: factors overflowed in {times}")
+        return found[bad][0]
+
+    def _refused(self) -> list[tuple[str, Tensor]]:
+        """Infinity for every due unit whose factors have overflowed too often, else zero."""
+        limit = self.optimizer.max_skipped
+        if not limit:
+            return []
+        due = [bucket for bucket in self.buckets if self.optimizer._due(bucket.units[0])]
+        return [
+            (unit.name, flag)
+            for bucket in due
+            for unit, flag in zip(
+                bucket.units, torch.where(bucket.refused >= limit, torch.inf, 0.0), strict=True
+            )
+        ]
 
     def _foreign(self) -> list[Group]:
         """AdamW groups: those of its own, and the units whose gradient was not explained."""
@@ -193,7 +211,7 @@ class Step:
                 kl_clip = units[0].group["kl_clip"]
                 if kl_clip is not None:
                     nu = trust_region(kl_clip, total)
-                    natural.mul_(nu.to(natural))
+                    natural.mul_(nu.to(natural)).masked_fill_(~total.isfinite(), 0.0)
                     if self.report is not None:
                         self.report["trust_region"] = nu
         return naturals

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from singd import KFAC, SINGD, checkpoint
+from singd import KFAC, SINGD, convert
 from structured import Diagonal
 from tests.singd.runs import Snapshot, batches, mean_loss, mlp, snapshot
 
@@ -363,11 +363,11 @@ def test_tensors_and_text_are_the_whole_state(method: str, tmp_path: Path) -> No
     optimizer = METHODS[method](model)
     steps(model, optimizer, 0, 3, torch.bfloat16)
     state = optimizer.state_dict()
-    tensors_, metadata = checkpoint.to_tensors(state)
+    tensors_, metadata = convert.to_tensors(state)
     safetensors.torch.save_file(tensors_, tmp_path / "a.safetensors", metadata)
     with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
         read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
-        restored = checkpoint.from_tensors(read, file.metadata())
+        restored = convert.from_tensors(read, file.metadata())
     assert restored["param_groups"] == state["param_groups"]
     fresh = METHODS[method](model)
     fresh.load_state_dict(restored)
