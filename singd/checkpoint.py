@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from singd import grafting
+from singd.stepping import fused
 from structured import Structure, parse
 
 if TYPE_CHECKING:
@@ -279,7 +280,7 @@ def make_state(optimizer: KroneckerOptimizer) -> None:
     """The state of all parameters before any step. Ranks need not do so together."""
     _ = optimizer._buckets
     adamw, state = optimizer._adamw, optimizer.state
-    adamw.param_groups = [g for g in optimizer.param_groups if g["rule"] == "adamw"]
+    adamw.param_groups = [fused(g) for g in optimizer.param_groups if g["rule"] == "adamw"]
     adamw.state = state
     adamw.step()
     for group in optimizer.param_groups:
@@ -290,4 +291,4 @@ def make_state(optimizer: KroneckerOptimizer) -> None:
                 if group["momentum"]:
                     state[p]["momentum_buffer"] = torch.zeros_like(p)
                 if group["graft"] == "adamw":
-                    grafting.make_state(p, state[p])
+                    state[p] |= grafting.fresh(p)

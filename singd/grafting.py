@@ -8,7 +8,7 @@ Shampoo, arXiv 2309.06497, Section 3.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,12 @@ from torch.optim.adamw import adamw
 
 from singd.capture import Unit
 
+if TYPE_CHECKING:
+    from singd.base import KroneckerOptimizer
+
 METHODS = (None, "sgd", "adamw")
 
-State = Mapping[Tensor, dict[str, Any]]
+Moments = list[tuple[Tensor, dict[str, Tensor]]]
 
 
 def state_names(method: str | None) -> tuple[str, ...]:
@@ -26,40 +29,51 @@ def state_names(method: str | None) -> tuple[str, ...]:
     return ("graft_exp_avg", "graft_exp_avg_sq") if method == "adamw" else ()
 
 
-def make_state(p: Tensor, state: dict[str, Any]) -> None:
+def fresh(p: Tensor) -> dict[str, Tensor]:
     """AdamW's moments of a parameter before any step."""
-    if "graft_exp_avg" not in state:
-        zeros = {name: torch.zeros_like(p) for name in state_names("adamw")}
-        state |= {"step": torch.tensor(0.0), **zeros}
+    zeros = {name: torch.zeros_like(p) for name in state_names("adamw")}
+    return {"step": torch.tensor(0.0), **zeros}
 
 
 def graft_(
-    natural: Tensor, units: Sequence[Unit], method: str, options: Mapping[str, Any], state: State
-) -> None:
+    natural: Tensor, G: Tensor, units: Sequence[Unit], optimizer: KroneckerOptimizer
+) -> Moments:
     """Give preconditioned gradients the norm of another method's step at a rate of one, in place.
+
+    The option ``graft`` of the units says which: ``"sgd"``, the norm of the gradient; ``"adamw"``,
+    that of AdamW's step without weight decay.
 
     Args:
         natural: Of the units, ``[units, ..., d_out, d_in]``.
+        G: The gradients likewise.
         units: Their layers; parameters without a gradient do not count.
-        method: ``"sgd"``, the norm of the gradient; ``"adamw"``, that of AdamW's step without
-            weight decay.
-        options: Of AdamW.
-        state: By parameter; AdamW's moments are kept there.
+        optimizer: Whose options of AdamW and whose state count; neither is changed.
+
+    Returns:
+        New values in the state, by parameter.
     """
     parts = [
-        (index, p, p.grad, direction)
-        for index, (unit, matrix) in enumerate(zip(units, natural, strict=True))
-        for p, direction in zip(unit.parameters, unit.split(matrix), strict=True)
+        (index, p, grad, direction)
+        for index, (unit, g, matrix) in enumerate(zip(units, G, natural, strict=True))
+        for p, grad, direction in zip(
+            unit.parameters, unit.split(g), unit.split(matrix), strict=True
+        )
         if p.grad is not None
     ]
-    grads = [grad for _, _, grad, _ in parts]
-    if method == "adamw":
-        grads = _adamw_steps([p for _, p, _, _ in parts], grads, options, state)
+    wanted, moments = [grad for _, _, grad, _ in parts], Moments()
+    if units[0].group["graft"] == "adamw":
+        params = [p for _, p, _, _ in parts]
+        old = [optimizer.state[p] for p in params]
+        moments = [
+            (p, {k: s[k].clone() if k in s else zero for k, zero in fresh(p).items()})
+            for p, s in zip(params, old, strict=True)
+        ]
+        wanted = _adamw_steps(wanted, [own for _, own in moments], optimizer._adamw.defaults)
     index = torch.tensor([i for i, *_ in parts], device=natural.device)
-    wanted = _norms(index, len(units), grads)
-    own = _norms(index, len(units), [direction for *_, direction in parts])
-    scale = wanted / own.clamp(min=torch.finfo(own.dtype).tiny)
+    norms = _norms(index, len(units), [direction for *_, direction in parts])
+    scale = _norms(index, len(units), wanted) / norms.clamp(min=torch.finfo(norms.dtype).tiny)
     natural.mul_(scale.to(natural.dtype).view(-1, *[1] * (natural.ndim - 1)))
+    return moments
 
 
 def _norms(index: Tensor, units: int, tensors: list[Tensor]) -> Tensor:
@@ -70,20 +84,17 @@ def _norms(index: Tensor, units: int, tensors: list[Tensor]) -> Tensor:
 
 
 def _adamw_steps(
-    params: list[Tensor], grads: list[Tensor], options: Mapping[str, Any], state: State
+    grads: list[Tensor], moments: list[dict[str, Tensor]], options: Mapping[str, Any]
 ) -> list[Tensor]:
-    """What AdamW would add to parameters at a rate of one, and no weight decay."""
-    for p in params:
-        make_state(p, state[p])
-    own, steps = [state[p] for p in params], [torch.zeros_like(p) for p in params]
-    beta1, beta2 = options["betas"]
+    """What AdamW adds to parameters at a rate of one, without weight decay; moves the moments."""
+    steps, (beta1, beta2) = [torch.zeros_like(g) for g in grads], options["betas"]
     adamw(
         steps,
         grads,
-        [s["graft_exp_avg"] for s in own],
-        [s["graft_exp_avg_sq"] for s in own],
+        [own["graft_exp_avg"] for own in moments],
+        [own["graft_exp_avg_sq"] for own in moments],
         [],
-        [s["step"] for s in own],
+        [own["step"] for own in moments],
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,

@@ -30,7 +30,6 @@ class Bucket:
     ) -> None:
         self.units, self.members = list(units), fresh
         self.products: Members = {}  # worth keeping between two updates, not part of the state
-        self.refused = torch.zeros(len(self.units), dtype=torch.int64, device=_device(fresh))
         for index, unit in enumerate(self.units):
             own = state[unit.weight]
             for name, member in fresh.items():
@@ -41,36 +40,48 @@ class Bucket:
                 own[name] = views
                 unit.members[name] = member.with_tensors(views)
 
-    def select(self, units: Sequence[Unit]) -> tuple[Members, Members]:
-        """Factors and products of some of the units; copies, unless it is all of them."""
-        if len(units) == len(self.units):
-            return self.members, self.products
-        index = [self.units.index(unit) for unit in units]
-        return _map(self.members, lambda t: t[index]), _map(self.products, lambda t: t[index])
-
-    def write(self, units: Sequence[Unit], new: Members, rounded: Callable[..., Tensor]) -> None:
-        """Store new factors of some of the units, ``rounded(tensor, dtype)``.
-
-        Units of which any new number is not finite keep what they have; :attr:`refused` counts how
-        often in a row.
-        """
-        chosen: Any = slice(None)
-        if len(units) < len(self.units):
-            chosen = torch.tensor([*map(self.units.index, units)], device=self.refused.device)
-        values = {
-            name: [
-                rounded(t, stored.dtype)
-                for stored, t in zip(self.members[name].tensors(), member.tensors(), strict=True)
+    def replaced(
+        self, units: Sequence[Unit], new: Members, rounded: Callable[..., Tensor]
+    ) -> Members:
+        """The factors once those of some units are ``new``, ``rounded(tensor, dtype)``."""
+        changed: Members = {}
+        for name, member in new.items():
+            before = self.members[name]
+            tensors = [
+                rounded(t, kept.dtype)
+                for t, kept in zip(member.tensors(), before.tensors(), strict=True)
             ]
-            for name, member in new.items()
-        }
-        tensors = [t for value in values.values() for t in value]
-        finite = torch.stack([t.flatten(1).isfinite().all(1) for t in tensors]).all(0)
-        self.refused[chosen] = torch.where(finite, 0, self.refused[chosen] + 1)
-        for name, value in values.items():
-            for stored, t in zip(self.members[name].tensors(), value, strict=True):
-                good = finite.view(-1, *[1] * (t.ndim - 1))
-                stored[chosen] = torch.where(good, t, stored[chosen])
+            if len(units) < len(self.units):
+                index = self.index(units)
+                tensors = [
+                    kept.index_copy(0, index, t)
+                    for t, kept in zip(tensors, before.tensors(), strict=True)
+                ]
+            changed[name] = before.with_tensors(tensors)
+        return {**self.members, **changed}
+
+    def store(self, members: Members, products: Members) -> None:
+        """Take over new factors and their products."""
+        for name, member in members.items():
+            if member is not self.members[name]:
+                for kept, t in zip(self.members[name].tensors(), member.tensors(), strict=True):
+                    kept.copy_(t)
+        self.products = products
+
+    def select(self, units: Sequence[Unit], *members: Members) -> tuple[Members, ...]:
+        """What belongs to some of the units; copies, unless it is all of them."""
+        if len(units) == len(self.units):
+            return members
+        index = self.index(units)
+        return tuple(
+            {name: member.map(lambda t: t[index]) for name, member in each.items()}
+            for each in members
+        )
+
+    def index(self, units: Sequence[Unit]) -> Tensor:
+        """The places of some of the units."""
+        places = [self.units.index(unit) for unit in units]
+        return torch.tensor(places, device=self.units[0].weight.device)
 
 
 def buckets(
@@ -115,11 +126,3 @@ def gather(units: Sequence[Unit]) -> Tensor:
             column = slot[..., inputs]
             column.zero_() if bias is None else column.copy_(bias.reshape(column.shape))
     return out
-
-
-def _map(members: Members, function: Callable[[Tensor], Tensor]) -> Members:
-    return {name: member.map(function) for name, member in members.items()}
-
-
-def _device(members: Members) -> torch.device:
-    return next(t.device for member in members.values() for t in member.tensors())

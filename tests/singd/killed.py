@@ -12,7 +12,7 @@ from docs import snippets
 from singd import SINGD
 from tests.singd.runs import batches, mean_loss, raw_bytes, snapshot
 
-STEPS = 60
+STEPS = 120
 PAGE = Path(__file__).parents[2] / "docs" / "singd" / "checkpoints.md"
 save = snippets.run(PAGE, "def save(")["save"]
 
@@ -26,7 +26,7 @@ def make() -> tuple[nn.Module, SINGD]:
 
 
 def train(folder: str, said: Any = None) -> dict[str, bytes]:
-    """All steps, from the checkpoint if there is one; ``said`` is set where a save begins."""
+    """All steps, from the checkpoint if there is one; ``said`` is released where a save begins."""
     torch.set_num_threads(1)
     model, optimizer = make()
     path, first = Path(folder, "run.pt"), 0
@@ -43,7 +43,7 @@ def train(folder: str, said: Any = None) -> dict[str, bytes]:
         mean_loss(model(X), y).backward()
         optimizer.step()
         if said is not None:
-            said.set()
+            said.release()
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         save(state | {"random": torch.get_rng_state(), "step": step + 1}, str(path))
     return raw_bytes(snapshot(model, optimizer))

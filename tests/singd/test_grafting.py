@@ -121,3 +121,29 @@ def test_moments_are_counted_saved_and_resumed() -> None:
 def test_an_unknown_method_is_refused() -> None:
     with pytest.raises(ValueError, match="graft: expected one of None, 'sgd', 'adamw', got 'adam'"):
         SINGD(mlp(), graft="adam")
+
+
+def test_a_step_that_is_skipped_leaves_the_moments() -> None:
+    model = mlp()
+    optimizer = SINGD(model, graft="adamw", **OPTIONS)
+    train(model, optimizer, batches(2))
+    before = snapshot(model, optimizer)
+    X, y = batches(1)[0]
+    train(model, optimizer, [(X * float("nan"), y)])
+    after = snapshot(model, optimizer)
+    assert optimizer.skipped == 1
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_gradient_scaler_changes_no_bit() -> None:
+    scaled, plain = mlp(), mlp()
+    optimizer = SINGD(scaled, graft="adamw", **OPTIONS)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**7)
+    for X, y in batches(3):
+        optimizer.zero_grad()
+        scaler.scale(mean_loss(scaled(X), y)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    expected = train(plain, SINGD(plain, graft="adamw", **OPTIONS), batches(3))
+    got = snapshot(scaled, optimizer)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
