@@ -26,6 +26,7 @@ from torch import Size, Tensor
 from torch.utils import _pytree as pytree
 
 from structured import _coordinates
+from structured._dispatch import symmetric_product
 
 if TYPE_CHECKING:
     from linear_operator import LinearOperator
@@ -304,7 +305,7 @@ class StructuredMatrix(Operator):
 
     def project_gram(self, X: Tensor) -> Self:
         """``Pi(X X^T)`` for ``X [..., n, m]``, a member like ``self``."""
-        return self.project(X @ X.mT)
+        return self.project(symmetric_product(X))
 
     def gram(self) -> Self:
         """``Pi(A^T A)``."""
