@@ -265,9 +265,7 @@ def _step_kernels(run: Run) -> Iterator[Row]:
         )
 
 
-def _matrix(
-    run: Run, n: int, m: int, layout: str, dtype: torch.dtype = torch.bfloat16
-) -> Tensor:
+def _matrix(run: Run, n: int, m: int, layout: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     if run.dry:
         n, m = min(n, 36) // 4 * 4, 40
     shape = (n, m) if layout == "rows" else (m, n)

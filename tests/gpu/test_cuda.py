@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from singd import KFAC, SINGD
-from structured import parse
-from structured._conduct import OPERATIONS, _dense
+from structured import StructuredMatrix, parse
+from structured._operations import OPERATIONS
 from structured._strategies import Operands
 from tests.structured.specs import SPECS
 
@@ -19,6 +19,10 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+
+def _dense(result: Any) -> torch.Tensor:
+    return result.to_dense() if isinstance(result, StructuredMatrix) else result
 
 
 def operands(spec: str, n: int, m: int, dtype: torch.dtype) -> Operands:
@@ -34,7 +38,7 @@ def operands(spec: str, n: int, m: int, dtype: torch.dtype) -> Operands:
 @pytest.mark.parametrize("spec", SPECS)
 def test_operations(spec: str, dtype: torch.dtype) -> None:
     """The error is that of the precision, not of the device."""
-    for n, m in ((1, 3), (12, 5), (70, 200)):
+    for n, m in ((6, 3), (12, 5), (72, 200)):
         on_cpu = operands(spec, n, m, dtype)
         exact, on_gpu = on_cpu.to(torch.float64), on_cpu.to("cuda")
         for name, operation in OPERATIONS.items():

@@ -122,9 +122,7 @@ class TestOperator:
     def test_gradients(self, name):
         X = torch.randn(2, 4, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
         operator = getattr(OPERATORS, name)
-        assert torch.autograd.gradcheck(
-            operator, X, check_forward_ad=True, check_batched_grad=True
-        )
+        assert torch.autograd.gradcheck(operator, X, check_forward_ad=True, check_batched_grad=True)
         assert torch.autograd.gradgradcheck(operator, X)
 
     def test_transforms(self, name):
