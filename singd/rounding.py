@@ -37,7 +37,7 @@ def stochastic_round(
 
 
 def leading(alpha: Tensor, t: Tensor) -> Tensor:
-    """View a scalar or ``alpha [b]`` so that it multiplies ``t [b, ...]`` along its first dimension."""
+    """View a scalar or ``alpha [b]`` so that it multiplies ``t [b, ...]`` along the first."""
     return alpha.reshape(*alpha.shape, *(1,) * (t.ndim - alpha.ndim)) if alpha.ndim else alpha
 
 

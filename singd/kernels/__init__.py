@@ -1,8 +1,8 @@
 """Triton kernels of the step, behind PyTorch operators: on CUDA they serve, elsewhere their twins.
 
-The twins are :func:`singd.rounding.stochastic_round` and :func:`singd.descent.plain`. Randomness comes
-from a seed in a tensor and a count, so nothing waits for the device and a CUDA graph can be
-captured. Deleting this folder leaves a correct library.
+The twins are :func:`singd.rounding.stochastic_round` and :func:`singd.descent.plain`. Randomness
+comes from a seed in a tensor and a count, so nothing waits for the device. Deleting this folder
+leaves a correct library.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Weight decay, momentum and the step of many parameters in one launch. Twin: ``singd.descent.plain``.
+"""Weight decay, momentum and the step of many parameters in one launch.
 
-Every program works on one tensor, found in a table of addresses. The table travels from pinned
-memory without a wait, and is kept while the addresses stay.
+Twin: :func:`singd.descent.plain`. Every program works on one tensor, found in a table of
+addresses. The table travels from pinned memory without a wait, and is kept while they stay.
 """
 
 from __future__ import annotations

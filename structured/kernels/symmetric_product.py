@@ -157,7 +157,7 @@ def _run(out: Tensor, X: Tensor, add: tuple[float, float] | None, cut: Tiling | 
     part = parts(m, programs, depth, X.device, least=16)
     count = triton.cdiv(m, part)
     if count == 1:
-        target = out.view(X.shape[:-1] + (n,))[None]
+        target = out.view((*X.shape[:-1], n))[None]
     else:
         target = torch.empty(count, outer, inner, n, n, dtype=torch.float32, device=X.device)
     fast = torch.get_float32_matmul_precision() != "highest"

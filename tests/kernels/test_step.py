@@ -88,7 +88,7 @@ def test_a_rounded_sum_in_place(alpha, dtype):
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("dtype", (torch.float32, *LOW))
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
 def test_descent_of_many_parameters(dtype, momentum):
     torch.manual_seed(0)
     M = torch.randn(5, 8, device=DEVICE)  # a weight with its bias, side by side
@@ -146,8 +146,10 @@ def test_a_rounded_sum_of_rounding_is_its_twin_on_the_cpu():
     means = stored.double().mean(1) - 1
     torch.testing.assert_close(means, torch.tensor([1e-4, -1e-3]).double(), rtol=0, atol=3e-4)
     exact = torch.ones(2, 3, dtype=torch.float64)
-    Rounding(3, 0).add_(exact, torch.ones(2, 3).double(), torch.tensor(0.1).double())
-    torch.testing.assert_close(exact, torch.full((2, 3), 1.1).double(), rtol=0, atol=1e-15)
+    Rounding(3, 0).add_(exact, torch.ones(2, 3).double(), torch.tensor(0.1, dtype=torch.float64))
+    torch.testing.assert_close(
+        exact, torch.full((2, 3), 1.1, dtype=torch.float64), rtol=0, atol=1e-15
+    )
 
 
 def test_the_operators():
