@@ -16,7 +16,7 @@ from torch import Tensor
 
 from singd.kernels.rounding import DROPPED, rounded
 
-BLOCK = 512  # places for each of the four numbers of a call of Philox
+BLOCK = 1024  # places for each of the four numbers of a call of Philox
 PROGRAMS = 512  # for each tensor, at most
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -41,8 +41,11 @@ def _one(
     MOMENTUM: tl.constexpr,
     STRIDED: tl.constexpr,
     BITS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     mask = i < size
+    if WHOLE:  # known to the compiler: several places are read at once
+        mask = tl.full(i.shape, 1, tl.int1)
     p = tl.load(param + i, mask=mask, other=0.0).to(tl.float32)
     place = i // length * stride + i % length if STRIDED else i
     d = tl.load(direction + place, mask=mask, other=0.0).to(tl.float32) + weight_decay * p
@@ -88,23 +91,17 @@ def _kernel(
         second = (zero + block).to(tl.uint32)
         noise = tl.philox(start, low, second, third, fourth)
         first = places + block * (4 * BLOCK)
+        whole = (block + 1) * (4 * BLOCK) <= size
         for q in tl.static_range(4):
-            _one(
-                param,
-                direction,
-                buffer,
-                first + q * BLOCK,
-                size,
-                length,
-                stride,
-                noise[q],
-                lr,
-                momentum,
-                weight_decay,
-                MOMENTUM,
-                STRIDED,
-                BITS,
-            )
+            i = first + q * BLOCK
+            # fmt: off
+            if whole:
+                _one(param, direction, buffer, i, size, length, stride, noise[q], lr, momentum,
+                     weight_decay, MOMENTUM, STRIDED, BITS, True)
+            else:
+                _one(param, direction, buffer, i, size, length, stride, noise[q], lr, momentum,
+                     weight_decay, MOMENTUM, STRIDED, BITS, False)
+            # fmt: on
 
 
 def launch(

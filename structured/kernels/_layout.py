@@ -11,7 +11,8 @@ def as_batch(X: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     if X.ndim > 4:
         X = X.flatten(0, -4)
     X = X[(None,) * (4 - X.ndim)]
-    return X, X.stride()
+    strides = X.stride()  # that of a single item is of no use, and 0 is a multiple of all widths
+    return X, tuple(0 if X.shape[d] == 1 and d < 2 else strides[d] for d in range(4))
 
 
 def parts(columns: int, programs: int, block: int, device: torch.device, least: int) -> int:
