@@ -119,6 +119,11 @@ class BlockDiagonal(StructuredMatrix):
         blocks = self.blocks.diagonal(dim1=-2, dim2=-1).sum((-2, -1))
         return blocks + self.last.diagonal(dim1=-2, dim2=-1).sum(-1)
 
+    def trace_product(self, other: Self) -> Tensor:
+        """Sum over the blocks, k n."""
+        blocks = Dense(self.blocks).trace_product(Dense(other.blocks)).sum(-1)
+        return blocks + Dense(self.last).trace_product(Dense(other.last))
+
     def add_scaled_identity(self, alpha: Scalar) -> Self:
         """Block by block."""
         each = alpha[..., None] if isinstance(alpha, Tensor) and alpha.ndim else alpha

@@ -65,6 +65,10 @@ class Dense(StructuredMatrix):
         """``M^T M``."""
         return self._build([symmetric_product(self.M.mT)])
 
+    def trace_product(self, other: Self) -> Tensor:
+        """``sum_ij M_ij N_ji``, n^2."""
+        return (self.M * other.M.mT).sum((-2, -1))
+
     def add_scaled_identity(self, alpha: Scalar) -> Self:
         """``M + alpha I``."""
         M = self.M.clone()

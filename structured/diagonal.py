@@ -77,6 +77,10 @@ class Diagonal(StructuredMatrix):
         """Sum of ``d``."""
         return self.d.sum(-1)
 
+    def trace_product(self, other: Self) -> Tensor:
+        """``sum_i d_i e_i``."""
+        return (self.d * other.d).sum(-1)
+
     def add_scaled_identity(self, alpha: Scalar) -> Self:
         """``diag(d + alpha)``."""
         alpha = trailing(alpha, self.d) if isinstance(alpha, Tensor) else alpha
