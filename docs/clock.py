@@ -1,4 +1,4 @@
-"""The table of ``benchmarks/results/ops.csv`` in short: how often a structure is as fast as dense."""
+"""``benchmarks/results/ops.csv`` in short: how often a structure is as fast as dense."""
 
 from __future__ import annotations
 

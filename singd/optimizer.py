@@ -240,8 +240,8 @@ class SINGD(KroneckerOptimizer):
         U_C: StructuredMatrix,
     ) -> Members:
         """The same with less work; products of factors in low precision are made anew."""
-        P_K = products["KK"] if products["KK"].dtype == K.dtype else K.matmul(K.mT)
-        P_C = products["CC"] if products["CC"].dtype == C.dtype else C.matmul(C.mT)
+        P_K = products["KK"] if products["KK"].dtype == K.dtype else K.mT.gram()
+        P_C = products["CC"] if products["CC"].dtype == C.dtype else C.mT.gram()
         U_K, U_C = U_K.to(K.dtype), U_C.to(C.dtype)
         weights: Any = [(1.0, group["damping"])] * 2
         if not group["kfac_like"]:
@@ -288,7 +288,7 @@ class SINGD(KroneckerOptimizer):
         K, C = members["K"], members["C"]
         if not (group["keep_products"] and K.closed_under_transpose and C.closed_under_transpose):
             return {}
-        return {"KK": K.matmul(K.mT), "CC": C.matmul(C.mT)}
+        return {"KK": K.mT.gram(), "CC": C.mT.gram()}
 
     def _precondition(self, members: Members, products: Members, G: Tensor) -> Tensor:
         K, C = members["K"], members["C"]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from singd import distributed
 from singd.capture import Statistics, Unit
+from singd.descent import descend
 from singd.grafting import graft_
 from singd.grouping import Bucket, Members, gather, stack
 from singd.options import Group
@@ -71,7 +72,7 @@ class Step:
                 distributed.reduce_gradients(self._gradients(), group)
         try:
             proposals = [self._propose(bucket, stream=i) for i, bucket in enumerate(self.buckets)]
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, not in __all__
             bad = None if self.optimizer.max_skipped is None else self._cause([], [])
             if bad is None:
                 raise
@@ -263,26 +264,27 @@ class Step:
 
     def _descend_group(self, group: Group, moves: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Weight decay, momentum and the step, for one group."""
-        params = [p for p, _ in moves]
-        directions = [d.to(p.dtype) for p, d in moves]
-        if group["weight_decay"] != 0:
-            torch._foreach_add_(directions, params, alpha=group["weight_decay"])
-        if group["momentum"] != 0:
-            buffers = []
-            for p in params:
-                state = self.optimizer.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                buffers.append(state["momentum_buffer"])
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, directions)
-            directions = buffers
-        if all(p.dtype in (torch.float32, torch.float64) for p in params):
-            torch._foreach_add_(params, directions, alpha=-group["lr"])
-            return
+        devices: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+        for p, direction in moves:
+            devices.setdefault(p.device, []).append((p, direction))
         rounding = Rounding(group["seed"], group["step"], stream=-1)
-        for p, direction in zip(params, directions, strict=True):
-            p.copy_(rounding(p.float() - group["lr"] * direction.float(), p.dtype))
+        for there in devices.values():
+            descend(
+                [p for p, _ in there],
+                [direction for _, direction in there],
+                [self._momentum_buffer(p) for p, _ in there] if group["momentum"] else [],
+                lr=group["lr"],
+                momentum=group["momentum"],
+                weight_decay=group["weight_decay"],
+                rounding=rounding,
+            )
+
+    def _momentum_buffer(self, p: Tensor) -> Tensor:
+        state = self.optimizer.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
 
 
 def _moves(naturals: Naturals) -> Iterable[tuple[Tensor, Tensor]]:
