@@ -21,8 +21,9 @@ from torch.optim import AdamW, Optimizer
 from singd import checkpoint, distributed
 from singd._layer import flatten_rows
 from singd.amp import calling_scale
-from singd.capture import Capture, Statistics, Unit
+from singd.capture import Statistics, Unit
 from singd.grouping import Bucket, Members, buckets
+from singd.hooks import Capture
 from singd.layers import OPTIONAL
 from singd.options import LOSS_AVERAGES, Group, given_group, in_range, one_of, parameter_of
 from singd.plan import Plan, find_units, make_plan, owners_of
@@ -105,7 +106,7 @@ class KroneckerOptimizer(Optimizer):
         """What is stored of a unit before any update, with further leading batch dimensions."""
 
     @abstractmethod
-    def _statistic(self, unit: Unit, side: str, X: Tensor) -> StructuredMatrix:
+    def _statistic(self, unit: Unit, side: str, X: Tensor, part: int) -> StructuredMatrix:
         """What to sum of the columns ``X [..., n, R]``; ``side`` is ``"K"`` or ``"C"``."""
 
     @abstractmethod
@@ -175,7 +176,7 @@ class KroneckerOptimizer(Optimizer):
                 del self.param_groups[-1][key]
         self._units += units
         self._bind()
-        self._capture.watch(units)
+        self._capture.watch(self.model, units)
 
     def _watch(self) -> None:
         """Begin to capture; that ends with :meth:`close`, or with this object."""
@@ -274,9 +275,12 @@ class KroneckerOptimizer(Optimizer):
         off = self._paused or self._sampled or self._is_foreign(unit)
         return self._due(unit) and not off
 
-    def _measure(self, unit: Unit, module: nn.Module, x: Tensor, g: Tensor) -> None:
+    def _measure(
+        self, unit: Unit, module: nn.Module, x: Tensor, g: Tensor, part: int, root: int
+    ) -> None:
         """Take in one use of ``module`` with input ``x`` and output gradient ``g``."""
-        if unit.layout != self._layout(unit) or getattr(module, "weight", None) is not unit.weight:
+        weight = getattr(module, unit.layer.weight, None)
+        if unit.layout != self._layout(unit) or weight is not unit.weight:
             self._settle()
         _ = self._buckets  # the factors exist from now on
         approximation, layer = unit.group["kfac_approx"], unit.layer
@@ -286,11 +290,11 @@ class KroneckerOptimizer(Optimizer):
             U_K: StructuredMatrix = Diagonal(squares)
         else:
             A, rows = layer.columns(module, x, approximation, ones)
-            U_K = self._statistic(unit, "K", A)
-        U_C = self._statistic(unit, "C", flatten_rows(grads, approximation, average=False))
+            U_K = self._statistic(unit, "K", A, part)
+        U_C = self._statistic(unit, "C", flatten_rows(grads, approximation, average=False), part)
         samples, positions = grads.shape[-3:-1]
         seen = Statistics(U_K, U_C, rows, samples, samples * positions)
-        unit.observe(module, seen, x, g)
+        unit.observe(module, part, root, seen, x, g)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -439,7 +443,7 @@ class KroneckerOptimizer(Optimizer):
             self._given = {id(p) for group in self.param_groups for p in group["params"]}
             self._watch()
             self._bind()
-            self._capture.watch(self._units)
+            self._capture.watch(self.model, self._units)
 
     # Checkpoints --------------------------------------------------------------------------------
 

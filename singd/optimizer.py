@@ -196,8 +196,8 @@ class SINGD(KroneckerOptimizer):
 
     # The rule -----------------------------------------------------------------------------------
 
-    def _statistic(self, unit: Unit, side: str, X: Tensor) -> StructuredMatrix:
-        K = unit.members[side]
+    def _statistic(self, unit: Unit, side: str, X: Tensor, part: int) -> StructuredMatrix:
+        K = unit.member(side, part)
         compute = torch.float32 if X.dtype == torch.float16 else X.dtype
         wide = torch.promote_types(compute, torch.float32)
         return update.statistic(K.to(compute), X.to(compute)).to(wide)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from singd.grouping import Bucket, gather, stack
 from singd.options import Group
 from singd.rounding import Rounding
 from singd.update import inner, residual, trust_region
+from structured import StructuredMatrix
 
 if TYPE_CHECKING:
     from singd.base import KroneckerOptimizer
@@ -50,10 +51,12 @@ class Step:
         """
         group = self.optimizer._process_group
         if distributed.size(group) > 1:
-            everywhere = [unit.statistics or self._nothing(unit) for unit in self._due()]
-            distributed.reduce_statistics(everywhere, group)
-            for unit, seen in zip(self._due(), everywhere, strict=True):
-                unit.statistics = seen
+            for unit in self._due():
+                unit.statistics = {
+                    part: unit.statistics.get(part) or self._nothing(unit, part)
+                    for part in range(unit.layer.parts)
+                }
+                distributed.reduce_statistics(unit.statistics.values(), group)
             if self.optimizer._reduce_gradients:
                 distributed.reduce_gradients(self._gradients(), group)
         if self.optimizer.max_skipped is not None and (bad := self._nonfinite()) is not None:
@@ -81,9 +84,9 @@ class Step:
         """The units whose factors are updated."""
         return [u for b in self.buckets for u in b.units if self.optimizer._due(u)]
 
-    def _nothing(self, unit: Unit) -> Statistics:
+    def _nothing(self, unit: Unit, part: int) -> Statistics:
         """Statistics of no rows, for a rank that did not use the unit."""
-        like = [unit.members[side] for side in self.optimizer._sides]
+        like = [unit.member(side, part) for side in self.optimizer._sides]
         U_K, U_C = (m.to(torch.promote_types(m.dtype, torch.float32)).zeros_like() for m in like)
         return Statistics(U_K, U_C, 0, 0, 0)
 
@@ -97,9 +100,8 @@ class Step:
         names = {id(p): name for name, p in self.optimizer.model.named_parameters()}
         found = [(names.get(id(p), "a parameter"), g) for p, g in self._gradients()]
         for unit in self._due():
-            if unit.statistics is not None:
-                parts = (unit.statistics.U_K, unit.statistics.U_C)
-                found += [(unit.name, t) for part in parts for t in part.tensors()]
+            for seen in unit.statistics.values():
+                found += [(unit.name, t) for U in (seen.U_K, seen.U_C) for t in U.tensors()]
         found = [(name, t) for name, t in found if t.numel()]
         if not found:
             return None
@@ -138,11 +140,10 @@ class Step:
     def _update(self, bucket: Bucket, stream: int) -> None:
         """Normalise the statistics of a bucket, once, and update its factors."""
         optimizer, group = self.optimizer, bucket.units[0].group
-        units = [u for u in bucket.units if u.statistics is not None and u.statistics.rows]
+        units = [u for u in bucket.units if u.complete]
         if units and optimizer._due(units[0]):
-            seen = [(u.statistics, u) for u in units if u.statistics is not None]
-            U_K = stack([(1.0 / s.rows) * s.U_K for s, _ in seen])
-            U_C = stack([self._terms(s, u) * s.U_C for s, u in seen])
+            U_K = stack([_join(u, lambda s, _: (1.0 / s.rows) * s.U_K) for u in units])
+            U_C = stack([_join(u, lambda s, u: self._terms(s, u) * s.U_C) for u in units])
             old, _ = bucket.select(units)
             if self.report is not None and "K" in old:
                 for side, U in (("K", U_K), ("C", U_C)):
@@ -226,6 +227,12 @@ class Step:
         rounding = Rounding(group["seed"], group["step"], stream=-1)
         for p, direction in zip(params, directions, strict=True):
             p.copy_(rounding(p.float() - group["lr"] * direction.float(), p.dtype))
+
+
+def _join(unit: Unit, average: Callable[[Statistics, Unit], StructuredMatrix]) -> StructuredMatrix:
+    """The averages of a unit; the parts of its layer, if any, side by side."""
+    averages = [average(seen, unit) for _, seen in sorted(unit.statistics.items())]
+    return averages[0] if unit.layer.parts == 1 else stack(averages)
 
 
 def _moves(naturals: Naturals) -> Iterable[tuple[Tensor, Tensor]]:
