@@ -117,23 +117,28 @@ class Step:
         """AdamW groups: those of its own, and the units whose gradient was not explained."""
         optimizer = self.optimizer
         groups = [g for g in optimizer.param_groups if g["rule"] == "adamw"]
-        for unit in optimizer._units:
-            if not optimizer._is_foreign(unit):
-                continue
-            if not optimizer._is_adamw(unit.weight):  # found out just now
-                warnings.warn(
-                    f"{unit.name}: its layer's inputs and outputs do not explain its gradient (is "
-                    "the weight used in another way too?); AdamW trains it instead",
-                    stacklevel=5,
-                )
-                for p in unit.parameters:
-                    optimizer.state.pop(p, None)
-                unit.members.clear()
-                optimizer._bucket_list = None
+        foreign = [unit for unit in optimizer._units if optimizer._is_foreign(unit)]
+        self._hand_over([unit for unit in foreign if not optimizer._is_adamw(unit.weight)])
+        for unit in foreign:
             group, options = unit.group, dict(optimizer._adamw.defaults)
             options["lr"] *= group["lr"] / (group.get("initial_lr", group["lr"]) or 1.0)
             groups.append({**options, "params": unit.parameters})
         return groups
+
+    def _hand_over(self, units: Sequence[Unit]) -> None:
+        """Leave units to AdamW that were found out just now."""
+        for unit in units:
+            for p in unit.parameters:
+                self.optimizer.state.pop(p, None)
+            unit.members.clear()
+            self.optimizer._bucket_list = None
+        if units:
+            names = ", ".join(unit.name for unit in units)
+            warnings.warn(
+                f"{names}: what the layer is called with does not explain the gradient (is the "
+                "weight used in another way too?); AdamW trains it instead",
+                stacklevel=8,  # whoever calls the optimizer's step, which PyTorch wraps twice
+            )
 
     # Factors ------------------------------------------------------------------------------------
 

@@ -145,6 +145,72 @@ def test_a_use_that_hooks_do_not_see_is_noticed_with_one_warning() -> None:
     assert optimizer.plan().state_bytes == stored(optimizer)
 
 
+class Bypassed(nn.Module):
+    """Two layers that are, or are not, used by calling them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = (nn.Linear(4, d, dtype=F64) for d in (4, 4, 3))
+        self.how = "called"
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.a, self.b):
+            if self.how == "called":
+                x = layer(x)
+            elif self.how == "forward":
+                x = layer.forward(x)
+            elif self.how == "functional":
+                x = nn.functional.linear(x, layer.weight, layer.bias)
+            else:
+                x = layer(x) + layer.weight.square().sum()
+            x = x.tanh()
+        return self.head(x)
+
+
+@pytest.mark.parametrize("how", ["forward", "functional", "both"])
+@pytest.mark.parametrize("start", [0, 1, 5])
+@pytest.mark.parametrize("T", [1, 3])
+def test_a_use_that_begins_later_is_noticed_too_with_one_warning(
+    how: str, start: int, T: int
+) -> None:
+    model = Bypassed()
+    optimizer = SINGD(model, T=T, lr=0.01)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, optimizer, batches(start))
+        model.how = how
+        train(model, optimizer, batches(20 * T))
+    assert [str(w.message).split(":")[0] for w in caught] == ["a.weight, b.weight"]
+    assert caught[0].filename.endswith("runs.py")  # that calls the step
+    assert rules(optimizer) == {
+        f"{name}.{kind}": "SINGD" if name == "head" else "AdamW"
+        for name in ("a", "b", "head")
+        for kind in ("weight", "bias")
+    }
+
+
+def test_what_is_common_raises_no_false_alarm() -> None:
+    """Gradients that cancel, accumulate in bfloat16, or belong to a graph of the step before."""
+    model = nn.Sequential(nn.Linear(1, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    optimizer = SINGD(model, T=1)  # the first gradient is zero but for rounding
+    for X, y in batches(9, 8, 1, dtype=torch.float32):
+        train(model, optimizer, [(X, y)])
+    for dtype in (torch.bfloat16, torch.float32):
+        summed = mlp(dtype)
+        optimizer = SINGD(summed, T=1, lr=0.0)
+        for X, y in batches(64, dtype=dtype):  # the last are lost in the sum
+            mean_loss(summed(X), y).backward()
+            optimizer.step()
+    late = mlp()
+    optimizer, loss = SINGD(late, T=2), mean_loss(late(X.double()), y.double())
+    for X, y in batches(8):
+        optimizer.zero_grad()  # after the forward pass
+        loss.backward()
+        optimizer.step()
+        loss = mean_loss(late(X), y)
+    assert set(rules(optimizer).values()) == {"SINGD"}
+
+
 @pytest.mark.parametrize("first", ["empty", "zero", "infinite"])
 def test_a_pass_that_tells_nothing_does_not_settle_it(first: str) -> None:
     model = Penalized()
