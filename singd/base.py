@@ -25,6 +25,7 @@ from singd.capture import Statistics, Unit
 from singd.grouping import Bucket, Members, buckets
 from singd.hooks import Capture
 from singd.layers import OPTIONAL
+from singd.loss_scale import LossCheck
 from singd.options import LOSS_AVERAGES, Group, given_group, in_range, one_of, parameter_of
 from singd.plan import Plan, find_units, make_plan, owners_of
 from singd.stepping import Step
@@ -47,7 +48,7 @@ class KroneckerOptimizer(Optimizer):
             ``model`` if ``None``.
         defaults: Options of the preconditioned groups.
         adamw: Options of :class:`torch.optim.AdamW` for all other parameters.
-        layers: Types among :data:`singd.layers.OPTIONAL` that are preconditioned as well.
+        layers: Types among :data:`singd.layers.OPTIONAL` that are preconditioned as well; or "all".
         max_skipped: Steps in a row that may be skipped since something was not finite; ``None``
             looks for nothing, and spares the wait for the device that it takes.
         telemetry: Called after every step with norms, the bound, residuals and skipped steps.
@@ -65,7 +66,7 @@ class KroneckerOptimizer(Optimizer):
         params: Iterable[Any] | None,
         defaults: Group,
         adamw: Mapping[str, Any] | None,
-        layers: Collection[type[nn.Module]] = (),
+        layers: Collection[type[nn.Module]] | str = (),
         max_skipped: int | None = 10,
         telemetry: Callable[[dict[str, Any]], None] | None = None,
         process_group: Any = None,
@@ -78,7 +79,8 @@ class KroneckerOptimizer(Optimizer):
         for name, p in model.named_parameters():
             if isinstance(p, nn.parameter.UninitializedParameter):
                 raise ValueError(f"{name} is not initialised yet: run one forward pass first")
-        self.model, self._layers = model, tuple(layers)
+        self.model = model
+        self._layers = tuple(OPTIONAL if layers == "all" else layers)
         for layer in self._layers:
             one_of("layers", layer, tuple(OPTIONAL))
         self._adamw = AdamW([torch.zeros(0)], **(adamw or {}))
@@ -93,6 +95,8 @@ class KroneckerOptimizer(Optimizer):
         self.max_skipped, self.telemetry = max_skipped, telemetry
         self._terms: float | Tensor = 0  # of the loss, counted for the coming step
         self._watch()
+        self._loss_check: LossCheck | None = LossCheck(model)
+        weakref.finalize(self, self._loss_check.close)
         params = [p for p in model.parameters() if p.requires_grad] if params is None else params
         params = [given_group(p) if isinstance(p, Mapping) else p for p in params]
         groups = params if params and isinstance(params[0], dict) else [{"params": params}]
@@ -320,6 +324,8 @@ class KroneckerOptimizer(Optimizer):
     def close(self) -> None:
         """Remove every hook from the model."""
         self._capture.close()
+        if self._loss_check is not None:
+            self._loss_check.close()
 
     def __enter__(self) -> Self:
         return self
@@ -392,6 +398,8 @@ class KroneckerOptimizer(Optimizer):
         self._settle()
         if distributed.size(self._process_group) > 1:
             distributed.agree(self)
+        if self._loss_check is not None:
+            self._check_loss(self._loss_check, scale)
         step = Step(self, scale, unscaled=unscaled)
         bad = step.run(descend=descend)
         self._forget()
@@ -409,6 +417,15 @@ class KroneckerOptimizer(Optimizer):
             raise FloatingPointError(
                 f"{bad}: gradient or statistics not finite in {self._skipped_in_row} steps in a row"
             )
+
+    def _check_loss(self, check: LossCheck, scale: Tensor | None) -> None:
+        """Warn at the first step if ``loss_average`` is plainly wrong."""
+        if isinstance(self._terms, Tensor) or self._terms:
+            check.close()  # the number is given
+        groups = [group for group in self.param_groups if group["rule"] == KRONECKER]
+        check.report({group["loss_average"] for group in groups}, scale)
+        if not check.handles:
+            self._loss_check = None
 
     def _forget(self) -> None:
         """Drop the statistics of the step that ended."""
@@ -429,7 +446,15 @@ class KroneckerOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For :mod:`copy` and :mod:`pickle`, best together with the model."""
-        found = ("_capture", "_groups", "_given", "_places", "_bucket_list", "_process_group")
+        found = (
+            "_capture",
+            "_loss_check",
+            "_groups",
+            "_given",
+            "_places",
+            "_bucket_list",
+            "_process_group",
+        )
         return {
             k: v
             for k, v in vars(self).items()
@@ -439,7 +464,7 @@ class KroneckerOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "model" in state:  # else this is a part of loading a checkpoint
-            self._process_group = None
+            self._process_group = self._loss_check = None
             self._given = {id(p) for group in self.param_groups for p in group["params"]}
             self._watch()
             self._bind()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from typing import Any
 
 from torch import Tensor
@@ -35,3 +36,10 @@ def one_of(name: str, value: Any, known: Sequence[Any]) -> None:
     """Raise unless ``value`` is one of ``known``."""
     if value not in known:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def by_name(given: Any, name: str, default: Any) -> Any:
+    """An option; or, of a mapping from patterns, what the first pattern gives that matches."""
+    if not isinstance(given, Mapping):
+        return given
+    return next((value for pattern, value in given.items() if fnmatch(name, pattern)), default)
