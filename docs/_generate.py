@@ -17,7 +17,7 @@ from sphinx.ext.napoleon import Config, GoogleDocstring
 
 import singd
 import structured
-from docs import catalogue, costs, pictures, stages
+from docs import catalogue, clock, costs, gpu, pictures, stages
 
 DOCS = Path(__file__).parent
 OUT = DOCS / "_generated"
@@ -38,6 +38,8 @@ def build() -> None:
     for name in catalogue.names():
         write(OUT / f"{name}.svg", pictures.growing(name))
     write(OUT / "costs.md", costs.markdown(rows) + "\n")
+    write(OUT / "clock.md", clock.markdown() + "\n")
+    write(OUT / "gpu.md", gpu.section())
     write(OUT / "stages.md", stages.markdown() + "\n")
     write(OUT / "structures.svg", pictures.overview())
     write(DOCS / "structured" / "catalogue.rst", catalogue_page(rows))
@@ -107,7 +109,11 @@ def reference(package: ModuleType) -> str:
     """What a package exports, and the modules listed above, as far as they exist."""
     name = package.__name__
     out = [heading(f"``{name}``", "="), f".. automodule:: {name}", "   :members:"]
-    out += ["   :imported-members:", "   :show-inheritance:", ""]
+    out += ["   :imported-members:", "   :show-inheritance:"]
+    if package is structured:  # what every member has, once
+        out += ["   :exclude-members: StructuredMatrix", ""]
+        out += [f".. autoclass:: {name}.StructuredMatrix", "   :members:", "   :inherited-members:"]
+    out += [""]
     for module in (f"{name}.{last}" for last in MODULES[name]):
         if importlib.util.find_spec(module):
             out += [heading(f"``{module}``", "-"), f".. automodule:: {module}", "   :members:", ""]

@@ -19,7 +19,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
 from singd import checkpoint, distributed
-from singd._layer import flatten_rows
+from singd._layer import flatten_rows, square_sums
 from singd.amp import calling_scale
 from singd.capture import Statistics, Unit
 from singd.grouping import Bucket, Members, buckets
@@ -80,7 +80,8 @@ class KroneckerOptimizer(Optimizer):
             if isinstance(p, nn.parameter.UninitializedParameter):
                 raise ValueError(f"{name} is not initialised yet: run one forward pass first")
         self.model = model
-        self._layers = tuple(OPTIONAL if layers == "all" else layers)
+        named: Any = OPTIONAL if layers == "all" else layers
+        self._layers: tuple[type[nn.Module], ...] = tuple(named)
         for layer in self._layers:
             one_of("layers", layer, tuple(OPTIONAL))
         self._adamw = AdamW([torch.zeros(0)], **(adamw or {}))
@@ -115,9 +116,17 @@ class KroneckerOptimizer(Optimizer):
 
     @abstractmethod
     def _update(
-        self, group: Group, old: Members, U_K: StructuredMatrix, U_C: StructuredMatrix
+        self,
+        group: Group,
+        old: Members,
+        products: Members,
+        U_K: StructuredMatrix,
+        U_C: StructuredMatrix,
     ) -> Members:
-        """New values of what is stored, from the statistics of the Kronecker factors."""
+        """New values of what is stored, from the statistics of the Kronecker factors.
+
+        ``products`` are those of ``old``, if any are kept.
+        """
 
     def _products(self, group: Group, members: Members) -> Members:
         """Products worth keeping until the next update."""
@@ -287,18 +296,32 @@ class KroneckerOptimizer(Optimizer):
         if unit.layout != self._layout(unit) or weight is not unit.weight:
             self._settle()
         _ = self._buckets  # the factors exist from now on
+        diagonal = isinstance(unit.members[self._sides[0]], Diagonal)
+        pieces = [(x, g)] if diagonal else unit.layer.pieces(module, x, g)
+        seen, *others = (self._statistics(unit, module, *piece, part) for piece in pieces)
+        for other in others:
+            seen.add(other)
+        unit.observe(module, part, root, seen, x, g)
+
+    def _statistics(
+        self, unit: Unit, module: nn.Module, x: Tensor, g: Tensor, part: int
+    ) -> Statistics:
         approximation, layer = unit.group["kfac_approx"], unit.layer
         grads, ones = layer.grads(module, g), unit.bias is not None
-        if isinstance(unit.members[self._sides[0]], Diagonal):
+        K, C = (unit.members[side] for side in self._sides)
+        if isinstance(K, Diagonal):
             squares, rows = layer.square_sums(module, x, approximation, ones)
             U_K: StructuredMatrix = Diagonal(squares)
         else:
             A, rows = layer.columns(module, x, approximation, ones)
             U_K = self._statistic(unit, "K", A, part)
-        U_C = self._statistic(unit, "C", flatten_rows(grads, approximation, average=False), part)
+        if isinstance(C, Diagonal):
+            U_C: StructuredMatrix = Diagonal(square_sums(grads, approximation, average=False))
+        else:
+            B = flatten_rows(grads, approximation, average=False)
+            U_C = self._statistic(unit, "C", B, part)
         samples, positions = grads.shape[-3:-1]
-        seen = Statistics(U_K, U_C, rows, samples, samples * positions)
-        unit.observe(module, part, root, seen, x, g)
+        return Statistics(U_K, U_C, rows, samples, samples * positions)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

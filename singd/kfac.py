@@ -84,7 +84,12 @@ class KFAC(KroneckerOptimizer):
         return S.project_gram(X.to(S.dtype))
 
     def _update(
-        self, group: Group, old: Members, U_K: StructuredMatrix, U_C: StructuredMatrix
+        self,
+        group: Group,
+        old: Members,
+        products: Members,
+        U_K: StructuredMatrix,
+        U_C: StructuredMatrix,
     ) -> Members:
         new: Members = {}
         for side, U in (("K", U_K), ("C", U_C)):

@@ -207,9 +207,16 @@ class SINGD(KroneckerOptimizer):
         return update.statistic(K.to(compute), X.to(compute)).to(wide)
 
     def _update(
-        self, group: Group, old: Members, U_K: StructuredMatrix, U_C: StructuredMatrix
+        self,
+        group: Group,
+        old: Members,
+        products: Members,
+        U_K: StructuredMatrix,
+        U_C: StructuredMatrix,
     ) -> Members:
         K, C = _wide(old["K"], U_K), _wide(old["C"], U_C)
+        if products and "m_K" not in old and not group["normalize_lr_cov"]:
+            return self._update_by_products(group, K, C, products, U_K, U_C)
         H_K, H_C = update.curvature(K, U_K.to(K.dtype)), update.curvature(C, U_C.to(C.dtype))
         if group["kfac_like"]:
             m_K = update.ikfac_momentum(K, H_K, group["damping"])
@@ -220,6 +227,37 @@ class SINGD(KroneckerOptimizer):
         for side, factor, m in (("K", K, m_K), ("C", C, m_C)):
             new |= self._move_factor(group, side, factor, m, old.get(f"m_{side}"))
         return new
+
+    def _update_by_products(
+        self,
+        group: Group,
+        K: StructuredMatrix,
+        C: StructuredMatrix,
+        products: Members,
+        U_K: StructuredMatrix,
+        U_C: StructuredMatrix,
+    ) -> Members:
+        """The same with less work; products of factors in low precision are made anew."""
+        P_K = products["KK"] if products["KK"].dtype == K.dtype else K.matmul(K.mT)
+        P_C = products["CC"] if products["CC"].dtype == C.dtype else C.matmul(C.mT)
+        U_K, U_C = U_K.to(K.dtype), U_C.to(C.dtype)
+        weights: Any = [(1.0, group["damping"])] * 2
+        if not group["kfac_like"]:
+            weights = update.singd_weights(P_K, P_C, U_K, U_C, group["damping"])
+        new: Members = {}
+        for side, factor, P, U, (a, c) in zip(
+            "KC", (K, C), (P_K, P_C), (U_K, U_C), weights, strict=True
+        ):
+            W = update.product_curvature(P, U, a, c)
+            lr_cov = self._lr_cov(group)
+            if group["factor_clip"] is not None:
+                lr_cov = update.product_clipped(lr_cov, W, group["factor_clip"])
+            new[side] = update.product_factor_step(factor, W, lr_cov)
+        return new
+
+    def _lr_cov(self, group: Group) -> Any:
+        """``beta_1`` at this step."""
+        return group["lr_cov"](group["step"]) if callable(group["lr_cov"]) else group["lr_cov"]
 
     def _move_factor(
         self,
@@ -236,7 +274,7 @@ class SINGD(KroneckerOptimizer):
             m_K = (1 - alpha1) * m_K  # else the largest entry could only grow
         if old is not None:
             m_K = new[f"m_{side}"] = alpha1 * old.to(m_K.dtype) + m_K
-        lr_cov = group["lr_cov"](group["step"]) if callable(group["lr_cov"]) else group["lr_cov"]
+        lr_cov = self._lr_cov(group)
         if group["normalize_lr_cov"]:
             lr_cov = update.normalized(lr_cov, m_K)
         if group["factor_clip"] is not None:

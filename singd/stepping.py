@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from singd import distributed
 from singd.capture import Statistics, Unit
-from singd.grouping import Bucket, gather, stack
+from singd.grouping import Bucket, Members, gather, stack
 from singd.options import Group
 from singd.rounding import Rounding
 from singd.update import inner, residual, trust_region
@@ -21,6 +22,16 @@ if TYPE_CHECKING:
     from singd.base import KroneckerOptimizer
 
 Naturals = list[tuple[list[Unit], Tensor]]
+
+
+@dataclass
+class Proposal:
+    """What a bucket will hold if the step is taken."""
+
+    bucket: Bucket
+    members: Members
+    products: Members
+    updated: list[Unit]  # the units whose factors are new
 
 
 class Step:
@@ -59,18 +70,28 @@ class Step:
                 distributed.reduce_statistics(unit.statistics.values(), group)
             if self.optimizer._reduce_gradients:
                 distributed.reduce_gradients(self._gradients(), group)
-        if self.optimizer.max_skipped is not None and (bad := self._nonfinite()) is not None:
+        try:
+            proposals = [self._propose(bucket, stream=i) for i, bucket in enumerate(self.buckets)]
+        except torch.linalg.LinAlgError:
+            bad = None if self.optimizer.max_skipped is None else self._cause([])
+            if bad is None:
+                raise
             return bad
+        naturals, quadratic = self._naturals(proposals)
+        if self.optimizer.max_skipped is not None:
+            bad = self._nonfinite(proposals, naturals, quadratic)
+            if bad is not None:
+                return bad
         if self.scale is not None and not self.unscaled:
             torch._foreach_mul_([g for _, g in self._gradients()], 1.0 / self.scale)
-        for index, bucket in enumerate(self.buckets):
-            self._update(bucket, stream=index)
-        naturals = self._naturals()
+        for proposal in proposals:
+            proposal.bucket.store(proposal.members, proposal.products)
         if descend:
             self._descend(naturals)
             if self.foreign:
                 adamw = self.optimizer._adamw
-                adamw.param_groups, adamw.state = self.foreign, self.optimizer.state
+                adamw.param_groups = [_fused(group) for group in self.foreign]
+                adamw.state = self.optimizer.state
                 adamw.step()
         else:
             for p, direction in _moves(naturals):
@@ -95,23 +116,38 @@ class Step:
         every = (p for group in self.optimizer.param_groups for p in group["params"])
         return [(p, p.grad) for p in every if p.grad is not None]
 
-    def _nonfinite(self) -> str | None:
-        """The first parameter whose gradient or statistics are not finite."""
+    def _nonfinite(
+        self, proposals: Sequence[Proposal], naturals: Naturals, quadratic: Tensor | None
+    ) -> str | None:
+        """The name of what is not finite, if anything; waits for the device once.
+
+        What is not finite in gradients or statistics shows in what is made of them, so only that is
+        looked at; where it is not finite, the cause is searched for.
+        """
+        made = [t for p in proposals if p.updated for m in p.members.values() for t in m.tensors()]
+        made += [p.grad for g in self.foreign for p in g["params"] if p.grad is not None]
+        made += [natural for _, natural in naturals] if quadratic is None else [quadratic]
+        made = [t for t in made if t.numel()]
+        return None if _all_finite(made) else self._cause(proposals)
+
+    def _cause(self, proposals: Sequence[Proposal]) -> str | None:
+        """The first parameter whose gradient, statistics or factors are not finite."""
         names = {id(p): name for name, p in self.optimizer.model.named_parameters()}
-        found = [(names.get(id(p), "a parameter"), g) for p, g in self._gradients()]
+        for p, gradient in self._gradients():
+            if not bool(gradient.isfinite().all()):
+                return names.get(id(p), "a parameter")
         for unit in self._due():
             for seen in unit.statistics.values():
-                found += [(unit.name, t) for U in (seen.U_K, seen.U_C) for t in U.tensors()]
-        found = [(name, t) for name, t in found if t.numel()]
-        if not found:
-            return None
-        norms = torch._foreach_norm([t for _, t in found], float("inf"))
-        finite = torch.stack([n.float().to(norms[0].device) for n in norms]).isfinite()
-        if bool(finite.all()):
-            return None
-        return next(
-            name for (name, _), good in zip(found, finite.tolist(), strict=True) if not good
-        )
+                sums = (*seen.U_K.tensors(), *seen.U_C.tensors())
+                if not all(bool(t.isfinite().all()) for t in sums):
+                    return unit.name
+        for proposal in proposals:
+            for member in proposal.members.values():
+                for t in member.tensors():
+                    finite = t.isfinite().flatten(1).all(1).tolist()
+                    if not all(finite):
+                        return proposal.bucket.units[finite.index(False)].name
+        return None
 
     def _foreign(self) -> list[Group]:
         """AdamW groups: those of its own, and the units whose gradient was not explained."""
@@ -142,24 +178,26 @@ class Step:
 
     # Factors ------------------------------------------------------------------------------------
 
-    def _update(self, bucket: Bucket, stream: int) -> None:
-        """Normalise the statistics of a bucket, once, and update its factors."""
+    def _propose(self, bucket: Bucket, stream: int) -> Proposal:
+        """Normalise the statistics of a bucket, once, and update its factors, not in place."""
         optimizer, group = self.optimizer, bucket.units[0].group
+        members, products = bucket.members, bucket.products
         units = [u for u in bucket.units if u.complete]
-        if units and optimizer._due(units[0]):
-            U_K = stack([_join(u, lambda s, _: (1.0 / s.rows) * s.U_K) for u in units])
-            U_C = stack([_join(u, lambda s, u: self._terms(s, u) * s.U_C) for u in units])
-            old, _ = bucket.select(units)
-            if self.report is not None and "K" in old:
-                for side, U in (("K", U_K), ("C", U_C)):
-                    norms = residual(old[side].to(U.dtype), U, group["damping"])
-                    for unit, norm in zip(units, norms, strict=True):
-                        self.report.setdefault(unit.name, {})[f"residual_{side}"] = norm
-            rounding = Rounding(group["seed"], group["step"], stream)
-            bucket.write(units, optimizer._update(group, old, U_K, U_C), rounding)
-            bucket.products.clear()
-        if not bucket.products:
-            bucket.products = optimizer._products(group, bucket.members)
+        if not units or not optimizer._due(units[0]):
+            products = products or optimizer._products(group, members)
+            return Proposal(bucket, members, products, [])
+        U_K = stack([_join(u, lambda s, _: (1.0 / s.rows) * s.U_K) for u in units])
+        U_C = stack([_join(u, lambda s, u: self._terms(s, u) * s.U_C) for u in units])
+        old, kept = bucket.select(units, members, products or optimizer._products(group, members))
+        if self.report is not None and "K" in old:
+            for side, U in (("K", U_K), ("C", U_C)):
+                norms = residual(old[side].to(U.dtype), U, group["damping"])
+                for unit, norm in zip(units, norms, strict=True):
+                    self.report.setdefault(unit.name, {})[f"residual_{side}"] = norm
+        rounding = Rounding(group["seed"], group["step"], stream)
+        new = optimizer._update(group, old, kept, U_K, U_C)
+        members = bucket.replaced(units, new, rounding)
+        return Proposal(bucket, members, optimizer._products(group, members), units)
 
     def _terms(self, seen: Statistics, unit: Unit) -> float | Tensor:
         """What multiplies ``sum g g^T``: the terms of the loss, over the squared gradient scale."""
@@ -172,16 +210,25 @@ class Step:
 
     # Parameters ---------------------------------------------------------------------------------
 
-    def _naturals(self) -> Naturals:
-        """Preconditioned gradients of all units that have any, bounded together."""
+    def _naturals(self, proposals: Sequence[Proposal]) -> tuple[Naturals, Tensor | None]:
+        """Preconditioned gradients of all units that have any, bounded together.
+
+        Also returns the sum that the bound goes by, if it saw all of them.
+        """
         naturals: Naturals = []
-        quadratic = []
-        for bucket in self.buckets:
-            units = [u for u in bucket.units if any(p.grad is not None for p in u.parameters)]
+        quadratic: list[Tensor] = []
+        unscale = None if self.scale is None or self.unscaled else 1.0 / self.scale
+        for proposal in proposals:
+            units = [
+                u for u in proposal.bucket.units if any(p.grad is not None for p in u.parameters)
+            ]
             if not units:
                 continue
+            members, products = proposal.bucket.select(units, proposal.members, proposal.products)
             G = gather(units)
-            natural = self.optimizer._precondition(*bucket.select(units), G)
+            if unscale is not None:
+                G = G * unscale.to(G)
+            natural = self.optimizer._precondition(members, products, G)
             naturals.append((units, natural))
             if units[0].group["kl_clip"] is not None:
                 quadratic.append(units[0].group["lr"] ** 2 * inner(natural, G))
@@ -189,16 +236,17 @@ class Step:
                 for unit, N, g in zip(units, natural, G, strict=True):
                     norms = {"gradient_norm": g.norm(), "natural_norm": N.norm()}
                     self.report.setdefault(unit.name, {}).update(norms)
-        if quadratic:
-            total = torch.stack([q.to(quadratic[0].device) for q in quadratic]).sum()
-            for units, natural in naturals:
-                kl_clip = units[0].group["kl_clip"]
-                if kl_clip is not None:
-                    nu = trust_region(kl_clip, total)
-                    natural.mul_(nu.to(natural))
-                    if self.report is not None:
-                        self.report["trust_region"] = nu
-        return naturals
+        if not quadratic:
+            return naturals, None
+        total = torch.stack([q.to(quadratic[0].device) for q in quadratic]).sum()
+        for units, natural in naturals:
+            kl_clip = units[0].group["kl_clip"]
+            if kl_clip is not None:
+                nu = trust_region(kl_clip, total)
+                natural.mul_(nu.to(natural))
+                if self.report is not None:
+                    self.report["trust_region"] = nu
+        return naturals, total if len(quadratic) == len(naturals) else None
 
     def _descend(self, naturals: Naturals) -> None:
         """Move every parameter of the units along its preconditioned gradient."""
@@ -245,3 +293,21 @@ def _moves(naturals: Naturals) -> Iterable[tuple[Tensor, Tensor]]:
     for units, natural in naturals:
         for unit, matrix in zip(units, natural, strict=True):
             yield from zip(unit.parameters, unit.split(matrix), strict=True)
+
+
+def _fused(group: Group) -> Group:
+    """A group for AdamW, fused where that is possible and nothing else was asked for."""
+    if group["fused"] is not None or group["foreach"] is not None or group["differentiable"]:
+        return group
+    possible = all(
+        p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in group["params"]
+    )
+    return {**group, "fused": True} if possible else group
+
+
+def _all_finite(tensors: list[Tensor]) -> bool:
+    """Whether no entry is infinite or NaN; may say no where only the sum of squares overflows."""
+    if not tensors:
+        return True
+    norms = torch._foreach_norm(tensors)  # that of squares is the fast one
+    return bool(torch.stack([n.float().to(norms[0].device) for n in norms]).isfinite().all())
