@@ -81,8 +81,8 @@ class KFAC(KroneckerOptimizer):
                 members[f"{name}_{side}"] = eye
         return members
 
-    def _statistic(self, unit: Unit, side: str, X: Tensor) -> StructuredMatrix:
-        S = unit.members[f"S_{side}"]
+    def _statistic(self, unit: Unit, side: str, X: Tensor, part: int) -> StructuredMatrix:
+        S = unit.member(f"S_{side}", part)
         return S.project_gram(X.to(S.dtype))
 
     def _update(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -56,3 +57,10 @@ def floating(name: str, value: Any) -> None:
     """Raise unless ``value`` is a real data type, or ``None``."""
     if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
         raise ValueError(f"{name}: expected a floating-point dtype or None, got {value!r}")
+
+
+def by_name(given: Any, name: str, default: Any) -> Any:
+    """An option; or, of a mapping from patterns, what the first pattern gives that matches."""
+    if not isinstance(given, Mapping):
+        return given
+    return next((value for pattern, value in given.items() if fnmatch(name, pattern)), default)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from singd.grouping import Bucket, Members, gather, stack
 from singd.options import Group
 from singd.rounding import Rounding
 from singd.update import inner, residual, trust_region
+from structured import StructuredMatrix
 
 if TYPE_CHECKING:
     from singd.base import KroneckerOptimizer
@@ -64,10 +65,12 @@ class Step:
         """
         group = self.optimizer._process_group
         if distributed.size(group) > 1:
-            everywhere = [unit.statistics or self._nothing(unit) for unit in self._due()]
-            distributed.reduce_statistics(everywhere, group)
-            for unit, seen in zip(self._due(), everywhere, strict=True):
-                unit.statistics = seen
+            for unit in self._due():
+                unit.statistics = {
+                    part: unit.statistics.get(part) or self._nothing(unit, part)
+                    for part in range(unit.layer.parts)
+                }
+                distributed.reduce_statistics(unit.statistics.values(), group)
             if self.optimizer._reduce_gradients:
                 distributed.reduce_gradients(self._gradients(), group)
         try:
@@ -107,9 +110,9 @@ class Step:
         """The units whose factors are updated."""
         return [u for b in self.buckets for u in b.units if self.optimizer._due(u)]
 
-    def _nothing(self, unit: Unit) -> Statistics:
+    def _nothing(self, unit: Unit, part: int) -> Statistics:
         """Statistics of no rows, for a rank that did not use the unit."""
-        like = [unit.members[side] for side in self.optimizer._sides]
+        like = [unit.member(side, part) for side in self.optimizer._sides]
         U_K, U_C = (m.to(torch.promote_types(m.dtype, torch.float32)).zeros_like() for m in like)
         return Statistics(U_K, U_C, 0, 0, 0)
 
@@ -139,9 +142,9 @@ class Step:
             if not bool(gradient.isfinite().all()):
                 return names.get(id(p), "a parameter")
         for unit in self._due():
-            if unit.statistics is not None:
-                parts = (unit.statistics.U_K, unit.statistics.U_C)
-                if not all(bool(t.isfinite().all()) for part in parts for t in part.tensors()):
+            for seen in unit.statistics.values():
+                sums = (*seen.U_K.tensors(), *seen.U_C.tensors())
+                if not all(bool(t.isfinite().all()) for t in sums):
                     return unit.name
         for proposal in proposals:
             for member in proposal.members.values():
@@ -159,23 +162,28 @@ class Step:
         """AdamW groups: those of its own, and the units whose gradient was not explained."""
         optimizer = self.optimizer
         groups = [g for g in optimizer.param_groups if g["rule"] == "adamw"]
-        for unit in optimizer._units:
-            if not optimizer._is_foreign(unit):
-                continue
-            if not optimizer._is_adamw(unit.weight):  # found out just now
-                warnings.warn(
-                    f"{unit.name}: its layer's inputs and outputs do not explain its gradient (is "
-                    "the weight used in another way too?); AdamW trains it instead",
-                    stacklevel=5,
-                )
-                for p in unit.parameters:
-                    optimizer.state.pop(p, None)
-                unit.members.clear()
-                optimizer._bucket_list = None
+        foreign = [unit for unit in optimizer._units if optimizer._is_foreign(unit)]
+        self._hand_over([unit for unit in foreign if not optimizer._is_adamw(unit.weight)])
+        for unit in foreign:
             group, options = unit.group, dict(optimizer._adamw.defaults)
             options["lr"] *= group["lr"] / (group.get("initial_lr", group["lr"]) or 1.0)
             groups.append({**options, "params": unit.parameters})
         return groups
+
+    def _hand_over(self, units: Sequence[Unit]) -> None:
+        """Leave units to AdamW that were found out just now."""
+        for unit in units:
+            for p in unit.parameters:
+                self.optimizer.state.pop(p, None)
+            unit.members.clear()
+            self.optimizer._bucket_list = None
+        if units:
+            names = ", ".join(unit.name for unit in units)
+            warnings.warn(
+                f"{names}: what the layer is called with does not explain the gradient (is the "
+                "weight used in another way too?); AdamW trains it instead",
+                stacklevel=8,  # whoever calls the optimizer's step, which PyTorch wraps twice
+            )
 
     # Factors ------------------------------------------------------------------------------------
 
@@ -183,13 +191,12 @@ class Step:
         """Normalise the statistics of a bucket, once, and update its factors, not in place."""
         optimizer, group = self.optimizer, bucket.units[0].group
         members, products = bucket.members, bucket.products
-        units = [u for u in bucket.units if u.statistics is not None and u.statistics.rows]
+        units = [u for u in bucket.units if u.complete]
         if not units or not optimizer._due(units[0]):
             products = products or optimizer._products(group, members)
             return Proposal(bucket, members, products, [])
-        seen = [(u.statistics, u) for u in units if u.statistics is not None]
-        U_K = stack([(1.0 / s.rows) * s.U_K for s, _ in seen])
-        U_C = stack([self._terms(s, u) * s.U_C for s, u in seen])
+        U_K = stack([_join(u, lambda s, _: (1.0 / s.rows) * s.U_K) for u in units])
+        U_C = stack([_join(u, lambda s, u: self._terms(s, u) * s.U_C) for u in units])
         old, kept = bucket.select(units, members, products or optimizer._products(group, members))
         if self.report is not None and "K" in old:
             for side, U in (("K", U_K), ("C", U_C)):
@@ -285,6 +292,12 @@ class Step:
             state["momentum_buffer"] = torch.zeros_like(p)
         buffer: Tensor = state["momentum_buffer"]
         return buffer
+
+
+def _join(unit: Unit, average: Callable[[Statistics, Unit], StructuredMatrix]) -> StructuredMatrix:
+    """The averages of a unit; the parts of its layer, if any, side by side."""
+    averages = [average(seen, unit) for _, seen in sorted(unit.statistics.items())]
+    return averages[0] if unit.layer.parts == 1 else stack(averages)
 
 
 def _moves(naturals: Naturals) -> Iterable[tuple[Tensor, Tensor]]:

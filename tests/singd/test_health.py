@@ -433,3 +433,33 @@ def test_a_gradient_scaler_changes_no_bit(method: Any, dtype: torch.dtype, unsca
     assert scaler.get_scale() == 2.0**10
     expected = train(plain, method(plain, T=2, lr=0.05), data)
     assert distance(snapshot(scaled, optimizer), expected) == 0.0
+
+
+@pytest.mark.parametrize("method", [SINGD, KFAC])
+@pytest.mark.parametrize("how", ["norm", "value"])
+def test_clipping_the_gradient_changes_the_step_and_not_the_factors(method: Any, how: str) -> None:
+    clipped, plain = mlp(), mlp()
+    options = {"T": 1, "lr": 0.05, "momentum": 0.0, "kl_clip": None}
+    (X, y), *_ = batches(1)
+    seen = []
+    for model in (clipped, plain):
+        optimizer = method(model, **options)
+        mean_loss(model(X), y).backward()
+        scale = 1.0
+        if model is clipped and how == "norm":
+            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3))
+            assert norm > 1e-3
+            scale = 1e-3 / (norm + 1e-6)
+        elif model is clipped:
+            torch.nn.utils.clip_grad_value_(model.parameters(), 1e-30)
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.step()
+        moves = [(p.detach() - b) / scale for p, b in zip(model.parameters(), before, strict=True)]
+        seen.append((factors(optimizer, model[0].weight), moves))
+    (ours, ours_moved), (theirs, theirs_moved) = seen
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    for a, b in zip(ours_moved, theirs_moved, strict=True):
+        if how == "norm":
+            assert relative(a, b) < 1e-9
+        else:
+            assert float(a.abs().max()) < 1e-25
