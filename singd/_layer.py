@@ -7,7 +7,7 @@ side (the groups of a convolution).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,15 +22,28 @@ class Layer:
     ``[N, ..., d_in]`` to ``[N, ..., d_out]``, such as :class:`torch.nn.Linear`.
     """
 
+    weight = "weight"
+    """The name of the parameter that is the weight."""
+
+    bias = "bias"
+    """The name of the parameter that is the bias, if there is one."""
+
     joins_bias = True
     """Whether the bias is one more column of the weight matrix, with constant input."""
 
     input_structure: str | None = None
     """The structure of the input factor, where the inputs leave no choice."""
 
+    parts = 1
+    """How many products are seen one by one, as the first of the leading dimensions."""
+
+    def products(self, module: Any) -> Sequence[Layer]:
+        """The layers that ``module`` consists of: this one, unless it is several."""
+        return [self]
+
     def shape(self, module: Any) -> tuple[int, ...]:
         """``(..., d_out, d_in)``, without bias."""
-        shape: tuple[int, ...] = tuple(module.weight.shape)
+        shape: tuple[int, ...] = tuple(getattr(module, self.weight).shape)
         return shape
 
     def inputs(self, module: Any, x: Tensor) -> Tensor:
@@ -47,7 +60,7 @@ class Layer:
 
     def from_matrix(self, module: Any, matrix: Tensor) -> Tensor:
         """The inverse of :meth:`to_matrix`."""
-        return matrix.reshape(module.weight.shape)
+        return matrix.reshape(getattr(module, self.weight).shape)
 
     def columns(self, module: Any, x: Tensor, approximation: str, ones: bool) -> tuple[Tensor, int]:
         """``A [..., d_in (+ 1), R]`` with ``A A^T`` the sum over the inputs, and their number R."""

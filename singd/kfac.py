@@ -44,6 +44,7 @@ class KFAC(KroneckerOptimizer):
         lr_cov: float = 0.3,
         kfac_approx: str = "expand",
         kl_clip: float | None = 3e-5,
+        graft: str | None = None,
         adamw: Mapping[str, Any] | None = None,
         seed: int = 0,
         max_skipped: int | None = 10,
@@ -60,6 +61,7 @@ class KFAC(KroneckerOptimizer):
             "lr_cov": lr_cov,
             "kfac_approx": kfac_approx,
             "kl_clip": kl_clip,
+            "graft": graft,
             "seed": seed,
         }
         super().__init__(model, params, defaults, adamw, (), max_skipped, telemetry, process_group)
@@ -79,8 +81,8 @@ class KFAC(KroneckerOptimizer):
                 members[f"{name}_{side}"] = eye
         return members
 
-    def _statistic(self, unit: Unit, side: str, X: Tensor) -> StructuredMatrix:
-        S = unit.members[f"S_{side}"]
+    def _statistic(self, unit: Unit, side: str, X: Tensor, part: int) -> StructuredMatrix:
+        S = unit.member(f"S_{side}", part)
         return S.project_gram(X.to(S.dtype))
 
     def _update(

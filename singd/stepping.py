@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,13 @@ from torch import Tensor
 
 from singd import distributed
 from singd.capture import Statistics, Unit
+from singd.descent import descend
+from singd.grafting import graft_
 from singd.grouping import Bucket, Members, gather, stack
 from singd.options import Group
 from singd.rounding import Rounding
 from singd.update import inner, residual, trust_region
+from structured import StructuredMatrix
 
 if TYPE_CHECKING:
     from singd.base import KroneckerOptimizer
@@ -48,6 +51,7 @@ class Step:
         self.optimizer, self.scale, self.unscaled = optimizer, scale, unscaled
         self.foreign = self._foreign()
         self.buckets = optimizer._buckets
+        self.moments: list[tuple[Tensor, dict[str, Tensor]]] = []  # of grafting, if it is taken
         self.report: dict[str, Any] | None = None if optimizer.telemetry is None else {}
 
     def run(self, *, descend: bool = True) -> str | None:
@@ -61,16 +65,18 @@ class Step:
         """
         group = self.optimizer._process_group
         if distributed.size(group) > 1:
-            everywhere = [unit.statistics or self._nothing(unit) for unit in self._due()]
-            distributed.reduce_statistics(everywhere, group)
-            for unit, seen in zip(self._due(), everywhere, strict=True):
-                unit.statistics = seen
+            for unit in self._due():
+                unit.statistics = {
+                    part: unit.statistics.get(part) or self._nothing(unit, part)
+                    for part in range(unit.layer.parts)
+                }
+                distributed.reduce_statistics(unit.statistics.values(), group)
             if self.optimizer._reduce_gradients:
                 distributed.reduce_gradients(self._gradients(), group)
         try:
             proposals = [self._propose(bucket, stream=i) for i, bucket in enumerate(self.buckets)]
-        except torch.linalg.LinAlgError:
-            bad = None if self.optimizer.max_skipped is None else self._cause([])
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, not in __all__
+            bad = None if self.optimizer.max_skipped is None else self._cause([], [])
             if bad is None:
                 raise
             return bad
@@ -83,11 +89,13 @@ class Step:
             torch._foreach_mul_([g for _, g in self._gradients()], 1.0 / self.scale)
         for proposal in proposals:
             proposal.bucket.store(proposal.members, proposal.products)
+        for p, moments in self.moments:
+            self.optimizer.state[p].update(moments)
         if descend:
             self._descend(naturals)
             if self.foreign:
                 adamw = self.optimizer._adamw
-                adamw.param_groups = [_fused(group) for group in self.foreign]
+                adamw.param_groups = [fused(group) for group in self.foreign]
                 adamw.state = self.optimizer.state
                 adamw.step()
         else:
@@ -102,9 +110,9 @@ class Step:
         """The units whose factors are updated."""
         return [u for b in self.buckets for u in b.units if self.optimizer._due(u)]
 
-    def _nothing(self, unit: Unit) -> Statistics:
+    def _nothing(self, unit: Unit, part: int) -> Statistics:
         """Statistics of no rows, for a rank that did not use the unit."""
-        like = [unit.members[side] for side in self.optimizer._sides]
+        like = [unit.member(side, part) for side in self.optimizer._sides]
         U_K, U_C = (m.to(torch.promote_types(m.dtype, torch.float32)).zeros_like() for m in like)
         return Statistics(U_K, U_C, 0, 0, 0)
 
@@ -125,18 +133,18 @@ class Step:
         made += [p.grad for g in self.foreign for p in g["params"] if p.grad is not None]
         made += [natural for _, natural in naturals] if quadratic is None else [quadratic]
         made = [t for t in made if t.numel()]
-        return None if _all_finite(made) else self._cause(proposals)
+        return None if _all_finite(made) else self._cause(proposals, naturals)
 
-    def _cause(self, proposals: Sequence[Proposal]) -> str | None:
-        """The first parameter whose gradient, statistics or factors are not finite."""
+    def _cause(self, proposals: Sequence[Proposal], naturals: Naturals) -> str | None:
+        """The first parameter whose gradient, statistics, factors or direction are not finite."""
         names = {id(p): name for name, p in self.optimizer.model.named_parameters()}
         for p, gradient in self._gradients():
             if not bool(gradient.isfinite().all()):
                 return names.get(id(p), "a parameter")
         for unit in self._due():
-            if unit.statistics is not None:
-                parts = (unit.statistics.U_K, unit.statistics.U_C)
-                if not all(bool(t.isfinite().all()) for part in parts for t in part.tensors()):
+            for seen in unit.statistics.values():
+                sums = (*seen.U_K.tensors(), *seen.U_C.tensors())
+                if not all(bool(t.isfinite().all()) for t in sums):
                     return unit.name
         for proposal in proposals:
             for member in proposal.members.values():
@@ -144,29 +152,38 @@ class Step:
                     finite = t.isfinite().flatten(1).all(1).tolist()
                     if not all(finite):
                         return proposal.bucket.units[finite.index(False)].name
+        for units, natural in naturals:
+            finite = natural.isfinite().flatten(1).all(1).tolist()
+            if not all(finite):
+                return units[finite.index(False)].name
         return None
 
     def _foreign(self) -> list[Group]:
         """AdamW groups: those of its own, and the units whose gradient was not explained."""
         optimizer = self.optimizer
         groups = [g for g in optimizer.param_groups if g["rule"] == "adamw"]
-        for unit in optimizer._units:
-            if not optimizer._is_foreign(unit):
-                continue
-            if not optimizer._is_adamw(unit.weight):  # found out just now
-                warnings.warn(
-                    f"{unit.name}: its layer's inputs and outputs do not explain its gradient (is "
-                    "the weight used in another way too?); AdamW trains it instead",
-                    stacklevel=5,
-                )
-                for p in unit.parameters:
-                    optimizer.state.pop(p, None)
-                unit.members.clear()
-                optimizer._bucket_list = None
+        foreign = [unit for unit in optimizer._units if optimizer._is_foreign(unit)]
+        self._hand_over([unit for unit in foreign if not optimizer._is_adamw(unit.weight)])
+        for unit in foreign:
             group, options = unit.group, dict(optimizer._adamw.defaults)
             options["lr"] *= group["lr"] / (group.get("initial_lr", group["lr"]) or 1.0)
             groups.append({**options, "params": unit.parameters})
         return groups
+
+    def _hand_over(self, units: Sequence[Unit]) -> None:
+        """Leave units to AdamW that were found out just now."""
+        for unit in units:
+            for p in unit.parameters:
+                self.optimizer.state.pop(p, None)
+            unit.members.clear()
+            self.optimizer._bucket_list = None
+        if units:
+            names = ", ".join(unit.name for unit in units)
+            warnings.warn(
+                f"{names}: what the layer is called with does not explain the gradient (is the "
+                "weight used in another way too?); AdamW trains it instead",
+                stacklevel=8,  # whoever calls the optimizer's step, which PyTorch wraps twice
+            )
 
     # Factors ------------------------------------------------------------------------------------
 
@@ -174,13 +191,12 @@ class Step:
         """Normalise the statistics of a bucket, once, and update its factors, not in place."""
         optimizer, group = self.optimizer, bucket.units[0].group
         members, products = bucket.members, bucket.products
-        units = [u for u in bucket.units if u.statistics is not None and u.statistics.rows]
+        units = [u for u in bucket.units if u.complete]
         if not units or not optimizer._due(units[0]):
             products = products or optimizer._products(group, members)
             return Proposal(bucket, members, products, [])
-        seen = [(u.statistics, u) for u in units if u.statistics is not None]
-        U_K = stack([(1.0 / s.rows) * s.U_K for s, _ in seen])
-        U_C = stack([self._terms(s, u) * s.U_C for s, u in seen])
+        U_K = stack([_join(u, lambda s, _: (1.0 / s.rows) * s.U_K) for u in units])
+        U_C = stack([_join(u, lambda s, u: self._terms(s, u) * s.U_C) for u in units])
         old, kept = bucket.select(units, members, products or optimizer._products(group, members))
         if self.report is not None and "K" in old:
             for side, U in (("K", U_K), ("C", U_C)):
@@ -222,6 +238,8 @@ class Step:
             if unscale is not None:
                 G = G * unscale.to(G)
             natural = self.optimizer._precondition(members, products, G)
+            if units[0].group["graft"] is not None:
+                self.moments += graft_(natural, G, units, self.optimizer)
             naturals.append((units, natural))
             if units[0].group["kl_clip"] is not None:
                 quadratic.append(units[0].group["lr"] ** 2 * inner(natural, G))
@@ -253,26 +271,33 @@ class Step:
 
     def _descend_group(self, group: Group, moves: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Weight decay, momentum and the step, for one group."""
-        params = [p for p, _ in moves]
-        directions = [d.to(p.dtype) for p, d in moves]
-        if group["weight_decay"] != 0:
-            torch._foreach_add_(directions, params, alpha=group["weight_decay"])
-        if group["momentum"] != 0:
-            buffers = []
-            for p in params:
-                state = self.optimizer.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                buffers.append(state["momentum_buffer"])
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, directions)
-            directions = buffers
-        if all(p.dtype in (torch.float32, torch.float64) for p in params):
-            torch._foreach_add_(params, directions, alpha=-group["lr"])
-            return
+        devices: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+        for p, direction in moves:
+            devices.setdefault(p.device, []).append((p, direction))
         rounding = Rounding(group["seed"], group["step"], stream=-1)
-        for p, direction in zip(params, directions, strict=True):
-            p.copy_(rounding(p.float() - group["lr"] * direction.float(), p.dtype))
+        for there in devices.values():
+            descend(
+                [p for p, _ in there],
+                [direction for _, direction in there],
+                [self._momentum_buffer(p) for p, _ in there] if group["momentum"] else [],
+                lr=group["lr"],
+                momentum=group["momentum"],
+                weight_decay=group["weight_decay"],
+                rounding=rounding,
+            )
+
+    def _momentum_buffer(self, p: Tensor) -> Tensor:
+        state = self.optimizer.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
+
+
+def _join(unit: Unit, average: Callable[[Statistics, Unit], StructuredMatrix]) -> StructuredMatrix:
+    """The averages of a unit; the parts of its layer, if any, side by side."""
+    averages = [average(seen, unit) for _, seen in sorted(unit.statistics.items())]
+    return averages[0] if unit.layer.parts == 1 else stack(averages)
 
 
 def _moves(naturals: Naturals) -> Iterable[tuple[Tensor, Tensor]]:
@@ -282,7 +307,7 @@ def _moves(naturals: Naturals) -> Iterable[tuple[Tensor, Tensor]]:
             yield from zip(unit.parameters, unit.split(matrix), strict=True)
 
 
-def _fused(group: Group) -> Group:
+def fused(group: Group) -> Group:
     """A group for AdamW, fused where that is possible and nothing else was asked for."""
     if group["fused"] is not None or group["foreach"] is not None or group["differentiable"]:
         return group

@@ -23,6 +23,7 @@ from torch import Size, Tensor
 
 from structured import _coordinates
 from structured._checks import check_arguments, check_member, check_scalar
+from structured._dispatch import symmetric_product
 from structured._numbers import at_least_float32, joint_norm, largest, trailing
 from structured._operator import Operator
 from structured._stored import Stored, static
@@ -143,7 +144,7 @@ class StructuredMatrix(Stored, Operator):
 
     def project_gram(self, X: Tensor) -> Self:
         """``Pi(X X^T)`` for ``X [..., n, m]``, a member like ``self``."""
-        return self.project(X @ X.mT)
+        return self.project(symmetric_product(X))
 
     def gram(self) -> Self:
         """``Pi(A^T A)``."""

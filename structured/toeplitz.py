@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
+from structured._dispatch import symmetric_product
 from structured._fft import irfft, rfft
 from structured._matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
 
@@ -148,7 +149,7 @@ class _TriangularToeplitz(StructuredMatrix):
         """Autocorrelation of the columns of ``X [..., n, m]``, O(n log n) a column."""
         n, m = X.shape[-2:]
         if _gram_is_faster(n, m, X.dtype):
-            return self.project(X @ X.mT)
+            return self.project(symmetric_product(X))
         length = fft_length(n)
         F = rfft(X.mT, length)
         power = (F.real.square() + F.imag.square()).sum(-2)
