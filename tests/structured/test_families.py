@@ -331,6 +331,7 @@ def test_a_basis_may_differ_along_the_batch():
     X = integers(4, 3)
     for i in range(2):
         one = Rotated(A.map(lambda t, i=i: t[i]), Q[i])
+        same(one.to_dense(), Q[i] @ one.A.to_dense() @ Q[i].mT)
         same(B.to_dense()[i], one.to_dense())
         same((B @ X)[i], one @ X)
         same(B.project_gram(X).to_dense()[i], one.project_gram(X).to_dense())
@@ -374,6 +375,8 @@ def test_unknown_bases():
         Rotated(A, "fourier")
     with pytest.raises(ValueError, match=r"expected Q \[..., 4, 4\], got \[3, 3\]"):
         Rotated(A, rotation(3))
+    with pytest.raises(TypeError, match="expected a tensor or a structured matrix, got int"):
+        Rotated(4, "cosine")
     with pytest.raises(TypeError, match="expected a name or a tensor, got int"):
         Rotated(A, 3)
     with pytest.raises(ValueError, match="got 'cosine'"):

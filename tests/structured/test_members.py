@@ -90,7 +90,7 @@ def test_members_are_immutable():
 
 
 def test_members_are_told_apart_by_identity():
-    assert A != A.clone()
+    assert A.clone() != A
     assert len({A, A.clone()}) == 2
 
 
