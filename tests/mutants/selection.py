@@ -19,7 +19,7 @@ from tests.mutants.faults import PACKAGE, Import, Mutant
 
 TESTS = PACKAGE.parent / "tests" / "structured"
 EXAMPLES = 8  # of each law; the tests draw 20
-BUDGET = 60.0  # seconds of tests for one mutant, as they take without a fault and traced
+BUDGET = 30.0  # seconds of tests for one mutant, as they take without a fault and traced
 PATIENCE = 5  # a test hangs if it takes so many times as long as traced, and 2 s
 MEMORY = 4 << 30  # bytes that a mutant may take beyond what the process has
 
@@ -120,7 +120,8 @@ class Run:
 def watch() -> Watch:
     """Run every test without a fault, in this process."""
     watching = Watch()
-    _pytest(watching, [str(path) for path in sorted(TESTS.glob("test_*.py"))])
+    files = [str(path) for path in sorted(TESTS.glob("test_*.py")) if path.stem != "test_broken"]
+    _pytest(watching, files)
     return watching
 
 
