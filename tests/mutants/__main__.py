@@ -115,7 +115,7 @@ def reach() -> tuple[dict[str, Test], frozenset[Line]]:
     """What each test reaches, and what an import does; unless known, found in another process.
 
     Raises:
-        SystemExit: If a test fails without a fault.
+        SystemExit: If a test fails without a fault, or none runs.
     """
     sources = [*sorted(PACKAGE.glob("*.py")), *sorted(TESTS.glob("*.py"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
@@ -129,6 +129,8 @@ def reach() -> tuple[dict[str, Test], frozenset[Line]]:
     there.close()
     tests, on_import, failed = here.recv()
     process.join()
+    if not tests:
+        raise SystemExit("no test ran: the tests could not be collected")
     if failed:
         raise SystemExit(f"tests fail without a fault: {', '.join(failed)}")
     REACH.write_bytes(pickle.dumps((digest, tests, on_import)))
