@@ -11,11 +11,10 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
 from singd import checkpoint, distributed
@@ -25,6 +24,7 @@ from singd.capture import Capture, Statistics, Unit
 from singd.grouping import Bucket, Members, buckets
 from singd.layers import OPTIONAL
 from singd.options import LOSS_AVERAGES, Group, given_group, in_range, one_of, parameter_of
+from singd.passes import Passes
 from singd.plan import Plan, find_units, make_plan, owners_of
 from singd.stepping import Step
 from structured import Diagonal, Structure, StructuredMatrix
@@ -54,7 +54,6 @@ class KroneckerOptimizer(Optimizer):
             it, and gradients averaged unless ``model`` is wrapped in DistributedDataParallel.
     """
 
-    _step_supports_amp_scaling = True  # PyTorch's name: GradScaler hands us scale and infinities
     _identity: tuple[str, ...] = ("structures",)  # options that a checkpoint must share
     _sides = ("K", "C")  # members with the structure of the statistics
 
@@ -69,11 +68,10 @@ class KroneckerOptimizer(Optimizer):
         telemetry: Callable[[dict[str, Any]], None] | None = None,
         process_group: Any = None,
     ) -> None:
-        wrapped = isinstance(model, DataParallel | DistributedDataParallel)
-        if wrapped:
-            model = cast(nn.Module, model.module)
+        model, reduced = distributed.unwrapped(model)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        distributed.refuse_sharded(model)
         for name, p in model.named_parameters():
             if isinstance(p, nn.parameter.UninitializedParameter):
                 raise ValueError(f"{name} is not initialised yet: run one forward pass first")
@@ -84,13 +82,11 @@ class KroneckerOptimizer(Optimizer):
         self._units: list[Unit] = []
         self._groups: dict[int, Group] = {}  # by id of a parameter
         self._bucket_list: list[Bucket] | None = None
-        self._paused = False
-        self._sampled = False  # the statistics are those of curvature()
+        self._passes = Passes()
         self._process_group = process_group
-        self._reduce_gradients = not wrapped
+        self._reduce_gradients = not reduced
         self.skipped = self._skipped_in_row = 0
         self.max_skipped, self.telemetry = max_skipped, telemetry
-        self._terms: float | Tensor = 0  # of the loss, counted for the coming step
         self._watch()
         params = [p for p in model.parameters() if p.requires_grad] if params is None else params
         params = [given_group(p) if isinstance(p, Mapping) else p for p in params]
@@ -201,8 +197,15 @@ class KroneckerOptimizer(Optimizer):
         """Follow changes of dtype, device and options since the factors were made.
 
         Raises:
-            ValueError: If a parameter was replaced or resized.
+            ValueError: If a parameter was replaced, resized or taken out of its group.
         """
+        if [id(p) for g in self.param_groups for p in g["params"]] != list(self._groups):
+            raise ValueError(
+                "param_groups: expected the parameters that the optimizer was made with, got "
+                "others: use add_param_group, or freeze with requires_grad_(False)"
+            )
+        if any(self._groups[id(p)] is not g for g in self.param_groups for p in g["params"][:1]):
+            self._bind()
         for name, p, slots, key, shape in self._places:
             if slots.get(key, p) is not p:
                 raise ValueError(
@@ -271,7 +274,7 @@ class KroneckerOptimizer(Optimizer):
 
     def _wanted(self, unit: Unit) -> bool:
         """Whether a pass that begins now is captured for the unit."""
-        off = self._paused or self._sampled or self._is_foreign(unit)
+        off = self._passes.paused or self._passes.sampled or self._is_foreign(unit)
         return self._due(unit) and not off
 
     def _measure(self, unit: Unit, module: nn.Module, x: Tensor, g: Tensor) -> None:
@@ -290,28 +293,32 @@ class KroneckerOptimizer(Optimizer):
         U_C = self._statistic(unit, "C", flatten_rows(grads, approximation, average=False))
         samples, positions = grads.shape[-3:-1]
         seen = Statistics(U_K, U_C, rows, samples, samples * positions)
+        self._passes.came()
         unit.observe(module, seen, x, g)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Within this context forward passes are not captured."""
-        before, self._paused = self._paused, True
+        before, self._passes.paused = self._passes.paused, True
         try:
             yield
         finally:
-            self._paused = before
+            self._passes.paused = before
 
     def count_terms(self, terms: float | Tensor) -> None:
         """Say how many terms the loss of this backward pass is a mean over.
 
         For means over a number that the layers cannot know, such as the tokens that are not
         padding. Counts add up over backward passes, and replace those of ``loss_average`` at the
-        coming step.
+        coming step. ``zero_grad`` may come between the count and its backward pass.
 
         Args:
             terms: The number; a tensor costs no wait for the device.
         """
-        self._terms = self._terms + terms
+        stale = (u.statistics is not None and u.weight.grad is None for u in self._units)
+        if not self._passes.sampled and any(stale):
+            self._forget()  # of gradients that the model, or a GradScaler's user, has reset
+        self._passes.count(terms)
 
     def close(self) -> None:
         """Remove every hook from the model."""
@@ -335,11 +342,11 @@ class KroneckerOptimizer(Optimizer):
         saved = [(p, p.grad) for group in self.param_groups for p in group["params"]]
         for p, _ in saved:
             p.grad = None
-        self._sampled = False
+        self._passes.sampled = False
         try:
             yield
         finally:
-            self._sampled = True
+            self._passes.sampled = True
             for p, grad in saved:
                 p.grad = grad
 
@@ -378,17 +385,10 @@ class KroneckerOptimizer(Optimizer):
         self._run(descend=False)
 
     def _run(self, *, descend: bool) -> None:
-        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is not None and bool(found_inf):
-            self._forget()  # the GradScaler skips, and counts by itself
-            return
-        unscaled = found_inf is not None and scale is None  # by GradScaler.unscale_
-        if unscaled:
-            scale = calling_scale()
         self._settle()
         if distributed.size(self._process_group) > 1:
             distributed.agree(self)
-        step = Step(self, scale, unscaled=unscaled)
+        step = Step(self, calling_scale())
         bad = step.run(descend=descend)
         self._forget()
         if bad is None:
@@ -408,7 +408,8 @@ class KroneckerOptimizer(Optimizer):
 
     def _forget(self) -> None:
         """Drop the statistics of the step that ended."""
-        self._terms, self._sampled = 0, False
+        self._passes.end()
+        self._passes.sampled = False
         for unit in self._units:
             unit.discard()
 
@@ -417,8 +418,10 @@ class KroneckerOptimizer(Optimizer):
 
         What was collected under :meth:`curvature` stays: those gradients were never there.
         """
-        if not self._sampled:
-            self._forget()
+        if not self._passes.sampled:
+            self._passes.reset()
+            for unit in self._units:
+                unit.discard()
         super().zero_grad(set_to_none)
 
     # Copies -------------------------------------------------------------------------------------

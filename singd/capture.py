@@ -115,6 +115,8 @@ class Unit:
             self.pending.reuse(seen)
         else:
             self.pending, self.pass_id = seen, current
+            if self.weight.grad is None:
+                self.statistics = None  # of gradients that were reset behind our back
 
     def commit(self, _: Tensor | None = None) -> None:
         """The pass has added to ``weight.grad``: what it saw counts."""

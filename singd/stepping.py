@@ -27,14 +27,11 @@ class Step:
 
     Args:
         optimizer: Whose step it is.
-        scale: Of the loss, by a GradScaler; ``None`` for none.
-        unscaled: Whether the gradients are free of ``scale`` already.
+        scale: Of the loss, by a GradScaler that has freed the gradients of it; ``None`` for none.
     """
 
-    def __init__(
-        self, optimizer: KroneckerOptimizer, scale: Tensor | None = None, *, unscaled: bool = False
-    ) -> None:
-        self.optimizer, self.scale, self.unscaled = optimizer, scale, unscaled
+    def __init__(self, optimizer: KroneckerOptimizer, scale: Tensor | None = None) -> None:
+        self.optimizer, self.scale = optimizer, scale
         self.foreign = self._foreign()
         self.buckets = optimizer._buckets
         self.report: dict[str, Any] | None = None if optimizer.telemetry is None else {}
@@ -58,8 +55,6 @@ class Step:
                 distributed.reduce_gradients(self._gradients(), group)
         if self.optimizer.max_skipped is not None and (bad := self._nonfinite()) is not None:
             return bad
-        if self.scale is not None and not self.unscaled:
-            torch._foreach_mul_([g for _, g in self._gradients()], 1.0 / self.scale)
         for index, bucket in enumerate(self.buckets):
             self._update(bucket, stream=index)
         naturals = self._naturals()
@@ -157,7 +152,7 @@ class Step:
 
     def _terms(self, seen: Statistics, unit: Unit) -> float | Tensor:
         """What multiplies ``sum g g^T``: the terms of the loss, over the squared gradient scale."""
-        terms = self.optimizer._terms
+        terms = self.optimizer._passes.terms
         if not isinstance(terms, Tensor) and not terms:
             counts = {None: 1, "batch": seen.samples, "batch+sequence": seen.terms}
             terms = counts[unit.group["loss_average"]]
