@@ -359,7 +359,7 @@ class KroneckerOptimizer(Optimizer):
         Args:
             terms: The number; a tensor costs no wait for the device.
         """
-        stale = (u.statistics is not None and u.weight.grad is None for u in self._units)
+        stale = (bool(u.statistics) and u.weight.grad is None for u in self._units)
         if not self._passes.sampled and any(stale):
             self._forget()  # of gradients that the model, or a GradScaler's user, has reset
         self._passes.count(terms)

@@ -270,7 +270,7 @@ def wants_state(optimizer: KroneckerOptimizer) -> bool:
     groups, units = optimizer.param_groups, optimizer._units
     if optimizer.state or any(group["lr"] for group in groups):
         return False
-    if any(unit.passed_by or unit.statistics is not None for unit in units):
+    if any(unit.passed_by or unit.statistics for unit in units):
         return False
     grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
     return bool(grads) and not any(bool(g.any()) for g in grads)

@@ -18,6 +18,7 @@ from tests.singd.runs import distance, snapshot
 
 LENGTH = 12
 OPTIONS = {"lr": 0.05, "T": 2, "kl_clip": 1e-2, "structures": ("dense", "diagonal")}
+OPTIONS["loss_average"] = "batch+sequence"  # of a language model
 
 
 def gpt(dropout: float = 0.0) -> Any:
@@ -224,7 +225,8 @@ MODELS = {"GPT-2": (gpt, lines), "BERT": (bert, pieces), "ViT": (vit, images)}
 def test_models_learn(name: str, tmp_path: Path) -> None:
     make, data = MODELS[name]
     model = make()
-    optimizer = SINGD(model, lr=0.1, T=2, kl_clip=1e-4, adamw={"lr": 1e-2})
+    average = "batch+sequence" if name == "GPT-2" else "batch"
+    optimizer = SINGD(model, lr=0.1, T=2, kl_clip=1e-4, loss_average=average, adamw={"lr": 1e-2})
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     weights += [m.weight for m in model.modules() if type(m).__name__ == "Conv1D"]
     embedding = model.get_input_embeddings()

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import float16, float32, float64, int32, nn
 
@@ -77,6 +77,7 @@ def test_numbers_have_ranges(name: str, value: Any) -> None:
 @given(value=st.integers(-5, 5) | st.floats() | NO_NUMBERS)
 def test_integers_have_bounds(name: str, value: Any) -> None:
     low = INTEGERS[name]
+    assume(not (name == "max_dim" and value == {}))  # limits by name
     if isinstance(value, int) and not isinstance(value, bool) and (low is None or value >= low):
         SINGD(mlp(), **{name: value})
         return
