@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import platform
 import statistics
 import subprocess
@@ -30,8 +29,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RESULTS = Path("benchmarks/results")
 
 
-def optimizer(spec: str, model: torch.nn.Module, T: int) -> torch.optim.Optimizer:
-    """Of a spec ``name`` or ``name:structure``; ``singd`` is whichever package this process has."""
+def optimizer(
+    spec: str, model: torch.nn.Module, T: int, peer: Path | None
+) -> torch.optim.Optimizer:
+    """Of a spec ``name`` or ``name:structure``; with ``peer``, of PyPI ``singd``."""
     name, _, structure = spec.partition(":")
     if name == "sgd":
         return torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
@@ -39,17 +40,23 @@ def optimizer(spec: str, model: torch.nn.Module, T: int) -> torch.optim.Optimize
         return torch.optim.AdamW(model.parameters(), lr=1e-6, foreach=True)
     if name == "adamw-fused":
         return torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    import singd  # ours, or the peer's
+    if peer is not None:
+        from singd.optim.optimizer import SINGD as PeerSINGD  # there is none in ours
+
+        return PeerSINGD(model, lr=1e-6, T=T, structures=(structure, structure))
+    from singd import KFAC, SINGD
 
     if name == "kfac":
-        return singd.KFAC(model, lr=1e-6, T=T)
-    return singd.SINGD(model, lr=1e-6, T=T, structures=(structure, structure))
+        return KFAC(model, lr=1e-6, T=T)
+    return SINGD(model, lr=1e-6, T=T, structures=(structure, structure))
 
 
-def worker(spec: str, model_name: str, T: int, dtype: str) -> None:
+def worker(spec: str, model_name: str, T: int, dtype: str, peer: Path | None) -> None:
     """Take a step for every line read, and answer with its seconds."""
+    if peer is not None:
+        sys.path.insert(0, str(peer))  # before the current folder, which holds our singd
     model, loss = nets.make(model_name, DTYPES[dtype])
-    method = optimizer(spec, model, T)
+    method = optimizer(spec, model, T, peer)
     for _ in sys.stdin:
         start = time.perf_counter()
         method.zero_grad()
@@ -64,11 +71,11 @@ class Worker:
     def __init__(self, spec: str, model: str, T: int, dtype: str, peer: Path | None) -> None:
         module = "benchmarks.step"
         command = [sys.executable, "-W", "ignore", "-m", module, "--worker", spec]
-        path = [str(peer.resolve())] if peer else []
+        if peer is not None:
+            command += ["--peer", str(peer.resolve())]
         self.T = T if ":" in spec or spec == "kfac" else 1
         self.process = subprocess.Popen(
             [*command, "--models", model, "--T", str(T), "--dtype", dtype],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([*path, str(Path.cwd())])},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -139,7 +146,7 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker(args.worker, args.models, int(args.T), args.dtype)
+        worker(args.worker, args.models, int(args.T), args.dtype, args.peer)
         return
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     table = [

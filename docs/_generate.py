@@ -107,7 +107,11 @@ def reference(package: ModuleType) -> str:
     """What a package exports, and the modules listed above, as far as they exist."""
     name = package.__name__
     out = [heading(f"``{name}``", "="), f".. automodule:: {name}", "   :members:"]
-    out += ["   :imported-members:", "   :show-inheritance:", ""]
+    out += ["   :imported-members:", "   :show-inheritance:"]
+    if package is structured:  # what every member has, once
+        out += ["   :exclude-members: StructuredMatrix", ""]
+        out += [f".. autoclass:: {name}.StructuredMatrix", "   :members:", "   :inherited-members:"]
+    out += [""]
     for module in (f"{name}.{last}" for last in MODULES[name]):
         if importlib.util.find_spec(module):
             out += [heading(f"``{module}``", "-"), f".. automodule:: {module}", "   :members:", ""]

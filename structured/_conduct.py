@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
 import pickle
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,57 +17,10 @@ from torch.utils import _pytree as pytree
 
 from structured._laws import assert_close
 from structured._matrix import StructuredMatrix
+from structured._mistakes import errors
+from structured._operations import OPERATIONS, dense_of, tensors_of
 from structured._spec import Structure, parse
 from structured._strategies import Operands
-from structured.dense import Dense
-from structured.diagonal import Diagonal
-
-
-class Operation(NamedTuple):
-    """An operation, and the magnitude ``|op|(|A|, |X|)`` that its rounding errors go by.
-
-    ``magnitude`` sees members as dense matrices and everything in absolute value.
-    """
-
-    compute: Callable[[Any], Any]
-    magnitude: Callable[[Any], Tensor]
-
-
-OPERATIONS = {
-    "matmul": Operation(lambda o: o.A.matmul(o.B), lambda o: o.A @ o.B),
-    "A + B": Operation(lambda o: o.A + o.B, lambda o: o.A + o.B),
-    "A - B": Operation(lambda o: o.A - o.B, lambda o: o.A + o.B),
-    "3 * A": Operation(lambda o: 3 * o.A, lambda o: 3 * o.A),
-    "A / 3": Operation(lambda o: o.A / 3, lambda o: o.A),
-    "apply": Operation(lambda o: o.A.apply(o.X), lambda o: o.A @ o.X),
-    "apply_transpose": Operation(lambda o: o.A.apply_transpose(o.X), lambda o: o.A.mT @ o.X),
-    "orthogonal_project": Operation(lambda o: o.A.orthogonal_project(o.S), lambda o: o.S),
-    "project": Operation(lambda o: o.A.project(o.S), lambda o: 2 * o.S),
-    "project_gram": Operation(lambda o: o.A.project_gram(o.X), lambda o: 2 * o.X @ o.X.mT),
-    "gram": Operation(lambda o: o.A.gram(), lambda o: 2 * o.A.mT @ o.A),
-    "trace": Operation(lambda o: o.A.trace(), lambda o: o.A.diagonal(dim1=-2, dim2=-1).sum(-1)),
-    "add_scaled_identity": Operation(lambda o: o.A.add_scaled_identity(0.5), lambda o: o.A + 0.5),
-    "solve": Operation(
-        lambda o: o.K.solve(o.X),
-        lambda o: torch.linalg.inv(o.K).abs() @ o.K @ torch.linalg.inv(o.K).abs() @ o.X,
-    ),
-    "logdet": Operation(
-        lambda o: o.K.logdet(), lambda o: torch.linalg.slogdet(o.K).logabsdet.abs() + o.K.shape[-1]
-    ),
-    "max_abs": Operation(lambda o: o.K.max_abs(), lambda o: o.K),
-    "frobenius_norm": Operation(
-        lambda o: o.K.frobenius_norm(), lambda o: torch.linalg.matrix_norm(o.K)
-    ),
-}
-
-
-def _tensors(result: Any) -> list[Tensor]:
-    return list(result.tensors()) if isinstance(result, StructuredMatrix) else [result]
-
-
-def _dense(result: Any) -> Tensor:
-    dense: Tensor = result.to_dense() if isinstance(result, StructuredMatrix) else result
-    return dense
 
 
 def fresh(operands: Operands) -> None:
@@ -78,7 +28,7 @@ def fresh(operands: Operands) -> None:
     before = [t._version for t in operands.tensors()]
     taken = {t.untyped_storage().data_ptr() for t in operands.tensors() if t.numel()}
     for name, operation in OPERATIONS.items():
-        for t in _tensors(operation.compute(operands)):
+        for t in tensors_of(operation.compute(operands)):
             shared = t.numel() and t.untyped_storage().data_ptr() in taken
             assert not shared, f"{name}: the result shares memory with an operand"
         after = [t._version for t in operands.tensors()]
@@ -91,8 +41,10 @@ def batches(operands: Operands) -> None:
     for index in np.ndindex(*operands.A.batch_shape):
         one = operands.map(lambda t, index=index: t[index])  # type: ignore[misc]  # bound now
         for name, operation in OPERATIONS.items():
-            expected = _dense(operation.compute(one))
-            assert_close(_dense(results[name])[index], expected, f"{name} at {index} of the batch")
+            expected = dense_of(operation.compute(one))
+            assert_close(
+                dense_of(results[name])[index], expected, f"{name} at {index} of the batch"
+            )
 
 
 def precision(operands: Operands) -> None:
@@ -111,11 +63,11 @@ def precision(operands: Operands) -> None:
         dense = _Magnitudes(exact)
         u, u32 = torch.finfo(dtype).eps / 2, torch.finfo(torch.float32).eps / 2
         for name, operation in OPERATIONS.items():
-            result = _dense(operation.compute(low))
+            result = dense_of(operation.compute(low))
             assert result.dtype == dtype, f"{name}: expected {dtype}, got {result.dtype}"
             if not result.numel():
                 continue
-            expected = _dense(operation.compute(exact))
+            expected = dense_of(operation.compute(exact))
             n = operands.A.n
             magnitude = operation.magnitude(dense)
             largest = float(magnitude.max()) if magnitude.numel() else 0.0
@@ -152,7 +104,7 @@ def gradients(operands: Operands) -> None:
     def function(flat: Tensor, names: list[str] = names) -> Tensor:
         parts = flat.split([shape.numel() for shape in shapes])
         rebuilt = operands.with_tensors([p.reshape(s) for p, s in zip(parts, shapes, strict=True)])
-        results = (t for name in names for t in _tensors(OPERATIONS[name].compute(rebuilt)))
+        results = (t for name in names for t in tensors_of(OPERATIONS[name].compute(rebuilt)))
         return torch.cat([t.flatten() for t in results]) + 0 * flat.sum()
 
     def differentiable(names: list[str]) -> bool:
@@ -211,7 +163,7 @@ def meta(structure: Structure, operands: Operands) -> None:
     X, S = operands.X.to("meta"), operands.S.to("meta")
     shadow = Operands(like, like, like, X, S)
     for name, operation in OPERATIONS.items():
-        real, found = _dense(operation.compute(operands)), _dense(operation.compute(shadow))
+        real, found = dense_of(operation.compute(operands)), dense_of(operation.compute(shadow))
         assert found.device.type == "meta", f"{name}: expected a result on meta, got {found.device}"
         assert found.shape == real.shape, f"{name}: expected {real.shape}, got {found.shape}"
         assert found.dtype == real.dtype, f"{name}: expected {real.dtype}, got {found.dtype}"
@@ -224,76 +176,10 @@ def deterministic(operands: Operands) -> None:
     try:
         for name, operation in OPERATIONS.items():
             first, second = operation.compute(operands), operation.compute(operands)
-            for a, b in zip(_tensors(first), _tensors(second), strict=True):
+            for a, b in zip(tensors_of(first), tensors_of(second), strict=True):
                 assert torch.equal(a, b), f"{name}: {a}, then {b}"
     finally:
         torch.use_deterministic_algorithms(before)
-
-
-def errors(structure: Structure, other: StructuredMatrix, A: StructuredMatrix) -> None:
-    """What makes no sense raises, and says what was expected: it never returns a number."""
-    for name, wrong in _mistakes(structure, other, A):
-        try:
-            result = wrong()
-        except (TypeError, ValueError) as error:
-            said = str(error)
-            clear = "unsupported operand" in said or ("expected" in said and "got" in said)
-            assert clear or "broadcast" in said, f"{name}: unclear message {said!r}"
-        else:
-            raise AssertionError(f"{name}: expected an error, got {result!r}")
-
-
-def _mistakes(
-    structure: Structure, other: StructuredMatrix, A: StructuredMatrix
-) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Calls that must raise."""
-    n, batch, ones = A.n, A.batch_shape, partial(torch.ones, dtype=A.dtype)
-    X, S = ones(n, 2), ones(n, n)
-    for name in ("apply", "apply_transpose", "solve", "project_gram", *_OF_SQUARES):
-        good = S if name in _OF_SQUARES else X
-        wrong: dict[str, Any] = {
-            "one row more": ones(n + 1, good.shape[-1]),
-            "one dimension": ones(n),
-            "float32": good.float(),
-            "an array": good.numpy(),
-            "None": None,
-        }
-        if name in _OF_SQUARES:
-            wrong["one column more"] = ones(n, n + 1)
-        for what, value in wrong.items():
-            yield f"{name} of {what}", partial(getattr(A, name), value)
-
-    foreign: type[StructuredMatrix] = Diagonal if isinstance(A, Dense) else Dense
-    members = {
-        "batch shape": structure(n, batch_shape=(*batch, 5), dtype=A.dtype),
-        "structure": foreign.zeros(n, batch_shape=batch, dtype=A.dtype),
-        "dtype": A.to(torch.float32),
-    }
-    if other.n != n:
-        members["size"] = structure(other.n, batch_shape=batch, dtype=A.dtype)
-    for what, member in members.items():
-        for name, operation in _BINARY.items():
-            yield f"{name} of another {what}", partial(operation, A, member)
-
-    scalars: Any = ones(*batch, 5)
-    a_list: Any = [1.0]
-    yield "A * c, one c too many", partial(operator.mul, A, scalars)
-    yield "c * A, one c too many", partial(operator.mul, scalars, A)
-    yield "A / c, one c too many", partial(operator.truediv, A, scalars)
-    yield "A + c I, one c too many", partial(A.add_scaled_identity, scalars)
-    yield "A + c I, c a list", partial(A.add_scaled_identity, a_list)
-    yield "A + 1", partial(operator.add, A, 1)
-    yield "A * A", partial(operator.mul, A, A)
-    yield "with_tensors, one too many", partial(A.with_tensors, [*A.tensors(), X])
-
-
-_OF_SQUARES = ("project", "orthogonal_project")
-_BINARY: dict[str, Callable[[Any, Any], Any]] = {
-    "A @ B": operator.matmul,
-    "A.matmul(B)": lambda A, B: A.matmul(B),
-    "A + B": operator.add,
-    "A - B": operator.sub,
-}
 
 
 def spec(structure: Structure) -> None:
@@ -334,7 +220,7 @@ def compiled(structure: Structure) -> None:
         raise AssertionError(f"torch.compile: {error}") from error
     for name, expected in everything(given.A, given.B, given.K, given.X, given.S).items():
         assert type(found[name]) is type(expected), f"{name}: compiled to {type(found[name])}"
-        assert_close(_dense(found[name]), _dense(expected), f"compiled {name}")
+        assert_close(dense_of(found[name]), dense_of(expected), f"compiled {name}")
 
 
 CONDUCT = (

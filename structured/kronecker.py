@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Size, Tensor
 
+from structured._checks import check_columns
 from structured._matrix import Operator
 
 
@@ -58,7 +59,7 @@ class Kronecker(Operator):
 
     def apply(self, X: Tensor) -> Tensor:
         """``(C (x) K) X`` for ``X [..., p q, m]``."""
-        self._check_columns(X, "apply")
+        check_columns(self, X, "apply")
         p, q, m = self.C.n, self.K.n, X.shape[-1]
         Y = self.K.apply(X.unflatten(-2, (p, q)).movedim(-3, -2).flatten(-2))  # [..., q, p m]
         Y = self.C.apply(Y.unflatten(-1, (p, m)).movedim(-2, -3).flatten(-2))  # [..., p, q m]

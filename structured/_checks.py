@@ -1,0 +1,113 @@
+"""Checks of arguments, before anything is computed: what was expected, and what came."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from structured._matrix import StructuredMatrix
+    from structured._operator import Operator
+
+
+def check_columns(A: Operator, X: Any, operation: str) -> None:
+    """Raise unless ``X`` is ``[..., n, m]`` of our dtype and device, its batch shape like ours."""
+    check_rows(A, X, operation)
+    ours, theirs = A.batch_shape, X.shape[:-2]
+    for mine, its in zip(reversed(ours), reversed(theirs), strict=False):
+        if mine != its and mine != 1 and its != 1:
+            raise ValueError(
+                f"{type(A).__name__}.{operation}: expected a batch shape that broadcasts with "
+                f"{list(ours)}, got {list(theirs)}"
+            )
+
+
+def check_rows(A: Operator, X: Any, operation: str) -> None:
+    """Raise unless ``X`` is ``[..., n, m]`` of our dtype and device."""
+    name = f"{type(A).__name__}.{operation}"
+    if not isinstance(X, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(X).__name__}")
+    if X.ndim < 2 or X.shape[-2] != A.n:
+        raise ValueError(f"{name}: expected shape [..., {A.n}, m], got {list(X.shape)}")
+    _check_kind(A, X, name)
+
+
+def check_square(A: StructuredMatrix, S: Any, operation: str) -> None:
+    """Raise unless ``S`` is ``[..., n, n]`` of our dtype and device."""
+    name, n = f"{type(A).__name__}.{operation}", A.n
+    if not isinstance(S, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(S).__name__}")
+    if S.ndim < 2 or S.shape[-2:] != (n, n):
+        raise ValueError(f"{name}: expected shape [..., {n}, {n}], got {list(S.shape)}")
+    _check_kind(A, S, name)
+
+
+def check_member(A: StructuredMatrix, B: Any, operation: str) -> None:
+    """Raise unless ``B`` has our structure, size, batch shape, dtype and device."""
+    layout = getattr(B, "layout", None)
+    if not isinstance(layout, tuple):  # tensors have a layout of another kind
+        raise TypeError(
+            f"{type(A).__name__} {operation}: expected a member of the same structure, "
+            f"got {type(B).__name__}"
+        )
+    if A.layout != layout:
+        raise ValueError(f"{operation}: expected two members of one structure, got {A!r} and {B!r}")
+    _check_kind(A, B, f"{type(A).__name__} {operation}")
+
+
+def check_scalar(A: StructuredMatrix, c: Any, operation: str) -> None:
+    """Raise unless ``c`` is a number, or a tensor of our device, scalar or of the batch shape."""
+    name = f"{type(A).__name__} {operation}"
+    if not isinstance(c, Tensor):
+        if not isinstance(c, Real):
+            raise TypeError(f"{name}: expected a number or a tensor, got {type(c).__name__}")
+        return
+    if c.ndim and c.shape != A.batch_shape:
+        raise ValueError(
+            f"{name}: expected a scalar or shape {list(A.batch_shape)}, got {list(c.shape)}"
+        )
+    if c.is_complex():
+        raise ValueError(f"{name}: expected a real scalar, got {c.dtype}")
+    if c.device != A.device and (c.ndim or c.device.type != "cpu"):  # as of torch.mul
+        raise ValueError(f"{name}: expected a scalar on {A.device}, got one on {c.device}")
+
+
+def _check_kind(A: Operator, other: Tensor | Operator, name: str) -> None:
+    """Raise unless dtype and device are ours."""
+    if other.dtype != A.dtype or other.device != A.device:
+        raise ValueError(
+            f"{name}: expected {A.dtype} on {A.device}, got {other.dtype} on {other.device}"
+        )
+
+
+CHECKS: dict[str, Callable[[Any, Any, str], None]] = {
+    "matmul": check_member,
+    "apply": check_columns,
+    "apply_transpose": check_columns,
+    "solve": check_columns,
+    "orthogonal_project": check_square,
+    "project": check_square,
+    "project_gram": check_rows,
+    "add_scaled_identity": check_scalar,
+}
+
+
+def check_arguments(cls: type) -> None:
+    """Wrap the methods that ``cls`` defines itself: their argument is checked before they run."""
+    for name in CHECKS.keys() & cls.__dict__.keys():
+        setattr(cls, name, _checked(name, cls.__dict__[name]))
+
+
+def _checked(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    check = CHECKS[name]
+
+    @functools.wraps(method)
+    def wrapper(self: StructuredMatrix, argument: Any) -> Any:
+        check(self, argument, name)
+        return method(self, argument)
+
+    return wrapper

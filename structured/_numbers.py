@@ -1,0 +1,27 @@
+"""What the structures share: precision, scalars along a batch, norms of parts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The precision to compute in: float32 for bfloat16 and float16, else ``dtype``."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def trailing(c: Tensor, t: Tensor) -> Tensor:
+    """View a scalar ``c [...]`` so that it multiplies ``t [..., *core]`` along the batch."""
+    return c[(...,) + (None,) * (t.ndim - c.ndim)] if c.ndim else c
+
+
+def joint_norm(*norms: Tensor) -> Tensor:
+    """Euclidean norm of parts with the given norms; its gradient at zero is zero, not NaN."""
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
+
+
+def largest(t: Tensor, batch_ndim: int) -> Tensor:
+    """Largest absolute value over all but the first ``batch_ndim`` dimensions, 0 if none."""
+    flat = t.flatten(batch_ndim) if t.ndim > batch_ndim else t[..., None]
+    return flat.abs().amax(-1) if flat.shape[-1] else flat.sum(-1)

@@ -1,0 +1,58 @@
+"""Every operation of a member, as a table: what the laws of good conduct go through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from structured._matrix import StructuredMatrix
+
+
+class Operation(NamedTuple):
+    """An operation, and the magnitude ``|op|(|A|, |X|)`` that its rounding errors go by.
+
+    ``magnitude`` sees members as dense matrices and everything in absolute value.
+    """
+
+    compute: Callable[[Any], Any]
+    magnitude: Callable[[Any], Tensor]
+
+
+OPERATIONS = {
+    "matmul": Operation(lambda o: o.A.matmul(o.B), lambda o: o.A @ o.B),
+    "A + B": Operation(lambda o: o.A + o.B, lambda o: o.A + o.B),
+    "A - B": Operation(lambda o: o.A - o.B, lambda o: o.A + o.B),
+    "3 * A": Operation(lambda o: 3 * o.A, lambda o: 3 * o.A),
+    "A / 3": Operation(lambda o: o.A / 3, lambda o: o.A),
+    "apply": Operation(lambda o: o.A.apply(o.X), lambda o: o.A @ o.X),
+    "apply_transpose": Operation(lambda o: o.A.apply_transpose(o.X), lambda o: o.A.mT @ o.X),
+    "orthogonal_project": Operation(lambda o: o.A.orthogonal_project(o.S), lambda o: o.S),
+    "project": Operation(lambda o: o.A.project(o.S), lambda o: 2 * o.S),
+    "project_gram": Operation(lambda o: o.A.project_gram(o.X), lambda o: 2 * o.X @ o.X.mT),
+    "gram": Operation(lambda o: o.A.gram(), lambda o: 2 * o.A.mT @ o.A),
+    "trace": Operation(lambda o: o.A.trace(), lambda o: o.A.diagonal(dim1=-2, dim2=-1).sum(-1)),
+    "add_scaled_identity": Operation(lambda o: o.A.add_scaled_identity(0.5), lambda o: o.A + 0.5),
+    "solve": Operation(
+        lambda o: o.K.solve(o.X),
+        lambda o: torch.linalg.inv(o.K).abs() @ o.K @ torch.linalg.inv(o.K).abs() @ o.X,
+    ),
+    "logdet": Operation(
+        lambda o: o.K.logdet(), lambda o: torch.linalg.slogdet(o.K).logabsdet.abs() + o.K.shape[-1]
+    ),
+    "max_abs": Operation(lambda o: o.K.max_abs(), lambda o: o.K),
+    "frobenius_norm": Operation(
+        lambda o: o.K.frobenius_norm(), lambda o: torch.linalg.matrix_norm(o.K)
+    ),
+}
+
+
+def tensors_of(result: Any) -> list[Tensor]:
+    return list(result.tensors()) if isinstance(result, StructuredMatrix) else [result]
+
+
+def dense_of(result: Any) -> Tensor:
+    dense: Tensor = result.to_dense() if isinstance(result, StructuredMatrix) else result
+    return dense

@@ -1,0 +1,114 @@
+"""Anything square that can be multiplied by a tensor."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Size, Tensor
+
+# PyTorch's names for our operators, and whether their arguments are swapped.
+_OPERATORS = {
+    "matmul": ("matmul", False),
+    "__rmatmul__": ("matmul", True),
+    "mul": ("mul", False),
+    "div": ("truediv", False),
+    "__rdiv__": ("truediv", True),
+    "add": ("add", False),
+    "sub": ("sub", False),
+    "__rsub__": ("sub", True),
+}
+
+
+class Operator(ABC):
+    """A square linear map ``[..., n, n]`` known by its products with tensors."""
+
+    __array_ufunc__ = None  # NumPy scalars leave ``c * A`` to us
+
+    @property
+    @abstractmethod
+    def shape(self) -> Size:
+        """``[*batch_shape, n, n]``."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Data type of the entries."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Device of the stored tensors."""
+
+    @property
+    @abstractmethod
+    def mT(self) -> Operator:
+        """The transpose."""
+
+    @abstractmethod
+    def apply(self, X: Tensor) -> Tensor:
+        """``A X`` for ``X [..., n, m]``."""
+
+    @abstractmethod
+    def apply_transpose(self, X: Tensor) -> Tensor:
+        """``A^T X`` for ``X [..., n, m]``."""
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """Write the operator out, ``[..., n, n]``."""
+
+    @property
+    def n(self) -> int:
+        """Number of rows, and of columns."""
+        return self.shape[-1]
+
+    @property
+    def batch_shape(self) -> Size:
+        """Leading dimensions."""
+        return self.shape[:-2]
+
+    def __matmul__(self, other: Any) -> Any:
+        """``A @ X`` for a matrix ``X [..., n, m]`` or a vector ``[n]``."""
+        if not isinstance(other, Tensor):
+            return NotImplemented
+        return self.apply(other[:, None])[..., 0] if other.ndim == 1 else self.apply(other)
+
+    def __rmatmul__(self, other: Any) -> Any:
+        """``X @ A`` for a matrix ``X [..., m, n]`` or a vector ``[n]``."""
+        if not isinstance(other, Tensor):
+            return NotImplemented
+        if other.ndim == 1:
+            return self.apply_transpose(other[:, None])[..., 0]
+        return self.apply_transpose(other.mT).mT
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """What ``torch.matmul(A, X)``, ``c * A`` and their like mean: our operator of that name."""
+        name = func.__name__
+        if name not in _OPERATORS or kwargs or len(args) != 2:
+            return NotImplemented
+        if func is Tensor.matmul and torch.compiler.is_compiling():
+            # PyTorch up to 2.13 traces both ``A @ X`` and ``X @ A`` to this call
+            raise TypeError("@ in torch.compile: expected A.apply(X) or torch.matmul, got @")
+        operator, swapped = _OPERATORS[name]
+        a, b = reversed(args) if swapped else args
+        method = getattr(a, f"__{operator}__") if isinstance(a, Operator) else None
+        if method is None:
+            method, b = getattr(b, f"__r{operator}__", None), a
+        return NotImplemented if method is None else method(b)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The dense matrix as a NumPy array (bfloat16 arrives as float32)."""
+        if copy is False:
+            raise ValueError(f"np.asarray({type(self).__name__}, copy=False): must be written out")
+        dense = self.to_dense().detach().cpu()
+        return np.asarray(dense.float() if dense.dtype == torch.bfloat16 else dense, dtype=dtype)

@@ -1,0 +1,176 @@
+"""Immutable records of tensors: dataclasses that are pytrees, move between devices, and nest."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Self, dataclass_transform
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+def static(**kwargs: Any) -> Any:
+    """Mark a field as part of the structure, shared by all its members, not a stored number.
+
+    Sums, scalings and :meth:`Stored.tensors` pass static fields by. Two members belong to the same
+    structure only if their static fields are equal (tensors: equal numbers).
+    """
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+@dataclass_transform(
+    frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field, static)
+)
+class Stored:
+    """An immutable dataclass of tensors, or of further records; subclassing is all it takes.
+
+    Everything here is about the tensors as such, in the order of the fields, and blind to what
+    matrix they stand for.
+    """
+
+    _fields: tuple[str, ...] = ()
+    _static: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # made a dataclass above
+        cls._fields = tuple(f.name for f in fields if not f.metadata.get("static"))
+        cls._static = tuple(f.name for f in fields if f.metadata.get("static"))
+        pytree.register_pytree_node(cls, cls._flatten, cls._unflatten)
+
+    def __post_init__(self) -> None:
+        parts = [getattr(self, name) for name in self._fields]
+        for name, part in zip(self._fields, parts, strict=True):
+            if not isinstance(part, Tensor | Stored):
+                raise TypeError(
+                    f"{type(self).__name__}.{name}: expected a tensor or a structured matrix, "
+                    f"got {type(part).__name__}"
+                )
+            if part.dtype != parts[0].dtype or part.device != parts[0].device:
+                raise ValueError(
+                    f"{type(self).__name__}: expected {name} in {parts[0].dtype} on "
+                    f"{parts[0].device} as {self._fields[0]}, got {part.dtype} on {part.device}"
+                )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the stored tensors."""
+        dtype: torch.dtype = getattr(self, self._fields[0]).dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the stored tensors."""
+        device: torch.device = getattr(self, self._fields[0]).device
+        return device
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The stored tensors, nested members flattened, in the order of the fields."""
+        out: list[Tensor] = []
+        for name in self._fields:
+            part = getattr(self, name)
+            if isinstance(part, Stored):
+                out.extend(part.tensors())
+            else:
+                out.append(part)
+        return tuple(out)
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
+        """The member of the same structure that stores ``tensors``, ordered as :meth:`tensors`."""
+        parts: list[Any] = []
+        start = 0
+        for name in self._fields:
+            part = getattr(self, name)
+            if isinstance(part, Stored):
+                stop = start + len(part.tensors())
+                parts.append(part.with_tensors(tensors[start:stop]))
+            else:
+                stop = start + 1
+                parts.extend(tensors[start:stop])
+            start = stop
+        if len(tensors) != start:
+            raise ValueError(f"{type(self).__name__}: expected {start} tensors, got {len(tensors)}")
+        return self._build(parts)
+
+    def map(self, function: Callable[..., Tensor], *others: Self) -> Self:
+        """Apply ``function`` to each stored tensor (and those of ``others``, side by side)."""
+        columns = (self.tensors(), *(other.tensors() for other in others))
+        return self.with_tensors([function(*row) for row in zip(*columns, strict=True)])
+
+    def zeros_like(self) -> Self:
+        """The zero member of this structure, size, batch shape, dtype and device."""
+        return self.map(torch.zeros_like)
+
+    def clone(self) -> Self:
+        """A copy that shares no memory."""
+        return self.map(torch.clone)
+
+    def detach(self) -> Self:
+        """The same numbers, cut from the autograd graph."""
+        return self.map(Tensor.detach)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Convert dtype or device, as :meth:`torch.Tensor.to`."""
+        moved = self.map(lambda t: t.to(*args, **kwargs))
+        return moved._with_static(lambda t: t.to(*args, **kwargs))
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What makes two members addable: class, static fields and shapes, as a hashable tuple."""
+        parts = []
+        for name in self._fields:
+            part = getattr(self, name)
+            parts.append(part.layout if isinstance(part, Stored) else part.shape)
+        for name in self._static:
+            value = getattr(self, name)
+            parts.append(_SharedTensor(value) if isinstance(value, Tensor) else value)
+        return (type(self), *parts)
+
+    def _build(self, parts: Sequence[Any]) -> Self:
+        """A member with the given fields and our static ones."""
+        statics = {name: getattr(self, name) for name in self._static}
+        return type(self)(**dict(zip(self._fields, parts, strict=True)), **statics)
+
+    def _with_static(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Apply ``function`` to the static tensors, nested members' too."""
+        parts: list[Any] = [getattr(self, name) for name in self._fields]
+        statics: list[Any] = [getattr(self, name) for name in self._static]
+        return self._unflatten(
+            [p._with_static(function) if isinstance(p, Stored) else p for p in parts],
+            [function(value) if isinstance(value, Tensor) else value for value in statics],
+        )
+
+    def _flatten(self) -> tuple[list[Any], tuple[Any, ...]]:
+        return (
+            [getattr(self, name) for name in self._fields],
+            tuple(getattr(self, name) for name in self._static),
+        )
+
+    @classmethod
+    def _unflatten(cls, parts: Iterable[Any], statics: Iterable[Any]) -> Self:
+        member = object.__new__(cls)  # transforms put placeholders here: no checks
+        member.__dict__.update(zip(cls._fields, parts, strict=True))
+        member.__dict__.update(zip(cls._static, statics, strict=True))
+        return member
+
+
+class _SharedTensor:
+    """A static tensor in a layout: equal to itself, and to one with the same numbers."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return hash(self.value.shape)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _SharedTensor):
+            return NotImplemented
+        mine, theirs = self.value, other.value
+        if mine is theirs:
+            return True
+        alike = (mine.shape, mine.dtype, mine.device) == (theirs.shape, theirs.dtype, theirs.device)
+        return alike and torch.equal(mine, theirs)
