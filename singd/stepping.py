@@ -12,7 +12,7 @@ from torch import Tensor
 from singd import distributed
 from singd.capture import Statistics, Unit
 from singd.grouping import Bucket, gather, stack
-from singd.options import Group
+from singd.options import Group, peak_lr
 from singd.rounding import Rounding
 from singd.update import inner, residual, trust_region
 
@@ -178,7 +178,7 @@ class Step:
             natural = self.optimizer._precondition(*bucket.select(units), G)
             naturals.append((units, natural))
             if units[0].group["kl_clip"] is not None:
-                quadratic.append(units[0].group["lr"] ** 2 * inner(natural, G))
+                quadratic.append(peak_lr(units[0].group) ** 2 * inner(natural, G))
             if self.report is not None:
                 for unit, N, g in zip(units, natural, G, strict=True):
                     norms = {"gradient_norm": g.norm(), "natural_norm": N.norm()}
