@@ -123,7 +123,7 @@ def first_reached(task: str, outcome: Outcome, target: float) -> int | None:
 
 
 def verdict(task: str, ours: Outcome, theirs: Outcome) -> str:
-    """Who is ahead, from the differences seed by seed: both start from equal weights and batches."""
+    """Who is ahead, by the differences of seeds: both start from equal weights and batches."""
     sign = 1 if TASKS[task].higher_is_better else -1
     differences = [sign * (a - b) for a, b in zip(ours.scores, theirs.scores, strict=True)]
     mean, count = fmean(differences), len(differences)

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from pydoc_data.topics import topics
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from pydoc_data.topics import topics
 from sklearn.datasets import load_digits
 from sklearn.neighbors import kneighbors_graph
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class Task(Protocol):
     """What to train, on what, and how it is judged."""
 
     steps: int
-    singd: dict[str, Any]  # options that the loss asks of SINGD
+    loss_average: str  # as for SINGD
     terms: int | None  # of the loss, where no layer can know them
     metric: str
     higher_is_better: bool
@@ -58,10 +58,7 @@ class DigitsTask:
     metric: str = "accuracy"
     higher_is_better: bool = True
     terms: int | None = None
-
-    @property
-    def singd(self) -> dict[str, Any]:
-        return {}
+    loss_average: str = "batch"
 
     def model(self) -> nn.Module:
         return MODELS[self.name]()
@@ -123,7 +120,7 @@ class GraphTask:
     """Classes of all nodes from the labels of a few; every step sees the whole graph."""
 
     steps = 200
-    singd: dict[str, Any] = {}
+    loss_average = "batch"
     terms = 100  # labelled nodes; layers see all nodes
     metric = "accuracy"
     higher_is_better = True
@@ -169,7 +166,7 @@ class TextTask:
     """The next character, from up to 64 before it."""
 
     steps = 1000
-    singd: dict[str, Any] = {"loss_average": "batch+sequence"}
+    loss_average = "batch+sequence"
     terms = None
     metric = "nats per character"
     higher_is_better = False
