@@ -2,6 +2,7 @@
 
     python -m benchmarks.evidence              # all that is not in the results yet, then the report
     python -m benchmarks.evidence --report     # the report alone
+    python -m benchmarks.evidence --methods "SINGD diagonal"    # or another of EXTRA
 
 For every task of :mod:`benchmarks.tasks` and every method of :data:`METHODS`:
 
@@ -44,12 +45,17 @@ SEEDS, CHECKS, ROUNDS = 5, 10, 7
 
 @dataclass(frozen=True)
 class Method:
-    """An optimizer, and the option that is searched for, if any, by itself or by another method."""
+    """An optimizer, and the option that is searched for, if any.
+
+    Either over ``values``, or it is what the search of the method ``found_by`` found. ``tasks`` are
+    those where the method is another one than SINGD.
+    """
 
     make: Callable[..., Optimizer]
     option: str = ""
     values: tuple[float, ...] = ()
     found_by: str = ""
+    tasks: tuple[str, ...] = tuple(TASKS)
 
 
 def adamw(model: nn.Module, task: Task, **options: Any) -> Optimizer:
@@ -75,10 +81,16 @@ METHODS: dict[str, Method] = {
     "SINGD": Method(singd(), "kl_clip", BOUNDS),
     "AdamW, lr 1e-3": Method(adamw),
     "SINGD(model)": Method(singd()),
+    # the learning rate that AdamW's own search finds, for what AdamW trains in SINGD too
+    "SINGD, AdamW part 1e-2": Method(
+        singd(adamw={"lr": 1e-2}), "kl_clip", BOUNDS, tasks=("ViT", "GPT")
+    ),
     "SINGD diagonal": as_singd(structures=("diagonal", "diagonal")),
     "SINGD hierarchical": as_singd(structures=("hierarchical(8, 8)", "hierarchical(8, 8)")),
     "SINGD, T = 1": as_singd(T=1),
 }
+EXTRA = ("SINGD diagonal", "SINGD hierarchical", "SINGD, T = 1")
+MAIN = [name for name in METHODS if name not in EXTRA]
 
 
 @dataclass(frozen=True)
@@ -184,6 +196,7 @@ def finals(task: str, method: str, steps: int, rows: Sequence[Row], seeds: int) 
 def costs(name: str, methods: Sequence[str], rounds: int) -> Iterator[dict[str, Any]]:
     """Milliseconds of a step and bytes of state; the methods take turns, a block of steps each."""
     task = TASKS[name]
+    methods = [m for m in methods if name in METHODS[m].tasks]
     pairs = {m: start(task, METHODS[m], math.nan, seed=0) for m in methods}
     data = task.batches("test", (STATE_STEPS + rounds * BLOCK) * len(methods), seed=0)
     seconds: dict[str, list[float]] = {m: [] for m in methods}
@@ -253,7 +266,7 @@ def pending(jobs: Iterable[Job], rows: Sequence[Row]) -> list[Job]:
 
 def run_all(path: Path, args: argparse.Namespace) -> None:
     """The search, then the runs that it decides on, task by task and method by method."""
-    pairs = [(t, m) for m in args.methods for t in args.tasks]
+    pairs = [(t, m) for m in args.methods for t in args.tasks if t in METHODS[m].tasks]
     steps = {t: args.steps or TASKS[t].steps for t in args.tasks}
     total = sum(len(METHODS[m].values) + args.seeds for _, m in pairs)
     with tqdm(total=total, unit="run", dynamic_ncols=True) as bar:
@@ -277,7 +290,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", action="store_true", help="train alone")
     parser.add_argument("--costs", action="store_true", help="measure times and bytes alone")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=MAIN, choices=METHODS)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)

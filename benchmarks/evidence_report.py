@@ -24,6 +24,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "SINGD": {"color": "#D55E00", "lw": 2},
     "AdamW, lr 1e-3": {"color": "#000000", "ls": ":"},
     "SINGD(model)": {"color": "#D55E00", "ls": ":"},
+    "SINGD, AdamW part 1e-2": {"color": "#CC79A7", "lw": 2},
     "SINGD hierarchical": {"color": "#0072B2"},
     "SINGD diagonal": {"color": "#E69F00"},
     "SINGD, T = 1": {"color": "#009E73"},
