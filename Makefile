@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 PEER      := .peer/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format parity laws mutants docs clean
+.PHONY: help demo test lint format parity laws mutants docs gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,10 @@ mutants: $(INSTALLED) ## run the tests on faulty copies of structured/ (hours; a
 
 docs: $(INSTALLED) ## build the documentation into docs/_build/html
 	$(PY) -m sphinx -W --keep-going -b html docs docs/_build/html
+
+# With the torch and Triton that are there, not those of $(VENV), which have no CUDA.
+gpu: ## test and measure on an NVIDIA GPU, in nine minutes, into benchmarks/results
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean: ## remove everything generated, except the virtual environment
 	rm -rf .peer build dist benchmarks/out docs/_build docs/_generated docs/api

@@ -41,9 +41,9 @@ def optimizer(
     if name == "adamw-fused":
         return torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     if peer is not None:
-        from singd.optim.optimizer import SINGD as PeerSINGD  # there is none in ours
+        from singd.optim import optimizer as peers  # there is none in ours
 
-        return PeerSINGD(model, lr=1e-6, T=T, structures=(structure, structure))
+        return peers.SINGD(model, lr=1e-6, T=T, structures=(structure, structure))
     from singd import KFAC, SINGD
 
     if name == "kfac":

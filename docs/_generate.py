@@ -17,7 +17,7 @@ from sphinx.ext.napoleon import Config, GoogleDocstring
 
 import singd
 import structured
-from docs import catalogue, costs, pictures, stages
+from docs import catalogue, clock, costs, gpu, pictures, stages
 
 DOCS = Path(__file__).parent
 OUT = DOCS / "_generated"
@@ -38,6 +38,8 @@ def build() -> None:
     for name in catalogue.names():
         write(OUT / f"{name}.svg", pictures.growing(name))
     write(OUT / "costs.md", costs.markdown(rows) + "\n")
+    write(OUT / "clock.md", clock.markdown() + "\n")
+    write(OUT / "gpu.md", gpu.section())
     write(OUT / "stages.md", stages.markdown() + "\n")
     write(OUT / "structures.svg", pictures.overview())
     write(DOCS / "structured" / "catalogue.rst", catalogue_page(rows))
@@ -99,7 +101,7 @@ def entry(name: str, cells: list[str]) -> str:
 # Modules with more to use than what the packages export.
 MODULES = {
     "structured": ("testing", "interop", "kernels"),
-    "singd": ("update", "layers", "plan", "rounding"),
+    "singd": ("update", "layers", "plan", "convert", "rounding"),
 }
 
 

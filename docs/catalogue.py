@@ -13,6 +13,7 @@ from structured._spec import known
 
 # Options that read better than those made up from the signature.
 EXAMPLES = {
+    "block_circulant": "block_circulant(2)",
     "block_diagonal": "block_diagonal(3)",
     "block_lower": "block_lower(dense, diagonal, 4)",
     "block_upper": "block_upper(lower_toeplitz, dense, 8)",

@@ -37,6 +37,7 @@ FORMS: dict[str, Callable[[float], float]] = {
 
 # Of a size that is used: the examples of the catalogue are small, to be drawn.
 SPECS = {
+    "block_circulant": "block_circulant(30)",
     "block_diagonal": "block_diagonal(30)",
     "hierarchical": "hierarchical(15, 15)",
     "low_rank_lower": "low_rank_lower(30)",

@@ -7,6 +7,7 @@ side (the groups of a convolution).
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,15 +22,28 @@ class Layer:
     ``[N, ..., d_in]`` to ``[N, ..., d_out]``, such as :class:`torch.nn.Linear`.
     """
 
+    weight = "weight"
+    """The name of the parameter that is the weight."""
+
+    bias = "bias"
+    """The name of the parameter that is the bias, if there is one."""
+
     joins_bias = True
     """Whether the bias is one more column of the weight matrix, with constant input."""
 
     input_structure: str | None = None
     """The structure of the input factor, where the inputs leave no choice."""
 
+    parts = 1
+    """How many products are seen one by one, as the first of the leading dimensions."""
+
+    def products(self, module: Any) -> Sequence[Layer]:
+        """The layers that ``module`` consists of: this one, unless it is several."""
+        return [self]
+
     def shape(self, module: Any) -> tuple[int, ...]:
         """``(..., d_out, d_in)``, without bias."""
-        shape: tuple[int, ...] = tuple(module.weight.shape)
+        shape: tuple[int, ...] = tuple(getattr(module, self.weight).shape)
         return shape
 
     def inputs(self, module: Any, x: Tensor) -> Tensor:
@@ -46,7 +60,7 @@ class Layer:
 
     def from_matrix(self, module: Any, matrix: Tensor) -> Tensor:
         """The inverse of :meth:`to_matrix`."""
-        return matrix.reshape(module.weight.shape)
+        return matrix.reshape(getattr(module, self.weight).shape)
 
     def columns(self, module: Any, x: Tensor, approximation: str, ones: bool) -> tuple[Tensor, int]:
         """``A [..., d_in (+ 1), R]`` with ``A A^T`` the sum over the inputs, and their number R."""
@@ -57,9 +71,15 @@ class Layer:
         self, module: Any, x: Tensor, approximation: str, ones: bool
     ) -> tuple[Tensor, int]:
         """The diagonal ``[..., d_in (+ 1)]`` of that sum, in float32 at least, and R."""
-        A, rows = self.columns(module, x, approximation, ones)
-        wide = A.to(torch.promote_types(A.dtype, torch.float32))
-        return torch.linalg.vecdot(wide, wide), rows
+        values = self.inputs(module, x)
+        sums = square_sums(values, approximation, average=True)
+        samples, positions = values.shape[-3:-1]
+        rows = samples if approximation == "reduce" else samples * positions
+        return (F.pad(sums, (0, 1), value=float(rows)) if ones else sums), rows
+
+    def pieces(self, module: Any, x: Tensor, g: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """Input and output gradient of a few samples at a time, where :meth:`inputs` is large."""
+        return [(x, g)]
 
     def contract(self, module: Any, x: Tensor, g: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """``v^T (dL/dW) u`` of what the layer saw, for ``u [d_in, k]`` and ``v [d_out, k]``."""
@@ -88,8 +108,22 @@ def flatten_rows(
         average: Under ``"reduce"``, average (inputs) or sum (gradients).
         ones: Append the constant input of a bias.
     """
-    if approximation == "reduce":
-        rows = values.mean(-2) if average else values.sum(-2)
-    else:
-        rows = values.flatten(-3, -2)
+    rows = _reduced(values, average) if approximation == "reduce" else values.flatten(-3, -2)
     return (F.pad(rows, (0, 1), value=1.0) if ones else rows).mT
+
+
+def square_sums(values: Tensor, approximation: str, *, average: bool) -> Tensor:
+    """Sums over rows of squares, ``[..., d]``, of what :func:`flatten_rows` makes of ``values``.
+
+    In float32 at least; no row is copied.
+    """
+    if approximation == "reduce":
+        values = _reduced(values, average)[..., None, :]
+    squares = values.to(torch.promote_types(values.dtype, torch.float32)).square()
+    if squares.ndim == 3 and squares.is_contiguous():  # a product reads them faster than a sum
+        return squares.new_ones(squares.shape[0] * squares.shape[1]) @ squares.flatten(0, 1)
+    return squares.sum((-3, -2))
+
+
+def _reduced(values: Tensor, average: bool) -> Tensor:
+    return values.mean(-2) if average else values.sum(-2)

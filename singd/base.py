@@ -18,13 +18,24 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
-from singd import checkpoint, distributed
-from singd._layer import flatten_rows
+from singd import checkpoint, distributed, grafting
+from singd._layer import flatten_rows, square_sums
 from singd.amp import calling_scale
-from singd.capture import Capture, Statistics, Unit
+from singd.capture import Statistics, Unit
 from singd.grouping import Bucket, Members, buckets
+from singd.hooks import Capture
 from singd.layers import OPTIONAL
-from singd.options import LOSS_AVERAGES, Group, given_group, in_range, one_of, parameter_of, peak_lr
+from singd.loss_scale import LossCheck
+from singd.options import (
+    LOSS_AVERAGES,
+    Group,
+    given_group,
+    in_range,
+    integer,
+    one_of,
+    parameter_of,
+    peak_lr,
+)
 from singd.plan import Plan, find_units, make_plan, owners_of
 from singd.stepping import Step
 from structured import Diagonal, Structure, StructuredMatrix
@@ -46,7 +57,7 @@ class KroneckerOptimizer(Optimizer):
             ``model`` if ``None``.
         defaults: Options of the preconditioned groups.
         adamw: Options of :class:`torch.optim.AdamW` for all other parameters.
-        layers: Types among :data:`singd.layers.OPTIONAL` that are preconditioned as well.
+        layers: Types among :data:`singd.layers.OPTIONAL` that are preconditioned as well; or "all".
         max_skipped: Steps in a row that may be skipped since something was not finite; ``None``
             looks for nothing, and spares the wait for the device that it takes.
         telemetry: Called after every step with norms, the bound, residuals and skipped steps.
@@ -64,7 +75,7 @@ class KroneckerOptimizer(Optimizer):
         params: Iterable[Any] | None,
         defaults: Group,
         adamw: Mapping[str, Any] | None,
-        layers: Collection[type[nn.Module]] = (),
+        layers: Collection[type[nn.Module]] | str = (),
         max_skipped: int | None = 10,
         telemetry: Callable[[dict[str, Any]], None] | None = None,
         process_group: Any = None,
@@ -77,7 +88,9 @@ class KroneckerOptimizer(Optimizer):
         for name, p in model.named_parameters():
             if isinstance(p, nn.parameter.UninitializedParameter):
                 raise ValueError(f"{name} is not initialised yet: run one forward pass first")
-        self.model, self._layers = model, tuple(layers)
+        self.model = model
+        named: Any = OPTIONAL if layers == "all" else layers
+        self._layers: tuple[type[nn.Module], ...] = tuple(named)
         for layer in self._layers:
             one_of("layers", layer, tuple(OPTIONAL))
         self._adamw = AdamW([torch.zeros(0)], **(adamw or {}))
@@ -89,9 +102,15 @@ class KroneckerOptimizer(Optimizer):
         self._process_group = process_group
         self._reduce_gradients = not wrapped
         self.skipped = self._skipped_in_row = 0
+        if max_skipped is not None:
+            integer("max_skipped", max_skipped, 0)
+        if telemetry is not None and not callable(telemetry):
+            raise ValueError(f"telemetry: expected a function or None, got {telemetry!r}")
         self.max_skipped, self.telemetry = max_skipped, telemetry
         self._terms: float | Tensor = 0  # of the loss, counted for the coming step
         self._watch()
+        self._loss_check: LossCheck | None = LossCheck(model)
+        weakref.finalize(self, self._loss_check.close)
         params = [p for p in model.parameters() if p.requires_grad] if params is None else params
         params = [given_group(p) if isinstance(p, Mapping) else p for p in params]
         groups = params if params and isinstance(params[0], dict) else [{"params": params}]
@@ -105,14 +124,22 @@ class KroneckerOptimizer(Optimizer):
         """What is stored of a unit before any update, with further leading batch dimensions."""
 
     @abstractmethod
-    def _statistic(self, unit: Unit, side: str, X: Tensor) -> StructuredMatrix:
+    def _statistic(self, unit: Unit, side: str, X: Tensor, part: int) -> StructuredMatrix:
         """What to sum of the columns ``X [..., n, R]``; ``side`` is ``"K"`` or ``"C"``."""
 
     @abstractmethod
     def _update(
-        self, group: Group, old: Members, U_K: StructuredMatrix, U_C: StructuredMatrix
+        self,
+        group: Group,
+        old: Members,
+        products: Members,
+        U_K: StructuredMatrix,
+        U_C: StructuredMatrix,
     ) -> Members:
-        """New values of what is stored, from the statistics of the Kronecker factors."""
+        """New values of what is stored, from the statistics of the Kronecker factors.
+
+        ``products`` are those of ``old``, if any are kept.
+        """
 
     def _products(self, group: Group, members: Members) -> Members:
         """Products worth keeping until the next update."""
@@ -131,10 +158,11 @@ class KroneckerOptimizer(Optimizer):
         for name in ("lr", "damping", "weight_decay"):
             in_range(name, group[name], 0.0, float("inf"))
         in_range("momentum", group["momentum"], 0.0, 1.0, open_end=True)
-        if not isinstance(group["T"], int) or group["T"] < 1:
-            raise ValueError(f"T: expected an integer >= 1, got {group['T']!r}")
+        integer("T", group["T"], 1)
+        integer("seed", group["seed"])
         one_of("loss_average", group["loss_average"], LOSS_AVERAGES)
         one_of("kfac_approx", group["kfac_approx"], ("expand", "reduce"))
+        one_of("graft", group["graft"], grafting.METHODS)
         if group["kl_clip"] is not None:
             in_range("kl_clip", group["kl_clip"], 0.0, float("inf"))
 
@@ -176,7 +204,7 @@ class KroneckerOptimizer(Optimizer):
                 del self.param_groups[-1][key]
         self._units += units
         self._bind()
-        self._capture.watch(units)
+        self._capture.watch(self.model, units)
 
     def _watch(self) -> None:
         """Begin to capture; that ends with :meth:`close`, or with this object."""
@@ -275,23 +303,40 @@ class KroneckerOptimizer(Optimizer):
         off = self._paused or self._sampled or self._is_foreign(unit)
         return self._due(unit) and not off
 
-    def _measure(self, unit: Unit, module: nn.Module, x: Tensor, g: Tensor) -> None:
+    def _measure(
+        self, unit: Unit, module: nn.Module, x: Tensor, g: Tensor, part: int, root: int
+    ) -> None:
         """Take in one use of ``module`` with input ``x`` and output gradient ``g``."""
-        if unit.layout != self._layout(unit) or getattr(module, "weight", None) is not unit.weight:
+        weight = getattr(module, unit.layer.weight, None)
+        if unit.layout != self._layout(unit) or weight is not unit.weight:
             self._settle()
         _ = self._buckets  # the factors exist from now on
+        diagonal = isinstance(unit.members[self._sides[0]], Diagonal)
+        pieces = [(x, g)] if diagonal else unit.layer.pieces(module, x, g)
+        seen, *others = (self._statistics(unit, module, *piece, part) for piece in pieces)
+        for other in others:
+            seen.add(other)
+        unit.observe(module, part, root, seen, x, g)
+
+    def _statistics(
+        self, unit: Unit, module: nn.Module, x: Tensor, g: Tensor, part: int
+    ) -> Statistics:
         approximation, layer = unit.group["kfac_approx"], unit.layer
         grads, ones = layer.grads(module, g), unit.bias is not None
-        if isinstance(unit.members[self._sides[0]], Diagonal):
+        K, C = (unit.members[side] for side in self._sides)
+        if isinstance(K, Diagonal):
             squares, rows = layer.square_sums(module, x, approximation, ones)
             U_K: StructuredMatrix = Diagonal(squares)
         else:
             A, rows = layer.columns(module, x, approximation, ones)
-            U_K = self._statistic(unit, "K", A)
-        U_C = self._statistic(unit, "C", flatten_rows(grads, approximation, average=False))
+            U_K = self._statistic(unit, "K", A, part)
+        if isinstance(C, Diagonal):
+            U_C: StructuredMatrix = Diagonal(square_sums(grads, approximation, average=False))
+        else:
+            B = flatten_rows(grads, approximation, average=False)
+            U_C = self._statistic(unit, "C", B, part)
         samples, positions = grads.shape[-3:-1]
-        seen = Statistics(U_K, U_C, rows, samples, samples * positions)
-        unit.observe(module, seen, x, g)
+        return Statistics(U_K, U_C, rows, samples, samples * positions)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -317,6 +362,8 @@ class KroneckerOptimizer(Optimizer):
     def close(self) -> None:
         """Remove every hook from the model."""
         self._capture.close()
+        if self._loss_check is not None:
+            self._loss_check.close()
 
     def __enter__(self) -> Self:
         return self
@@ -370,25 +417,33 @@ class KroneckerOptimizer(Optimizer):
         return loss
 
     @torch.no_grad()
-    def precondition(self) -> None:
+    def precondition(self, scale: float | Tensor | None = None) -> None:
         """Replace every gradient of a preconditioned layer by the preconditioned one, bounded.
 
         Factors that are due are updated. The step of any other optimizer may follow: then this one
         is only its preconditioner.
-        """
-        self._run(descend=False)
 
-    def _run(self, *, descend: bool) -> None:
-        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        Args:
+            scale: By which a GradScaler multiplied the loss; the gradients are to be unscaled.
+        """
+        self._run(descend=False, scale=None if scale is None else torch.as_tensor(scale))
+
+    def _run(self, *, descend: bool, scale: Tensor | None = None) -> None:
+        found_inf, own = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is not None and bool(found_inf):
             self._forget()  # the GradScaler skips, and counts by itself
             return
-        unscaled = found_inf is not None and scale is None  # by GradScaler.unscale_
-        if unscaled:
-            scale = calling_scale()
+        unscaled = scale is not None or (found_inf is not None and own is None)  # by unscale_
+        if scale is None:
+            scale = calling_scale() if unscaled else own
         self._settle()
+        if checkpoint.wants_state(self):
+            checkpoint.make_state(self)
+            return
         if distributed.size(self._process_group) > 1:
             distributed.agree(self)
+        if self._loss_check is not None:
+            self._check_loss(self._loss_check, scale)
         step = Step(self, scale, unscaled=unscaled)
         bad = step.run(descend=descend)
         self._forget()
@@ -407,6 +462,15 @@ class KroneckerOptimizer(Optimizer):
             raise FloatingPointError(
                 f"{bad}: gradient or statistics not finite in {self._skipped_in_row} steps in a row"
             )
+
+    def _check_loss(self, check: LossCheck, scale: Tensor | None) -> None:
+        """Warn at the first step if ``loss_average`` is plainly wrong."""
+        if isinstance(self._terms, Tensor) or self._terms:
+            check.close()  # the number is given
+        groups = [group for group in self.param_groups if group["rule"] == KRONECKER]
+        check.report({group["loss_average"] for group in groups}, scale)
+        if not check.handles:
+            self._loss_check = None
 
     def _forget(self) -> None:
         """Drop the statistics of the step that ended."""
@@ -427,7 +491,15 @@ class KroneckerOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For :mod:`copy` and :mod:`pickle`, best together with the model."""
-        found = ("_capture", "_groups", "_given", "_places", "_bucket_list", "_process_group")
+        found = (
+            "_capture",
+            "_loss_check",
+            "_groups",
+            "_given",
+            "_places",
+            "_bucket_list",
+            "_process_group",
+        )
         return {
             k: v
             for k, v in vars(self).items()
@@ -437,11 +509,11 @@ class KroneckerOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "model" in state:  # else this is a part of loading a checkpoint
-            self._process_group = None
+            self._process_group = self._loss_check = None
             self._given = {id(p) for group in self.param_groups for p in group["params"]}
             self._watch()
             self._bind()
-            self._capture.watch(self._units)
+            self._capture.watch(self.model, self._units)
 
     # Checkpoints --------------------------------------------------------------------------------
 
@@ -451,9 +523,7 @@ class KroneckerOptimizer(Optimizer):
         ``torch.load`` restores it with its default ``weights_only=True``. Structures appear as
         specs; an option that is a function is left out, and kept by the optimizer that loads.
         """
-        packed: dict[str, Any] = super().state_dict()
-        packed["param_groups"] = [checkpoint.plain_group(g) for g in packed["param_groups"]]
-        return packed
+        return checkpoint.pack(super().state_dict(), self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state. ``state_dict`` is neither changed nor shared; dtypes are kept.

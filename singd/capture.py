@@ -1,30 +1,22 @@
-"""Capture: hooks that turn forward and backward passes into statistics.
-
-The output of a hooked layer passes through :class:`_Tap`, an identity that saves the layer's input
-the way autograd does. So the input is shared with autograd, freed with it, recomputed under
-activation checkpointing, and there again for a second backward. In-place activations may follow.
+"""What is seen of a weight: statistics of the passes that train it, and whether they explain it.
 
 What a backward pass sees becomes part of the statistics when the pass adds to ``weight.grad``;
-``torch.autograd.grad`` for another purpose leaves no trace. The first pass is checked: if what the
-hooks saw does not explain the gradient (the weight is also used in another way), the unit is
-``unexplained`` and must not be preconditioned.
+``torch.autograd.grad`` for another purpose leaves no trace. Some passes are checked, the first one
+always: if what the hooks saw does not explain the gradient (the weight is also used in another
+way), the unit is not ``explained`` and must not be preconditioned.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from singd._layer import Layer
+from singd.explain import Probes
 from structured import Structure, StructuredMatrix
-
-_PROBES = 8
 
 
 @dataclass
@@ -37,21 +29,21 @@ class Statistics:
     samples: int  # N
     terms: int  # N P, counting every shared position of a sample
 
-    def add(self, other: Statistics) -> None:
-        """Include another backward pass."""
-        self._sum(other)
-        self.samples += other.samples
-        self.terms += other.terms
-
-    def reuse(self, other: Statistics) -> None:
-        """Include another use of the layer in the same pass: more rows, the same samples."""
-        self._sum(other)
-        self.samples = max(self.samples, other.samples)
-        self.terms = max(self.terms, other.terms)
-
-    def _sum(self, other: Statistics) -> None:
+    def add(self, other: Statistics, samples: int = 0, terms: int = 0) -> None:
+        """Include more rows, of a pass of which some samples and terms are counted already."""
         self.U_K, self.U_C = self.U_K + other.U_K, self.U_C + other.U_C
         self.rows += other.rows
+        self.samples += max(0, other.samples - samples)
+        self.terms += max(0, other.terms - terms)
+
+
+@dataclass
+class Pass:
+    """What a backward pass saw of a unit, until it reaches the weight."""
+
+    root: int  # the pass around it, where reentrant checkpointing started it; or itself
+    seen: dict[int, Statistics] = field(default_factory=dict)  # by part of the layer
+    probes: Probes | None = None
 
 
 @dataclass(eq=False)
@@ -67,12 +59,13 @@ class Unit:
     structures: tuple[Structure, ...] = ()
     layout: tuple[Any, ...] = ()  # what the factors were made for
     members: dict[str, StructuredMatrix] = field(default_factory=dict)  # its factors, by name
-    statistics: Statistics | None = None
-    pending: Statistics | None = None  # of the pass under way
-    pass_id: int = -1
+    statistics: dict[int, Statistics] = field(default_factory=dict)  # by part of the layer
+    passes: dict[int, Pass] = field(default_factory=dict)  # under way
+    counted: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)  # by root, part
+    called: int = -1  # the step of the last forward pass
     passed_by: bool = False  # a forward since the last step was not wanted
-    explained: bool | None = None  # whether the first pass explained the gradient
-    probes: tuple[Tensor, Tensor] | None = None  # of the gradient: before the pass, seen in it
+    explained: bool | None = None  # whether what is seen explains the gradient
+    committed: int = 0  # passes
 
     @property
     def module(self) -> nn.Module:
@@ -97,154 +90,75 @@ class Unit:
         weight = self.layer.from_matrix(self.module, matrix[..., :-1])
         return [weight, matrix[..., -1].reshape(self.bias.shape)]
 
+    def member(self, name: str, part: int = 0) -> StructuredMatrix:
+        """A factor, of one part of the layer."""
+        whole = self.members[name]
+        return whole if self.layer.parts == 1 else whole.map(lambda t: t[part])
+
     # What is seen -------------------------------------------------------------------------------
 
-    def observe(self, module: nn.Module, seen: Statistics, x: Tensor, g: Tensor) -> None:
+    def observe(
+        self, module: nn.Module, part: int, root: int, seen: Statistics, x: Tensor, g: Tensor
+    ) -> None:
         """Hold what one use of ``module`` contributed until the pass reaches the weight."""
         current = torch._C._current_graph_task_id()
-        again = self.pending is not None and self.pass_id == current
-        if self.explained is None:
-            *_, d_out, d_in = self.layer.shape(module)
-            u, v = _directions(d_in, g.device), _directions(d_out, g.device)
-            explained = self.layer.contract(module, x, g, u, v)
-            if again and self.probes is not None:
-                self.probes = (self.probes[0], self.probes[1] + explained)
-            else:
-                self.probes = (self._probe_gradient(), explained)
-        if again and self.pending is not None:
-            self.pending.reuse(seen)
+        if current not in self.passes:
+            self.passes = {k: p for k, p in self.passes.items() if p.root == root}
+            # At the first pass and ever more rarely: that costs nothing on average.
+            check = self.explained is None or self.committed & (self.committed - 1) == 0
+            probes = Probes(self.layer, self.module, self.weight) if check else None
+            self.passes[current] = Pass(root, probes=probes)
+        under_way = self.passes[current]
+        if under_way.probes is not None:
+            under_way.probes.see(module, part, x, g)
+        if part in under_way.seen:
+            earlier = under_way.seen[part]
+            earlier.add(seen, earlier.samples, earlier.terms)
         else:
-            self.pending, self.pass_id = seen, current
+            under_way.seen[part] = seen
 
     def commit(self, _: Tensor | None = None) -> None:
         """The pass has added to ``weight.grad``: what it saw counts."""
-        if self.pending is None or self.pass_id != torch._C._current_graph_task_id():
-            if not self.passed_by and self.explained is None:
+        done = self.passes.pop(torch._C._current_graph_task_id(), None)
+        if done is None:
+            if self._used_otherwise():
                 self.explained = False
             return
-        if self.explained is None and self.probes is not None:
-            before, seen = self.probes
-            self.explained = _parallel(self._probe_gradient().to(seen) - before.to(seen), seen)
-            self.probes = None
-        if self.statistics is None:
-            self.statistics = self.pending
-        else:
-            self.statistics.add(self.pending)
-        self.pending = None
+        verdict = None if done.probes is None else done.probes.explain()
+        self.explained = self.explained if verdict is None else verdict
+        self.committed += 1
+        for part, seen in done.seen.items():
+            samples, terms = self.counted.get((done.root, part), (0, 0))
+            counts = max(samples, seen.samples), max(terms, seen.terms)
+            if part in self.statistics:
+                self.statistics[part].add(seen, samples, terms)
+            else:
+                self.statistics[part] = seen
+            self.counted[done.root, part] = counts
+
+    def _used_otherwise(self) -> bool:
+        """Whether a pass without a trace shows that the weight is used in another way.
+
+        Not if a forward pass was not wanted, lately or when the graph that is used was made.
+        """
+        if self.explained is None:
+            return not self.passed_by
+        idle: bool = self.group["step"] - self.called > 1
+        return idle
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: without what was seen, and what :meth:`singd.SINGD` finds again."""
-        fresh = {"statistics": None, "pending": None, "probes": None, "structures": ()}
+        fresh: dict[str, Any] = {"statistics": {}, "passes": {}, "counted": {}, "structures": ()}
         return vars(self) | fresh | {"members": {}, "layout": ()}
 
     def discard(self) -> None:
         """Forget what was seen since the last step."""
-        self.statistics = self.pending = self.probes = None
+        for seen in (self.statistics, self.passes, self.counted):
+            seen.clear()
         self.passed_by = False
 
-    def _probe_gradient(self) -> Tensor:
-        """``v^T G u`` for a few random ``u`` and ``v``, of ``weight.grad``, ``[..., probes]``."""
-        grad = self.weight.grad
-        *batch, d_out, d_in = self.layer.shape(self.module)
-        if grad is None:
-            return torch.zeros(*batch, _PROBES, device=self.weight.device)
-        u, v = _directions(d_in, grad.device), _directions(d_out, grad.device)
-        return ((self.layer.to_matrix(self.module, grad).to(u) @ u) * v).sum(-2)
-
-
-def _directions(n: int, device: torch.device) -> Tensor:
-    """Random directions ``[n, probes]``, always the same."""
-    return torch.randn(n, _PROBES, generator=torch.Generator().manual_seed(n)).to(device)
-
-
-def _parallel(gradient: Tensor, seen: Tensor) -> bool | None:
-    """Whether the two agree but for a positive factor (of a gradient scaler, of averaging).
-
-    ``None`` where that cannot be told: both are zero, or one is not finite.
-    """
-    gradient, seen = gradient.flatten().double(), seen.flatten().double()
-    norms = gradient.norm() + seen.norm()
-    if not bool(norms.isfinite()) or not bool(norms):
-        return None
-    return bool(gradient @ seen >= 0.99 * gradient.norm() * seen.norm())
-
-
-class _Tap(torch.autograd.Function):
-    """The identity on a layer's output; its backward sees the layer's input and output gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, seen: Callable[..., None]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.seen = seen
-        return output.detach()  # a fresh tensor on the same memory: in-place operations may follow
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        with torch.no_grad():
-            ctx.seen(ctx.saved_tensors[0].detach(), g.detach())
-        return g, None, None
-
-
-class Capture:
-    """The hooks on a model's layers; they do not keep alive whom they report to.
-
-    Args:
-        wanted: A method that says whether a unit's next statistics will be used.
-        measure: A method called in the backward pass with a unit, the module of it that was used,
-            an input and an output gradient.
-    """
-
-    def __init__(
-        self,
-        wanted: Callable[[Unit], bool],
-        measure: Callable[[Unit, nn.Module, Tensor, Tensor], None],
-    ) -> None:
-        self.wanted, self.measure = weakref.WeakMethod(wanted), weakref.WeakMethod(measure)
-        self.handles: list[Any] = []
-
-    def watch(self, units: Iterable[Unit]) -> None:
-        """Hook the layers of ``units``."""
-        for unit in units:
-            hook = _Hook(self, unit)
-            for module in unit.modules:
-                self.handles.append(module.register_forward_hook(hook, with_kwargs=True))
-            trained = unit.weight.requires_grad
-            unit.weight.requires_grad_()  # a frozen weight takes no hook, but may thaw
-            self.handles.append(unit.weight.register_post_accumulate_grad_hook(unit.commit))
-            unit.weight.requires_grad_(trained)
-
-    def close(self) -> None:
-        """Remove every hook."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-
-
-class _Hook:
-    """The forward hook of a unit. Where a module is copied or pickled, it becomes an idle one."""
-
-    def __init__(self, capture: Capture | None = None, unit: Unit | None = None) -> None:
-        self.capture, self.unit = capture, unit
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, ()
-
-    @torch.compiler.disable
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Tensor | None:
-        if self.capture is None or self.unit is None:
-            return None
-        unit, wanted, measure = self.unit, self.capture.wanted(), self.capture.measure()
-        if wanted is None or measure is None:
-            return None
-        if not (torch.is_grad_enabled() and unit.weight.requires_grad):
-            return None
-        if torch._C._are_functorch_transforms_active():
-            return None
-        if not wanted(unit):
-            unit.passed_by = True
-            return None
-        x = args[0] if args else next(iter(kwargs.values()))
-        tapped: Tensor = _Tap.apply(output, x, partial(measure, unit, module))
-        return tapped
+    @property
+    def complete(self) -> bool:
+        """Whether rows of every part of the layer were seen since the last step."""
+        seen = self.statistics
+        return len(seen) == self.layer.parts and all(s.rows for s in seen.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from singd._layer import Layer
+
+PIECE = 1 << 22  # bytes of patches at a time
 
 
 class Convolution(Layer):
@@ -24,6 +27,14 @@ class Convolution(Layer):
     def inputs(self, module: Any, x: Tensor) -> Tensor:
         """The patches, ``[(groups,) N, P, d_in]``."""
         return self._patches(module, self._padded(module, _batched(module, x)))
+
+    def pieces(self, module: Any, x: Tensor, g: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """As many samples at a time as keep the patches within the processor's caches."""
+        if x.ndim != len(module.kernel_size) + 2:
+            return [(x, g)]
+        seen = max(x[:1].numel(), g[:1].numel()) * torch.Size(module.kernel_size).numel()
+        count = max(1, PIECE // max(1, seen * x.element_size()))
+        return zip(x.split(count), g.split(count), strict=True)
 
     def _patches(self, module: Any, x: Tensor) -> Tensor:
         kernel = module.kernel_size

@@ -40,23 +40,48 @@ class Bucket:
                 own[name] = views
                 unit.members[name] = member.with_tensors(views)
 
-    def select(self, units: Sequence[Unit]) -> tuple[Members, Members]:
-        """Factors and products of some of the units; copies, unless it is all of them."""
-        if len(units) == len(self.units):
-            return self.members, self.products
-        index = [self.units.index(unit) for unit in units]
-        return _map(self.members, lambda t: t[index]), _map(self.products, lambda t: t[index])
-
-    def write(self, units: Sequence[Unit], new: Members, rounded: Callable[..., Tensor]) -> None:
-        """Store new factors of some of the units, ``rounded(tensor, dtype)``."""
-        whole = len(units) == len(self.units)
-        index = [self.units.index(unit) for unit in units]
+    def replaced(
+        self, units: Sequence[Unit], new: Members, rounded: Callable[..., Tensor]
+    ) -> Members:
+        """The factors once those of some units are ``new``, ``rounded(tensor, dtype)``."""
+        changed: Members = {}
         for name, member in new.items():
-            for stored, tensor in zip(self.members[name].tensors(), member.tensors(), strict=True):
-                value = rounded(tensor, stored.dtype)
-                stored.copy_(value) if whole else stored.index_copy_(
-                    0, torch.tensor(index, device=stored.device), value
-                )
+            before = self.members[name]
+            tensors = [
+                rounded(t, kept.dtype)
+                for t, kept in zip(member.tensors(), before.tensors(), strict=True)
+            ]
+            if len(units) < len(self.units):
+                index = self.index(units)
+                tensors = [
+                    kept.index_copy(0, index, t)
+                    for t, kept in zip(tensors, before.tensors(), strict=True)
+                ]
+            changed[name] = before.with_tensors(tensors)
+        return {**self.members, **changed}
+
+    def store(self, members: Members, products: Members) -> None:
+        """Take over new factors and their products."""
+        for name, member in members.items():
+            if member is not self.members[name]:
+                for kept, t in zip(self.members[name].tensors(), member.tensors(), strict=True):
+                    kept.copy_(t)
+        self.products = products
+
+    def select(self, units: Sequence[Unit], *members: Members) -> tuple[Members, ...]:
+        """What belongs to some of the units; copies, unless it is all of them."""
+        if len(units) == len(self.units):
+            return members
+        index = self.index(units)
+        return tuple(
+            {name: member.map(lambda t: t[index]) for name, member in each.items()}
+            for each in members
+        )
+
+    def index(self, units: Sequence[Unit]) -> Tensor:
+        """The places of some of the units."""
+        places = [self.units.index(unit) for unit in units]
+        return torch.tensor(places, device=self.units[0].weight.device)
 
 
 def buckets(
@@ -101,7 +126,3 @@ def gather(units: Sequence[Unit]) -> Tensor:
             column = slot[..., inputs]
             column.zero_() if bias is None else column.copy_(bias.reshape(column.shape))
     return out
-
-
-def _map(members: Members, function: Callable[[Tensor], Tensor]) -> Members:
-    return {name: member.map(function) for name, member in members.items()}

@@ -44,6 +44,7 @@ class KFAC(KroneckerOptimizer):
         lr_cov: float = 0.3,
         kfac_approx: str = "expand",
         kl_clip: float | None = 3e-5,
+        graft: str | None = None,
         adamw: Mapping[str, Any] | None = None,
         seed: int = 0,
         max_skipped: int | None = 10,
@@ -60,6 +61,7 @@ class KFAC(KroneckerOptimizer):
             "lr_cov": lr_cov,
             "kfac_approx": kfac_approx,
             "kl_clip": kl_clip,
+            "graft": graft,
             "seed": seed,
         }
         super().__init__(model, params, defaults, adamw, (), max_skipped, telemetry, process_group)
@@ -79,12 +81,17 @@ class KFAC(KroneckerOptimizer):
                 members[f"{name}_{side}"] = eye
         return members
 
-    def _statistic(self, unit: Unit, side: str, X: Tensor) -> StructuredMatrix:
-        S = unit.members[f"S_{side}"]
+    def _statistic(self, unit: Unit, side: str, X: Tensor, part: int) -> StructuredMatrix:
+        S = unit.member(f"S_{side}", part)
         return S.project_gram(X.to(S.dtype))
 
     def _update(
-        self, group: Group, old: Members, U_K: StructuredMatrix, U_C: StructuredMatrix
+        self,
+        group: Group,
+        old: Members,
+        products: Members,
+        U_K: StructuredMatrix,
+        U_C: StructuredMatrix,
     ) -> Members:
         new: Members = {}
         for side, U in (("K", U_K), ("C", U_C)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from singd._layer import Layer
+from singd.attention import Attention
 from singd.convolution import Convolution, TransposedConvolution
 
 
@@ -112,13 +113,13 @@ _BATCH_NORM = Normalization(_batch_norm, channels_last=False)
 #: that AdamW trains them.
 LAYERS: dict[type[nn.Module], Layer | None] = {
     nn.Linear: Layer(),
-    nn.modules.linear.NonDynamicallyQuantizableLinear: None,  # inside MultiheadAttention
     nn.Conv1d: Convolution(),
     nn.Conv2d: Convolution(),
     nn.Conv3d: Convolution(),
     nn.ConvTranspose1d: TransposedConvolution(),
     nn.ConvTranspose2d: TransposedConvolution(),
     nn.ConvTranspose3d: TransposedConvolution(),
+    nn.MultiheadAttention: Attention(),
 }
 
 #: Further types, preconditioned where ``SINGD(..., layers=...)`` names them.
@@ -155,6 +156,12 @@ def find_layer(module: nn.Module, optional: Collection[type[nn.Module]] = ()) ->
         if name in FOREIGN:
             return FOREIGN[name]
     return None
+
+
+def find_products(module: nn.Module, optional: Collection[type[nn.Module]] = ()) -> Sequence[Layer]:
+    """The matrix products that ``module`` consists of, with arguments as :func:`find_layer`."""
+    layer = find_layer(module, optional)
+    return () if layer is None else layer.products(module)
 
 
 def register_layer(module_type: type[nn.Module], layer: Layer) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from fnmatch import fnmatch
 from typing import Any, TypeAlias
 
 import torch
@@ -13,8 +12,10 @@ from singd import update
 from singd.base import KroneckerOptimizer
 from singd.capture import Unit
 from singd.grouping import Members
-from singd.options import Group, in_range
+from singd.options import Group, by_name, floating, in_range, integer, one_of, pair
 from structured import Structure, StructuredMatrix, StructureLike, parse
+
+MAX_DIM = 8192
 
 Structures: TypeAlias = tuple[StructureLike, StructureLike]
 
@@ -63,12 +64,17 @@ class SINGD(KroneckerOptimizer):
         factor_clip: Bound, in (0, 1], of ``||lr_cov m_K||_2`` at every update of K, and so of C:
             they stay invertible, and in range whatever the scale of inputs and gradients. ``None``
             for the paper's bare rule.
+        graft: Give every layer's preconditioned gradient the norm of the gradient (``"sgd"``) or of
+            AdamW's step (``"adamw"``, with the options ``adamw``; its moments are stored as well);
+            ``lr`` is then a learning rate of that method, and ``kl_clip`` best ``None``.
         keep_products: Keep ``K K^T`` and ``C C^T`` between updates of the factors where their
             structure allows: half the work of a step, for the memory of K and C once more.
         max_dim: A factor wider than this takes ``wide_structure`` instead; ``None`` for no limit.
+            Or a mapping from patterns of parameter names to such limits, as for ``structures``:
+            8192 if none matches.
         wide_structure: See ``max_dim``.
-        layers: Further types to precondition: embeddings and normalizations, as listed in
-            :data:`singd.layers.OPTIONAL`.
+        layers: Further types to precondition, by diagonal factors: embeddings and normalizations,
+            as listed in :data:`singd.layers.OPTIONAL`; or ``"all"`` of them.
         adamw: Options of :class:`torch.optim.AdamW` for all other parameters.
         seed: Of the stochastic rounding.
         max_skipped: Steps in a row that may be skipped since a gradient or statistic was not
@@ -107,10 +113,11 @@ class SINGD(KroneckerOptimizer):
         normalize_lr_cov: bool = False,
         kl_clip: float | None = 3e-5,
         factor_clip: float | None = 0.5,
+        graft: str | None = None,
         keep_products: bool = True,
-        max_dim: int | None = 8192,
+        max_dim: int | Mapping[str, int | None] | None = MAX_DIM,
         wide_structure: StructureLike = "diagonal",
-        layers: Collection[type[nn.Module]] = (),
+        layers: Collection[type[nn.Module]] | str = (),
         adamw: Mapping[str, Any] | None = None,
         seed: int = 0,
         max_skipped: int | None = 10,
@@ -133,6 +140,7 @@ class SINGD(KroneckerOptimizer):
             "normalize_lr_cov": normalize_lr_cov,
             "kl_clip": kl_clip,
             "factor_clip": factor_clip,
+            "graft": graft,
             "keep_products": keep_products,
             "max_dim": max_dim,
             "wide_structure": wide_structure,
@@ -149,37 +157,39 @@ class SINGD(KroneckerOptimizer):
             in_range("lr_cov", group["lr_cov"], 0.0, float("inf"))
         if group["factor_clip"] is not None:
             in_range("factor_clip", group["factor_clip"], 1e-6, 1.0)
-        if group["max_dim"] is not None:
-            in_range("max_dim", group["max_dim"], 0, float("inf"))
+        limits = group["max_dim"]
+        for limit in limits.values() if isinstance(limits, Mapping) else [limits]:
+            if limit is not None:
+                integer("max_dim", limit, 0)
+        for name in ("kfac_like", "normalize_lr_cov", "keep_products"):
+            one_of(name, group[name], (False, True))
+        pair("preconditioner_dtype", group["preconditioner_dtype"])
+        for dtype in group["preconditioner_dtype"]:
+            floating("preconditioner_dtype", dtype)
         given = group["structures"]
         pairs = list(given.values()) if isinstance(given, Mapping) else [given]
-        for pair in (*pairs, group["preconditioner_dtype"]):
-            if not isinstance(pair, tuple | list) or len(pair) != 2:
-                raise ValueError(
-                    "structures, preconditioner_dtype: expected a pair, for K and for C, "
-                    f"got {pair!r}"
-                )
-        for spec in (group["wide_structure"], *(spec for pair in pairs for spec in pair)):
+        for each in pairs:
+            pair("structures", each)
+        for spec in (group["wide_structure"], *(spec for each in pairs for spec in each)):
             parse(spec)
 
     # What is stored -----------------------------------------------------------------------------
 
     def _structures(self, unit: Unit) -> tuple[Structure, ...]:
-        given, limit = unit.group["structures"], unit.group["max_dim"]
-        if isinstance(given, Mapping):
-            matching = [pair for pattern, pair in given.items() if fnmatch(unit.name, pattern)]
-            given = matching[0] if matching else ("dense", "dense")
+        given = by_name(unit.group["structures"], unit.name, ("dense", "dense"))
+        limit = by_name(unit.group["max_dim"], unit.name, MAX_DIM)
         *_, d_out, d_in = unit.layer.shape(unit.module)
         sides = [(d_in, unit.layer.input_structure or given[0]), (d_out, given[1])]
         wide = unit.group["wide_structure"]
         return tuple(parse(wide if limit is not None and n > limit else s) for n, s in sides)
 
     def _layout(self, unit: Unit) -> tuple[Any, ...]:
-        group, given = unit.group, unit.group["structures"]
+        group = unit.group
+        given = [group[name] for name in ("structures", "max_dim")]
         return (
             *super()._layout(unit),
-            dict(given) if isinstance(given, Mapping) else given,
-            *(group[k] for k in ("max_dim", "wide_structure", "kfac_like", "preconditioner_dtype")),
+            *(dict(g) if isinstance(g, Mapping) else g for g in given),
+            *(group[k] for k in ("wide_structure", "kfac_like", "preconditioner_dtype")),
             group["alpha1"] == 0,
         )
 
@@ -197,16 +207,23 @@ class SINGD(KroneckerOptimizer):
 
     # The rule -----------------------------------------------------------------------------------
 
-    def _statistic(self, unit: Unit, side: str, X: Tensor) -> StructuredMatrix:
-        K = unit.members[side]
+    def _statistic(self, unit: Unit, side: str, X: Tensor, part: int) -> StructuredMatrix:
+        K = unit.member(side, part)
         compute = torch.float32 if X.dtype == torch.float16 else X.dtype
         wide = torch.promote_types(compute, torch.float32)
         return update.statistic(K.to(compute), X.to(compute)).to(wide)
 
     def _update(
-        self, group: Group, old: Members, U_K: StructuredMatrix, U_C: StructuredMatrix
+        self,
+        group: Group,
+        old: Members,
+        products: Members,
+        U_K: StructuredMatrix,
+        U_C: StructuredMatrix,
     ) -> Members:
         K, C = _wide(old["K"], U_K), _wide(old["C"], U_C)
+        if products and "m_K" not in old and not group["normalize_lr_cov"]:
+            return self._update_by_products(group, K, C, products, U_K, U_C)
         H_K, H_C = update.curvature(K, U_K.to(K.dtype)), update.curvature(C, U_C.to(C.dtype))
         if group["kfac_like"]:
             m_K = update.ikfac_momentum(K, H_K, group["damping"])
@@ -217,6 +234,37 @@ class SINGD(KroneckerOptimizer):
         for side, factor, m in (("K", K, m_K), ("C", C, m_C)):
             new |= self._move_factor(group, side, factor, m, old.get(f"m_{side}"))
         return new
+
+    def _update_by_products(
+        self,
+        group: Group,
+        K: StructuredMatrix,
+        C: StructuredMatrix,
+        products: Members,
+        U_K: StructuredMatrix,
+        U_C: StructuredMatrix,
+    ) -> Members:
+        """The same with less work; products of factors in low precision are made anew."""
+        P_K = products["KK"] if products["KK"].dtype == K.dtype else K.mT.gram()
+        P_C = products["CC"] if products["CC"].dtype == C.dtype else C.mT.gram()
+        U_K, U_C = U_K.to(K.dtype), U_C.to(C.dtype)
+        weights: Any = [(1.0, group["damping"])] * 2
+        if not group["kfac_like"]:
+            weights = update.singd_weights(P_K, P_C, U_K, U_C, group["damping"])
+        new: Members = {}
+        for side, factor, P, U, (a, c) in zip(
+            "KC", (K, C), (P_K, P_C), (U_K, U_C), weights, strict=True
+        ):
+            W = update.product_curvature(P, U, a, c)
+            lr_cov = self._lr_cov(group)
+            if group["factor_clip"] is not None:
+                lr_cov = update.product_clipped(lr_cov, W, group["factor_clip"])
+            new[side] = update.product_factor_step(factor, W, lr_cov)
+        return new
+
+    def _lr_cov(self, group: Group) -> Any:
+        """``beta_1`` at this step."""
+        return group["lr_cov"](group["step"]) if callable(group["lr_cov"]) else group["lr_cov"]
 
     def _move_factor(
         self,
@@ -233,7 +281,7 @@ class SINGD(KroneckerOptimizer):
             m_K = (1 - alpha1) * m_K  # else the largest entry could only grow
         if old is not None:
             m_K = new[f"m_{side}"] = alpha1 * old.to(m_K.dtype) + m_K
-        lr_cov = group["lr_cov"](group["step"]) if callable(group["lr_cov"]) else group["lr_cov"]
+        lr_cov = self._lr_cov(group)
         if group["normalize_lr_cov"]:
             lr_cov = update.normalized(lr_cov, m_K)
         if group["factor_clip"] is not None:
@@ -245,7 +293,7 @@ class SINGD(KroneckerOptimizer):
         K, C = members["K"], members["C"]
         if not (group["keep_products"] and K.closed_under_transpose and C.closed_under_transpose):
             return {}
-        return {"KK": K.matmul(K.mT), "CC": C.matmul(C.mT)}
+        return {"KK": K.mT.gram(), "CC": C.mT.gram()}
 
     def _precondition(self, members: Members, products: Members, G: Tensor) -> Tensor:
         K, C = members["K"], members["C"]

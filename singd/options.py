@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Group = dict[str, Any]
@@ -30,10 +32,11 @@ def peak_lr(group: Group) -> float:
 
 
 def in_range(name: str, value: Any, low: float, high: float, *, open_end: bool = False) -> None:
-    """Raise unless ``low <= value <= high`` (or ``< high``)."""
+    """Raise unless ``low <= value <= high`` (or ``< high``, and where ``high`` is infinite)."""
+    open_end = open_end or high == float("inf")
     good = isinstance(value, int | float | Tensor) and not isinstance(value, bool)
     if not good or not (low <= value and (value < high if open_end else value <= high)):
-        bracket = ")" if open_end or high == float("inf") else "]"
+        bracket = ")" if open_end else "]"
         raise ValueError(f"{name}: expected a number in [{low:g}, {high:g}{bracket}, got {value!r}")
 
 
@@ -41,3 +44,29 @@ def one_of(name: str, value: Any, known: Sequence[Any]) -> None:
     """Raise unless ``value`` is one of ``known``."""
     if value not in known:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def integer(name: str, value: Any, low: int | None = None) -> None:
+    """Raise unless ``value`` is an integer, and not below ``low``."""
+    if not isinstance(value, int) or isinstance(value, bool) or (low is not None and value < low):
+        bound = "" if low is None else f" >= {low}"
+        raise ValueError(f"{name}: expected an integer{bound}, got {value!r}")
+
+
+def pair(name: str, value: Any) -> None:
+    """Raise unless ``value`` has two parts, for K and for C."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise ValueError(f"{name}: expected a pair, for K and for C, got {value!r}")
+
+
+def floating(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a real data type, or ``None``."""
+    if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
+        raise ValueError(f"{name}: expected a floating-point dtype or None, got {value!r}")
+
+
+def by_name(given: Any, name: str, default: Any) -> Any:
+    """An option; or, of a mapping from patterns, what the first pattern gives that matches."""
+    if not isinstance(given, Mapping):
+        return given
+    return next((value for pattern, value in given.items() if fnmatch(name, pattern)), default)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from singd import grafting
 from singd.capture import Unit
-from singd.layers import find_layer
+from singd.layers import find_products
 
 if TYPE_CHECKING:
     from singd.base import KroneckerOptimizer
@@ -72,7 +73,10 @@ def make_plan(optimizer: KroneckerOptimizer) -> Plan:
             else:
                 rule = type(optimizer).__name__
                 structures = ", ".join(map(str, units[id(p)].structures))
-                stored = nbytes(p) if optimizer._groups[id(p)]["momentum"] else 0
+                group = optimizer._groups[id(p)]
+                stored = nbytes(p) if group["momentum"] else 0
+                if group["graft"] == "adamw":
+                    stored += len(grafting.state_names("adamw")) * nbytes(p) + 4
                 if id(p) in weights:
                     fresh = optimizer._fresh(weights[id(p)], (), "meta")
                     stored += sum(nbytes(member.tensors()) for member in fresh.values())
@@ -100,33 +104,30 @@ def find_units(
     ``params`` as well and shared in the same way. ``optional`` as in
     :func:`singd.layers.find_layer`.
     """
-    owners: dict[int, list[nn.Module]] = {}
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for _, module in model.named_modules():
-        for p in module._parameters.values():
+        for key, p in module._parameters.items():
             if p is not None:
-                owners.setdefault(id(p), []).append(module)
-    units: dict[int, Unit] = {}
+                owners.setdefault(id(p), []).append((module, key))
+    free, units = params - taken, dict[int, Unit]()
     for name, module in model.named_modules():
-        layer, own = find_layer(module, optional), module._parameters
-        weight, bias = own.get("weight"), own.get("bias")
-        if (
-            layer is None
-            or weight is None
-            or id(weight) not in params - taken
-            or id(weight) in units
-        ):
-            continue
-        shared = owners[id(weight)]
-        if any(find_layer(owner, optional) is not layer for owner in shared):
-            continue
-        if not weight.is_floating_point():
-            continue
-        if bias is not None and (
-            not layer.joins_bias or id(bias) not in params - taken or owners[id(bias)] != shared
-        ):
-            bias = None
-        qualified = f"{name}.weight" if name else "weight"
-        units[id(weight)] = Unit(qualified, shared, layer, weight, bias)
+        for layer in find_products(module, optional):
+            weight, bias = (module._parameters.get(key) for key in (layer.weight, layer.bias))
+            if weight is None or id(weight) not in free - units.keys():
+                continue
+            shared = [owner for owner, _ in owners[id(weight)]]
+            if not weight.is_floating_point() or any(
+                layer not in find_products(owner, optional) or key != layer.weight
+                for owner, key in owners[id(weight)]
+            ):
+                continue
+            alike = [(owner, layer.bias) for owner in shared]
+            if bias is not None and (
+                not layer.joins_bias or id(bias) not in free or owners[id(bias)] != alike
+            ):
+                bias = None
+            qualified = f"{name}.{layer.weight}" if name else layer.weight
+            units[id(weight)] = Unit(qualified, shared, layer, weight, bias)
     return list(units.values())
 
 

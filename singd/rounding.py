@@ -6,7 +6,9 @@ nearest. Rounded up or down with probability by distance, its expectation is kep
 
 from __future__ import annotations
 
+import functools
 from hashlib import blake2b
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -34,8 +36,15 @@ def stochastic_round(
     return torch.where(x.isfinite(), rounded, x).to(dtype)  # noise may carry a NaN into the sign
 
 
+def leading(alpha: Tensor, t: Tensor) -> Tensor:
+    """View a scalar or ``alpha [b]`` so that it multiplies ``t [b, ...]`` along the first."""
+    return alpha.reshape(*alpha.shape, *(1,) * (t.ndim - alpha.ndim)) if alpha.ndim else alpha
+
+
 class Rounding:
     """Stochastic rounding that a checkpoint reproduces: randomness from a seed and a step number.
+
+    On a GPU a kernel rounds: results there are reproducible too, but are not those of the CPU.
 
     Args:
         seed: Any integer.
@@ -48,9 +57,51 @@ class Rounding:
         digest = blake2b(f"{seed} {step} {stream}".encode(), digest_size=7).digest()
         self.seed = int.from_bytes(digest, "big")
         self.generators: dict[torch.device, torch.Generator] = {}
+        self.seeds: dict[torch.device, Tensor] = {}
+        self.draws = 0
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """``x`` in ``dtype``."""
-        if dtype in _MANTISSA_BITS and x.device not in self.generators:
+        if dtype not in _MANTISSA_BITS:
+            return x.to(dtype)
+        if x.is_cuda and (fast := self.kernels()) is not None:
+            rounded: Tensor = fast.stochastic_round(x.float(), dtype, *self.draw(x.device))
+            return rounded
+        if x.device not in self.generators:
             self.generators[x.device] = torch.Generator(x.device).manual_seed(self.seed)
-        return stochastic_round(x, dtype, self.generators.get(x.device))
+        return stochastic_round(x, dtype, self.generators[x.device])
+
+    def add_(self, stored: Tensor, x: Tensor, alpha: Tensor) -> None:
+        """``stored <- stored + alpha x``, summed in float32 at least and rounded once.
+
+        Args:
+            stored: ``[b, ...]``.
+            x: Like ``stored``, in float32 or wider.
+            alpha: A scalar, or ``[b]``.
+        """
+        low = stored.dtype in _MANTISSA_BITS and stored.is_contiguous() and alpha.ndim < 2
+        if stored.is_cuda and low and (fast := self.kernels()) is not None:
+            fast.add_rounded_(stored, x.float(), alpha, *self.draw(stored.device))
+        else:
+            stored.copy_(self(stored.to(x.dtype) + leading(alpha, stored) * x, stored.dtype))
+
+    def draw(self, device: torch.device) -> tuple[Tensor, int]:
+        """The seed on a device, without a wait for it, and a stream that was not drawn before."""
+        if device not in self.seeds:
+            self.seeds[device] = torch.full((1,), self.seed, dtype=torch.int64, device=device)
+        self.draws += 16  # a use may take a few streams
+        return self.seeds[device], self.draws
+
+    @staticmethod
+    def kernels() -> ModuleType | None:
+        """:mod:`singd.kernels`, if they and Triton are there."""
+        return _kernels()
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    try:
+        from singd import kernels
+    except ImportError:
+        return None
+    return kernels

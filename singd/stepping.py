@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,15 +12,28 @@ from torch import Tensor
 
 from singd import distributed
 from singd.capture import Statistics, Unit
-from singd.grouping import Bucket, gather, stack
+from singd.descent import descend
+from singd.grafting import graft_
+from singd.grouping import Bucket, Members, gather, stack
 from singd.options import Group, peak_lr
 from singd.rounding import Rounding
 from singd.update import inner, residual, trust_region
+from structured import StructuredMatrix
 
 if TYPE_CHECKING:
     from singd.base import KroneckerOptimizer
 
 Naturals = list[tuple[list[Unit], Tensor]]
+
+
+@dataclass
+class Proposal:
+    """What a bucket will hold if the step is taken."""
+
+    bucket: Bucket
+    members: Members
+    products: Members
+    updated: list[Unit]  # the units whose factors are new
 
 
 class Step:
@@ -37,6 +51,7 @@ class Step:
         self.optimizer, self.scale, self.unscaled = optimizer, scale, unscaled
         self.foreign = self._foreign()
         self.buckets = optimizer._buckets
+        self.moments: list[tuple[Tensor, dict[str, Tensor]]] = []  # of grafting, if it is taken
         self.report: dict[str, Any] | None = None if optimizer.telemetry is None else {}
 
     def run(self, *, descend: bool = True) -> str | None:
@@ -50,24 +65,38 @@ class Step:
         """
         group = self.optimizer._process_group
         if distributed.size(group) > 1:
-            everywhere = [unit.statistics or self._nothing(unit) for unit in self._due()]
-            distributed.reduce_statistics(everywhere, group)
-            for unit, seen in zip(self._due(), everywhere, strict=True):
-                unit.statistics = seen
+            for unit in self._due():
+                unit.statistics = {
+                    part: unit.statistics.get(part) or self._nothing(unit, part)
+                    for part in range(unit.layer.parts)
+                }
+                distributed.reduce_statistics(unit.statistics.values(), group)
             if self.optimizer._reduce_gradients:
                 distributed.reduce_gradients(self._gradients(), group)
-        if self.optimizer.max_skipped is not None and (bad := self._nonfinite()) is not None:
+        try:
+            proposals = [self._propose(bucket, stream=i) for i, bucket in enumerate(self.buckets)]
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, not in __all__
+            bad = None if self.optimizer.max_skipped is None else self._cause([], [])
+            if bad is None:
+                raise
             return bad
+        naturals, quadratic = self._naturals(proposals)
+        if self.optimizer.max_skipped is not None:
+            bad = self._nonfinite(proposals, naturals, quadratic)
+            if bad is not None:
+                return bad
         if self.scale is not None and not self.unscaled:
             torch._foreach_mul_([g for _, g in self._gradients()], 1.0 / self.scale)
-        for index, bucket in enumerate(self.buckets):
-            self._update(bucket, stream=index)
-        naturals = self._naturals()
+        for proposal in proposals:
+            proposal.bucket.store(proposal.members, proposal.products)
+        for p, moments in self.moments:
+            self.optimizer.state[p].update(moments)
         if descend:
             self._descend(naturals)
             if self.foreign:
                 adamw = self.optimizer._adamw
-                adamw.param_groups, adamw.state = self.foreign, self.optimizer.state
+                adamw.param_groups = [fused(group) for group in self.foreign]
+                adamw.state = self.optimizer.state
                 adamw.step()
         else:
             for p, direction in _moves(naturals):
@@ -81,9 +110,9 @@ class Step:
         """The units whose factors are updated."""
         return [u for b in self.buckets for u in b.units if self.optimizer._due(u)]
 
-    def _nothing(self, unit: Unit) -> Statistics:
+    def _nothing(self, unit: Unit, part: int) -> Statistics:
         """Statistics of no rows, for a rank that did not use the unit."""
-        like = [unit.members[side] for side in self.optimizer._sides]
+        like = [unit.member(side, part) for side in self.optimizer._sides]
         U_K, U_C = (m.to(torch.promote_types(m.dtype, torch.float32)).zeros_like() for m in like)
         return Statistics(U_K, U_C, 0, 0, 0)
 
@@ -92,68 +121,92 @@ class Step:
         every = (p for group in self.optimizer.param_groups for p in group["params"])
         return [(p, p.grad) for p in every if p.grad is not None]
 
-    def _nonfinite(self) -> str | None:
-        """The first parameter whose gradient or statistics are not finite."""
+    def _nonfinite(
+        self, proposals: Sequence[Proposal], naturals: Naturals, quadratic: Tensor | None
+    ) -> str | None:
+        """The name of what is not finite, if anything; waits for the device once.
+
+        What is not finite in gradients or statistics shows in what is made of them, so only that is
+        looked at; where it is not finite, the cause is searched for.
+        """
+        made = [t for p in proposals if p.updated for m in p.members.values() for t in m.tensors()]
+        made += [p.grad for g in self.foreign for p in g["params"] if p.grad is not None]
+        made += [natural for _, natural in naturals] if quadratic is None else [quadratic]
+        made = [t for t in made if t.numel()]
+        return None if _all_finite(made) else self._cause(proposals, naturals)
+
+    def _cause(self, proposals: Sequence[Proposal], naturals: Naturals) -> str | None:
+        """The first parameter whose gradient, statistics, factors or direction are not finite."""
         names = {id(p): name for name, p in self.optimizer.model.named_parameters()}
-        found = [(names.get(id(p), "a parameter"), g) for p, g in self._gradients()]
+        for p, gradient in self._gradients():
+            if not bool(gradient.isfinite().all()):
+                return names.get(id(p), "a parameter")
         for unit in self._due():
-            if unit.statistics is not None:
-                parts = (unit.statistics.U_K, unit.statistics.U_C)
-                found += [(unit.name, t) for part in parts for t in part.tensors()]
-        found = [(name, t) for name, t in found if t.numel()]
-        if not found:
-            return None
-        norms = torch._foreach_norm([t for _, t in found], float("inf"))
-        finite = torch.stack([n.float().to(norms[0].device) for n in norms]).isfinite()
-        if bool(finite.all()):
-            return None
-        return next(
-            name for (name, _), good in zip(found, finite.tolist(), strict=True) if not good
-        )
+            for seen in unit.statistics.values():
+                sums = (*seen.U_K.tensors(), *seen.U_C.tensors())
+                if not all(bool(t.isfinite().all()) for t in sums):
+                    return unit.name
+        for proposal in proposals:
+            for member in proposal.members.values():
+                for t in member.tensors():
+                    finite = t.isfinite().flatten(1).all(1).tolist()
+                    if not all(finite):
+                        return proposal.bucket.units[finite.index(False)].name
+        for units, natural in naturals:
+            finite = natural.isfinite().flatten(1).all(1).tolist()
+            if not all(finite):
+                return units[finite.index(False)].name
+        return None
 
     def _foreign(self) -> list[Group]:
         """AdamW groups: those of its own, and the units whose gradient was not explained."""
         optimizer = self.optimizer
         groups = [g for g in optimizer.param_groups if g["rule"] == "adamw"]
-        for unit in optimizer._units:
-            if not optimizer._is_foreign(unit):
-                continue
-            if not optimizer._is_adamw(unit.weight):  # found out just now
-                warnings.warn(
-                    f"{unit.name}: its layer's inputs and outputs do not explain its gradient (is "
-                    "the weight used in another way too?); AdamW trains it instead",
-                    stacklevel=5,
-                )
-                for p in unit.parameters:
-                    optimizer.state.pop(p, None)
-                unit.members.clear()
-                optimizer._bucket_list = None
+        foreign = [unit for unit in optimizer._units if optimizer._is_foreign(unit)]
+        self._hand_over([unit for unit in foreign if not optimizer._is_adamw(unit.weight)])
+        for unit in foreign:
             group, options = unit.group, dict(optimizer._adamw.defaults)
             options["lr"] *= group["lr"] / (group.get("initial_lr", group["lr"]) or 1.0)
             groups.append({**options, "params": unit.parameters})
         return groups
 
+    def _hand_over(self, units: Sequence[Unit]) -> None:
+        """Leave units to AdamW that were found out just now."""
+        for unit in units:
+            for p in unit.parameters:
+                self.optimizer.state.pop(p, None)
+            unit.members.clear()
+            self.optimizer._bucket_list = None
+        if units:
+            names = ", ".join(unit.name for unit in units)
+            warnings.warn(
+                f"{names}: what the layer is called with does not explain the gradient (is the "
+                "weight used in another way too?); AdamW trains it instead",
+                stacklevel=8,  # whoever calls the optimizer's step, which PyTorch wraps twice
+            )
+
     # Factors ------------------------------------------------------------------------------------
 
-    def _update(self, bucket: Bucket, stream: int) -> None:
-        """Normalise the statistics of a bucket, once, and update its factors."""
+    def _propose(self, bucket: Bucket, stream: int) -> Proposal:
+        """Normalise the statistics of a bucket, once, and update its factors, not in place."""
         optimizer, group = self.optimizer, bucket.units[0].group
-        units = [u for u in bucket.units if u.statistics is not None and u.statistics.rows]
-        if units and optimizer._due(units[0]):
-            seen = [(u.statistics, u) for u in units if u.statistics is not None]
-            U_K = stack([(1.0 / s.rows) * s.U_K for s, _ in seen])
-            U_C = stack([self._terms(s, u) * s.U_C for s, u in seen])
-            old, _ = bucket.select(units)
-            if self.report is not None and "K" in old:
-                for side, U in (("K", U_K), ("C", U_C)):
-                    norms = residual(old[side].to(U.dtype), U, group["damping"])
-                    for unit, norm in zip(units, norms, strict=True):
-                        self.report.setdefault(unit.name, {})[f"residual_{side}"] = norm
-            rounding = Rounding(group["seed"], group["step"], stream)
-            bucket.write(units, optimizer._update(group, old, U_K, U_C), rounding)
-            bucket.products.clear()
-        if not bucket.products:
-            bucket.products = optimizer._products(group, bucket.members)
+        members, products = bucket.members, bucket.products
+        units = [u for u in bucket.units if u.complete]
+        if not units or not optimizer._due(units[0]):
+            products = products or optimizer._products(group, members)
+            return Proposal(bucket, members, products, [])
+        U_K = stack([_join(u, lambda s, _: (1.0 / s.rows) * s.U_K) for u in units])
+        U_C = stack([_join(u, lambda s, u: self._terms(s, u) * s.U_C) for u in units])
+        old, kept = bucket.select(units, members, products or optimizer._products(group, members))
+        if self.report is not None and "K" in old:
+            for side, U in (("K", U_K), ("C", U_C)):
+                norms = residual(old[side].to(U.dtype), U, group["damping"])
+                for unit, norm in zip(units, norms, strict=True):
+                    self.report.setdefault(unit.name, {})[f"residual_{side}"] = norm
+        rounding = Rounding(group["seed"], group["step"], stream)
+        new = optimizer._update(group, old, kept, U_K, U_C)
+        members = bucket.replaced(units, new, rounding)
+        return Proposal(bucket, members, optimizer._products(group, members), units)
 
     def _terms(self, seen: Statistics, unit: Unit) -> float | Tensor:
         """What multiplies ``sum g g^T``: the terms of the loss, over the squared gradient scale."""
@@ -166,16 +219,27 @@ class Step:
 
     # Parameters ---------------------------------------------------------------------------------
 
-    def _naturals(self) -> Naturals:
-        """Preconditioned gradients of all units that have any, bounded together."""
+    def _naturals(self, proposals: Sequence[Proposal]) -> tuple[Naturals, Tensor | None]:
+        """Preconditioned gradients of all units that have any, bounded together.
+
+        Also returns the sum that the bound goes by, if it saw all of them.
+        """
         naturals: Naturals = []
-        quadratic = []
-        for bucket in self.buckets:
-            units = [u for u in bucket.units if any(p.grad is not None for p in u.parameters)]
+        quadratic: list[Tensor] = []
+        unscale = None if self.scale is None or self.unscaled else 1.0 / self.scale
+        for proposal in proposals:
+            units = [
+                u for u in proposal.bucket.units if any(p.grad is not None for p in u.parameters)
+            ]
             if not units:
                 continue
+            members, products = proposal.bucket.select(units, proposal.members, proposal.products)
             G = gather(units)
-            natural = self.optimizer._precondition(*bucket.select(units), G)
+            if unscale is not None:
+                G = G * unscale.to(G)
+            natural = self.optimizer._precondition(members, products, G)
+            if units[0].group["graft"] is not None:
+                self.moments += graft_(natural, G, units, self.optimizer)
             naturals.append((units, natural))
             if units[0].group["kl_clip"] is not None:
                 quadratic.append(peak_lr(units[0].group) ** 2 * inner(natural, G))
@@ -183,16 +247,17 @@ class Step:
                 for unit, N, g in zip(units, natural, G, strict=True):
                     norms = {"gradient_norm": g.norm(), "natural_norm": N.norm()}
                     self.report.setdefault(unit.name, {}).update(norms)
-        if quadratic:
-            total = torch.stack([q.to(quadratic[0].device) for q in quadratic]).sum()
-            for units, natural in naturals:
-                kl_clip = units[0].group["kl_clip"]
-                if kl_clip is not None:
-                    nu = trust_region(kl_clip, total)
-                    natural.mul_(nu.to(natural))
-                    if self.report is not None:
-                        self.report["trust_region"] = nu
-        return naturals
+        if not quadratic:
+            return naturals, None
+        total = torch.stack([q.to(quadratic[0].device) for q in quadratic]).sum()
+        for units, natural in naturals:
+            kl_clip = units[0].group["kl_clip"]
+            if kl_clip is not None:
+                nu = trust_region(kl_clip, total)
+                natural.mul_(nu.to(natural))
+                if self.report is not None:
+                    self.report["trust_region"] = nu
+        return naturals, total if len(quadratic) == len(naturals) else None
 
     def _descend(self, naturals: Naturals) -> None:
         """Move every parameter of the units along its preconditioned gradient."""
@@ -206,26 +271,33 @@ class Step:
 
     def _descend_group(self, group: Group, moves: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Weight decay, momentum and the step, for one group."""
-        params = [p for p, _ in moves]
-        directions = [d.to(p.dtype) for p, d in moves]
-        if group["weight_decay"] != 0:
-            torch._foreach_add_(directions, params, alpha=group["weight_decay"])
-        if group["momentum"] != 0:
-            buffers = []
-            for p in params:
-                state = self.optimizer.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                buffers.append(state["momentum_buffer"])
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, directions)
-            directions = buffers
-        if all(p.dtype in (torch.float32, torch.float64) for p in params):
-            torch._foreach_add_(params, directions, alpha=-group["lr"])
-            return
+        devices: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+        for p, direction in moves:
+            devices.setdefault(p.device, []).append((p, direction))
         rounding = Rounding(group["seed"], group["step"], stream=-1)
-        for p, direction in zip(params, directions, strict=True):
-            p.copy_(rounding(p.float() - group["lr"] * direction.float(), p.dtype))
+        for there in devices.values():
+            descend(
+                [p for p, _ in there],
+                [direction for _, direction in there],
+                [self._momentum_buffer(p) for p, _ in there] if group["momentum"] else [],
+                lr=group["lr"],
+                momentum=group["momentum"],
+                weight_decay=group["weight_decay"],
+                rounding=rounding,
+            )
+
+    def _momentum_buffer(self, p: Tensor) -> Tensor:
+        state = self.optimizer.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
+
+
+def _join(unit: Unit, average: Callable[[Statistics, Unit], StructuredMatrix]) -> StructuredMatrix:
+    """The averages of a unit; the parts of its layer, if any, side by side."""
+    averages = [average(seen, unit) for _, seen in sorted(unit.statistics.items())]
+    return averages[0] if unit.layer.parts == 1 else stack(averages)
 
 
 def _moves(naturals: Naturals) -> Iterable[tuple[Tensor, Tensor]]:
@@ -233,3 +305,21 @@ def _moves(naturals: Naturals) -> Iterable[tuple[Tensor, Tensor]]:
     for units, natural in naturals:
         for unit, matrix in zip(units, natural, strict=True):
             yield from zip(unit.parameters, unit.split(matrix), strict=True)
+
+
+def fused(group: Group) -> Group:
+    """A group for AdamW, fused where that is possible and nothing else was asked for."""
+    if group["fused"] is not None or group["foreach"] is not None or group["differentiable"]:
+        return group
+    possible = all(
+        p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in group["params"]
+    )
+    return {**group, "fused": True} if possible else group
+
+
+def _all_finite(tensors: list[Tensor]) -> bool:
+    """Whether no entry is infinite or NaN; may say no where only the sum of squares overflows."""
+    if not tensors:
+        return True
+    norms = torch._foreach_norm(tensors)  # that of squares is the fast one
+    return bool(torch.stack([n.float().to(norms[0].device) for n in norms]).isfinite().all())

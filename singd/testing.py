@@ -30,8 +30,8 @@ def check_layer(module: nn.Module, x: torch.Tensor, layer: Layer | None = None) 
     layer = find_layer(module, tuple(OPTIONAL)) if layer is None else layer
     if layer is None:
         raise TypeError(f"check_layer: no layer is registered for {type(module).__name__}")
-    weight: Any = module.weight
-    bias: Any = getattr(module, "bias", None)
+    weight: Any = getattr(module, layer.weight)
+    bias: Any = getattr(module, layer.bias, None)
     output = module(x)
     g = torch.randn_like(output)
     wanted = torch.autograd.grad(output, [weight] if bias is None else [weight, bias], g)

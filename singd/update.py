@@ -104,6 +104,49 @@ def clipped(lr_cov: float | Tensor, m_K: StructuredMatrix, bound: float) -> Tens
     return lr_cov * (bound / (lr_cov * norm).clamp(min=bound))
 
 
+# The same step on the products P_K = K K^T and P_C = C C^T, where they are kept: K m_K needs no
+# product but W K, with W = P_K (a S_K + c I), since tr(H_K) = tr(P_K S_K) and W is similar to
+# H = K^T (a S_K + c I) K. Three products of size n in place of six, for structures closed under
+# transposition.
+
+
+def singd_weights(
+    P_K: StructuredMatrix,
+    P_C: StructuredMatrix,
+    U_K: StructuredMatrix,
+    U_C: StructuredMatrix,
+    damping: float | Tensor,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """``(a, c)`` of K and of C in INGD and SINGD: ``tr(H_C)/d_out`` and ``lambda tr(C^T C)/d_out``.
+
+    In IKFAC they are 1 and lambda.
+    """
+    a_K, a_C = P_C.trace_product(U_C) / max(P_C.n, 1), P_K.trace_product(U_K) / max(P_K.n, 1)
+    return (a_K, damping * mean_trace(P_C)), (a_C, damping * mean_trace(P_K))
+
+
+def product_curvature(
+    P: StructuredMatrix, U: StructuredMatrix, a: float | Tensor, c: float | Tensor
+) -> StructuredMatrix:
+    """``W = P (a S + c I)``, similar to ``H = K^T (a S + c I) K``."""
+    return P.matmul((a * U).add_scaled_identity(c))
+
+
+def product_clipped(lr_cov: float, W: StructuredMatrix, bound: float) -> Tensor:
+    """:func:`clipped` for ``m_K = 1/2 (H - I)``, from the similar ``W``."""
+    n, trace = max(W.n, 1), W.trace()
+    spread = (W.trace_product(W) - trace.square() / n).clamp(min=0.0)
+    norm = 0.5 * ((trace / n - 1).abs() + spread.sqrt())
+    return lr_cov * (bound / (lr_cov * norm).clamp(min=bound))
+
+
+def product_factor_step(
+    K: StructuredMatrix, W: StructuredMatrix, lr_cov: float | Tensor
+) -> StructuredMatrix:
+    """``K (I - beta_1 m_K) = (1 + beta_1 / 2) K - beta_1 / 2 W K``."""
+    return (1 + 0.5 * lr_cov) * K - (0.5 * lr_cov) * W.matmul(K)
+
+
 def precondition(K: StructuredMatrix, C: StructuredMatrix, G: Tensor) -> Tensor:
     """The natural gradient ``C C^T G K K^T`` for ``G [..., d_out, d_in]``."""
     GKK = K.apply(K.apply_transpose(G.mT)).mT

@@ -9,6 +9,7 @@ from structured._inverse_root import divergence, inverse_root
 from structured._matrix import Operator, StructuredMatrix, static
 from structured._module import StructuredParameter
 from structured._spec import Structure, StructureLike, parse
+from structured.block_circulant import BlockCirculant
 from structured.block_diagonal import BlockDiagonal
 from structured.block_triangular import (
     BlockLower,
@@ -31,6 +32,7 @@ from structured.transposed import Transposed
 from structured.triangular import LowerTriangular, UpperTriangular
 
 __all__ = [
+    "BlockCirculant",
     "BlockDiagonal",
     "BlockLower",
     "BlockUpper",

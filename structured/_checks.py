@@ -86,6 +86,7 @@ def _check_kind(A: Operator, other: Tensor | Operator, name: str) -> None:
 
 CHECKS: dict[str, Callable[[Any, Any, str], None]] = {
     "matmul": check_member,
+    "trace_product": check_member,
     "apply": check_columns,
     "apply_transpose": check_columns,
     "solve": check_columns,

@@ -6,6 +6,7 @@ Written as in ``_laws.py``. Most hold for every operation, and go through :data:
 from __future__ import annotations
 
 import copy
+import io
 import math
 import pickle
 from typing import Any
@@ -182,13 +183,20 @@ def deterministic(operands: Operands) -> None:
         torch.use_deterministic_algorithms(before)
 
 
-def spec(structure: Structure) -> None:
-    """A structure is what its printed name says: ``parse(str(structure)) == structure``."""
+def spec(structure: Structure, A: StructuredMatrix) -> None:
+    """A structure is what its printed name says, so name and tensors are all there is to save."""
     try:
         again = parse(str(structure))
     except ValueError as error:
         raise AssertionError(f"str(structure): {error}") from error
     assert again == structure, f"{str(structure)!r} names another structure"
+    file = io.BytesIO()
+    torch.save([t.clone() for t in A.tensors()], file)
+    file.seek(0)
+    zero = again(A.n, batch_shape=A.batch_shape, dtype=A.dtype)
+    loaded = zero.with_tensors(torch.load(file, weights_only=True))
+    assert loaded.layout == A.layout, f"torch.load: {loaded!r}, expected one like {A!r}"
+    assert_close(loaded, A.to_dense(), "torch.load")
 
 
 def compiled(structure: Structure) -> None:

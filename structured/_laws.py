@@ -174,6 +174,12 @@ def trace(A: StructuredMatrix) -> None:
     assert_close(A.trace(), A.to_dense().diagonal(dim1=-2, dim2=-1).sum(-1), "trace")
 
 
+def trace_product(A: StructuredMatrix, B: StructuredMatrix) -> None:
+    """``tr(A B)``."""
+    expected = (A.to_dense() * B.to_dense().mT).sum((-2, -1))
+    assert_close(A.trace_product(B), expected, "tr(A B)")
+
+
 def add_scaled_identity(A: StructuredMatrix, c: Any) -> None:
     """``A + c I`` for a number or a tensor, one for each of the batch."""
     dense = A.to_dense()
@@ -239,6 +245,7 @@ ALGEBRA = (
     gram,
     stationarity,
     trace,
+    trace_product,
     add_scaled_identity,
     solve,
     logdet,

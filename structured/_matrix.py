@@ -23,6 +23,7 @@ from torch import Size, Tensor
 
 from structured import _coordinates
 from structured._checks import check_arguments, check_member, check_scalar
+from structured._dispatch import symmetric_product
 from structured._numbers import at_least_float32, joint_norm, largest, trailing
 from structured._operator import Operator
 from structured._stored import Stored, static
@@ -63,8 +64,9 @@ class StructuredMatrix(Stored, Operator):
 
     **You may** write fast versions of ``shape``, ``mT``, ``matmul``, ``apply``,
     ``apply_transpose``, ``orthogonal_project``, ``project``, ``project_gram``, ``gram``, ``trace``,
-    ``add_scaled_identity``, ``solve``, ``logdet``, ``max_abs`` and ``frobenius_norm``. Each has a
-    correct default through :meth:`to_dense`. Arguments are checked before your method sees them.
+    ``trace_product``, ``add_scaled_identity``, ``solve``, ``logdet``, ``max_abs`` and
+    ``frobenius_norm``. Each has a correct default through :meth:`to_dense`. Arguments are checked
+    before your method sees them.
 
     **You get** ``A @ B``, ``A @ X``, ``X @ A``, ``A + B``, ``A - B``, ``c * A``, ``A / c``, ``-A``,
     ``shape``, ``dtype``, ``device``, ``batch_shape``, ``identity``, ``zeros_like``, ``to``,
@@ -142,7 +144,7 @@ class StructuredMatrix(Stored, Operator):
 
     def project_gram(self, X: Tensor) -> Self:
         """``Pi(X X^T)`` for ``X [..., n, m]``, a member like ``self``."""
-        return self.project(X @ X.mT)
+        return self.project(symmetric_product(X))
 
     def gram(self) -> Self:
         """``Pi(A^T A)``."""
@@ -151,6 +153,10 @@ class StructuredMatrix(Stored, Operator):
     def trace(self) -> Tensor:
         """Sum of the diagonal, ``[...]``."""
         return self.to_dense().diagonal(dim1=-2, dim2=-1).sum(-1)
+
+    def trace_product(self, other: Self) -> Tensor:
+        """``tr(A B)`` of two members of one structure, ``[...]``."""
+        return self.matmul(other).trace()
 
     def add_scaled_identity(self, alpha: Scalar) -> Self:
         """``A + alpha I`` for a number or a tensor ``alpha`` of the batch shape."""

@@ -34,6 +34,9 @@ OPERATIONS = {
     "project_gram": Operation(lambda o: o.A.project_gram(o.X), lambda o: 2 * o.X @ o.X.mT),
     "gram": Operation(lambda o: o.A.gram(), lambda o: 2 * o.A.mT @ o.A),
     "trace": Operation(lambda o: o.A.trace(), lambda o: o.A.diagonal(dim1=-2, dim2=-1).sum(-1)),
+    "trace_product": Operation(
+        lambda o: o.A.trace_product(o.B), lambda o: (o.A * o.B.mT).sum((-2, -1))
+    ),
     "add_scaled_identity": Operation(lambda o: o.A.add_scaled_identity(0.5), lambda o: o.A + 0.5),
     "solve": Operation(
         lambda o: o.K.solve(o.X),

@@ -17,6 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
+from structured._dispatch import symmetric_product
 from structured._matrix import Scalar, StructuredMatrix, joint_norm, largest
 from structured.dense import Dense
 
@@ -107,16 +108,21 @@ class BlockDiagonal(StructuredMatrix):
     def project_gram(self, X: Tensor) -> Self:
         """``X_b X_b^T`` for every block of rows, k n a column."""
         head, last = self._split(X)
-        return self._build([head @ head.mT, last @ last.mT])
+        return self._build([symmetric_product(head), symmetric_product(last)])
 
     def gram(self) -> Self:
         """Block by block."""
-        return self._build([self.blocks.mT @ self.blocks, self.last.mT @ self.last])
+        return self._build([symmetric_product(self.blocks.mT), symmetric_product(self.last.mT)])
 
     def trace(self) -> Tensor:
         """Sum of the traces of the blocks."""
         blocks = self.blocks.diagonal(dim1=-2, dim2=-1).sum((-2, -1))
         return blocks + self.last.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+    def trace_product(self, other: Self) -> Tensor:
+        """Sum over the blocks, k n."""
+        blocks = Dense(self.blocks).trace_product(Dense(other.blocks)).sum(-1)
+        return blocks + Dense(self.last).trace_product(Dense(other.last))
 
     def add_scaled_identity(self, alpha: Scalar) -> Self:
         """Block by block."""

@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
+from structured._dispatch import symmetric_product
 from structured._matrix import Scalar, StructuredMatrix, largest, trailing
 
 
@@ -58,11 +59,15 @@ class Dense(StructuredMatrix):
 
     def project_gram(self, X: Tensor) -> Self:
         """``X X^T``, n^2 a column."""
-        return self._build([X @ X.mT])
+        return self._build([symmetric_product(X)])
 
     def gram(self) -> Self:
         """``M^T M``."""
-        return self._build([self.M.mT @ self.M])
+        return self._build([symmetric_product(self.M.mT)])
+
+    def trace_product(self, other: Self) -> Tensor:
+        """``sum_ij M_ij N_ji``, n^2."""
+        return (self.M * other.M.mT).sum((-2, -1))
 
     def add_scaled_identity(self, alpha: Scalar) -> Self:
         """``M + alpha I``."""

@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
+from structured._dispatch import sums_of_squares
 from structured._matrix import Scalar, StructuredMatrix, largest, trailing
 
 
@@ -66,7 +67,7 @@ class Diagonal(StructuredMatrix):
 
     def project_gram(self, X: Tensor) -> Self:
         """Sums of squares along the rows of ``X [..., n, m]``."""
-        return self._build([torch.linalg.vecdot(X, X)])
+        return self._build([sums_of_squares(X)])
 
     def gram(self) -> Self:
         """``diag(d^2)``."""
@@ -75,6 +76,10 @@ class Diagonal(StructuredMatrix):
     def trace(self) -> Tensor:
         """Sum of ``d``."""
         return self.d.sum(-1)
+
+    def trace_product(self, other: Self) -> Tensor:
+        """``sum_i d_i e_i``."""
+        return (self.d * other.d).sum(-1)
 
     def add_scaled_identity(self, alpha: Scalar) -> Self:
         """``diag(d + alpha)``."""

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Self
@@ -14,9 +15,12 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
-from structured._fft import fft, irfft
+from structured._fft import irfft, rfft
 from structured._matrix import Scalar, StructuredMatrix, at_least_float32, static
 from structured._spec import StructureLike, parse, words
+
+# The largest of the small products that a Hadamard matrix falls into.
+_SYLVESTER = functools.reduce(torch.kron, [torch.tensor([[1.0, 1.0], [1.0, -1.0]])] * 5)
 
 
 def _hadamard(X: Tensor) -> Tensor:
@@ -25,53 +29,52 @@ def _hadamard(X: Tensor) -> Tensor:
     For other sizes than powers of two, ``H`` has one diagonal block for each binary digit of n, the
     largest first (13 = 8 + 4 + 1). Costs n log n a column.
     """
-    sizes = [1 << i for i in reversed(range(X.shape[-2].bit_length())) if X.shape[-2] >> i & 1]
-    return torch.cat([_sylvester(part) for part in X.split(sizes, -2)], -2) if sizes else X
+    n = X.shape[-2]
+    sizes = [1 << i for i in reversed(range(n.bit_length())) if n >> i & 1]
+    parts = [_sylvester(part) for part in X.split(sizes, -2)] if sizes else [X]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
 
 def _sylvester(X: Tensor) -> Tensor:
-    """``H X`` for ``X [..., 2^p, m]`` by p butterflies."""
-    n, half = X.shape[-2], 1
-    while half < n:
-        a, b = X.unflatten(-2, (n // (2 * half), 2, half)).unbind(-3)
-        X = torch.stack([a + b, a - b], -3).flatten(-4, -2)
-        half *= 2
-    return X / math.sqrt(n)
+    """``H X`` for ``X [..., 2^p, m]``: ``H`` is a Kronecker product of matrices up to 32 x 32."""
+    n, m = X.shape[-2:]
+    H, done, scale = _SYLVESTER.to(X), 1, 1 / math.sqrt(n)
+    while done < n:
+        k = min(len(_SYLVESTER), n // done)
+        # one product for the leading places of k rows, then the places within
+        X = (scale * H[:k, :k]) @ X.reshape(*X.shape[:-2], done, k, -1)
+        X, done, scale = X.reshape(*X.shape[:-3], n, m), done * k, 1.0
+    return X
 
 
 def _cosine(X: Tensor) -> Tensor:
-    """``C X`` for ``X [..., n, m]``, ``C`` the orthonormal DCT-II; one FFT of length n a column.
+    """``C X`` for ``X [..., n, m]``, ``C`` the orthonormal DCT-II; a real FFT of length n a column.
 
-    Source: Makhoul, IEEE Trans. ASSP 28(1), 1980: even places, then odd ones backwards.
+    Source: Makhoul, IEEE Trans. ASSP 28(1), 1980: even places, then odd ones backwards. The real
+    parts of the twisted spectrum are the first half of the transform, the imaginary the last.
     """
     n, rows = X.shape[-2], X.mT
-    F = fft(torch.cat([rows[..., ::2], rows[..., 1::2].flip(-1)], -1))
-    return ((F * _twist(n, X)).real * _norms(n, X)).mT
+    F = rfft(torch.cat([rows[..., ::2], rows[..., 1::2].flip(-1)], -1), n) * _twist(n, X)
+    return torch.cat([F.real, -F.imag[..., 1 : (n + 1) // 2].flip(-1)], -1).mT
 
 
 def _inverse_cosine(Z: Tensor) -> Tensor:
     """``C^T Z``, the inverse of :func:`_cosine`."""
-    n = Z.shape[-2]
-    rows = Z.mT / _norms(n, Z)
-    mirrored = torch.cat([torch.zeros_like(rows[..., :1]), rows[..., 1:].flip(-1)], -1)
-    F = torch.complex(rows, -mirrored) * _twist(n, Z).conj()
-    v = irfft(F[..., : n // 2 + 1], n)
+    n, rows = Z.shape[-2], Z.mT
+    mirrored = torch.nn.functional.pad(rows.flip(-1)[..., : n // 2], (1, 0))
+    F = torch.complex(rows[..., : n // 2 + 1], -mirrored) / _twist(n, Z)
+    v = irfft(F, n)
     evens, odds = v[..., : (n + 1) // 2], v[..., (n + 1) // 2 :].flip(-1)
     odds = torch.nn.functional.pad(odds, (0, n % 2))
     return torch.stack([evens, odds], -1).flatten(-2)[..., :n].mT
 
 
 def _twist(n: int, like: Tensor) -> Tensor:
-    """``exp(-i pi k / 2n)``, ``[n]``."""
-    places = torch.arange(n, dtype=like.dtype, device=like.device)
-    return torch.polar(torch.ones_like(places), places * (-math.pi / (2 * max(n, 1))))
-
-
-def _norms(n: int, like: Tensor) -> Tensor:
-    """Factors ``sqrt(1/n), sqrt(2/n), ...`` that make the DCT-II orthonormal, ``[n]``."""
-    norms = torch.full((n,), 2.0 / max(n, 1), dtype=like.dtype, device=like.device)
-    norms[:1] /= 2
-    return norms.sqrt()
+    """``w_k exp(-i pi k / 2n)`` that make the DCT-II orthonormal, ``[n // 2 + 1]``."""
+    places = torch.arange(n // 2 + 1, dtype=like.dtype, device=like.device)
+    norms = torch.full_like(places, math.sqrt(2 / max(n, 1)))
+    norms[:1] /= math.sqrt(2)
+    return torch.polar(norms, places * (-math.pi / (2 * max(n, 1))))
 
 
 # name -> (Q X, Q^T X)
@@ -141,6 +144,8 @@ class Rotated(StructuredMatrix):
 
     def _product(self, X: Tensor, *, transpose: bool) -> Tensor:
         wide = X.to(at_least_float32(X.dtype))
+        if isinstance(self.Q, str) and not X.numel():
+            return X
         if isinstance(self.Q, str):
             return _TRANSFORMS[self.Q][transpose](wide).to(X.dtype)
         Q = self.Q.to(wide.dtype)

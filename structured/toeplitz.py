@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
+from structured._dispatch import symmetric_product
 from structured._fft import irfft, rfft
 from structured._matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
 
@@ -44,28 +45,57 @@ def _convolve(t: Tensor, X: Tensor, *, adjoint: bool = False) -> Tensor:
     return irfft(Y, length)[..., :n].to(X.dtype)
 
 
-def _dense_is_faster(n: int, m: int) -> bool:
-    """Whether to write the matrix out for ``m`` columns: where it is small, or no larger than they.
+def _dense_is_faster(n: int, m: int, dtype: torch.dtype) -> bool:
+    """Whether matrix products beat FFTs for ``m`` columns; beyond n = 2048 they never do.
 
-    Measured (``benchmarks/results/toeplitz_crossover.csv``); beyond n = 1024 the FFT always wins.
+    Measured by ``benchmarks.toeplitz_crossover`` and ``benchmarks.ops``. An FFT raises 16 bits to
+    32, which matrix units need not.
     """
-    return n <= 128 or n <= min(m, 1024)
+    most, columns = (1024, 2 * m) if dtype.itemsize > 2 else (2048, 8 * m)
+    return n <= 128 or n <= min(most, columns)
+
+
+def _gram_is_faster(n: int, m: int, dtype: torch.dtype) -> bool:
+    """The same for ``X X^T``, where the FFT has no way back."""
+    return n <= 128 or (dtype.itemsize <= 2 and n <= min(2048, 2 * m))
+
+
+def _block_size(n: int, dtype: torch.dtype) -> int:
+    """Rows of a block: many small products skip more zeros, one large product runs faster."""
+    blocks = 1 if n < 512 or dtype.itemsize <= 2 else n // 128
+    return max(-(-n // blocks), 1)
+
+
+def _last_rows(t: Tensor, count: int) -> Tensor:
+    """The last ``count`` rows of the lower Toeplitz matrix of ``t [..., n]``, ``[..., count, n]``.
+
+    Backwards: row i from the end is a window of ``t`` that begins i places later.
+    """
+    padded = torch.nn.functional.pad(t.flip(-1), (0, count - 1))
+    return padded.unfold(-1, t.shape[-1], 1).flip(-2)
 
 
 def _multiply(t: Tensor, X: Tensor, *, adjoint: bool = False) -> Tensor:
     """``T X`` (adjoint: ``T^T X``) for the lower Toeplitz matrix of ``t`` and ``X [..., n, m]``."""
-    if _dense_is_faster(*X.shape[-2:]):
+    n, m = X.shape[-2:]
+    if not _dense_is_faster(n, m, X.dtype):
+        return _convolve(t[..., None, :], X.mT, adjoint=adjoint).mT
+    size = _block_size(n, X.dtype)
+    if size >= n:
         T = lower(t)
         return (T.mT if adjoint else T) @ X
-    return _convolve(t[..., None, :], X.mT, adjoint=adjoint).mT
+    if adjoint:  # T^T is T with rows and columns backwards
+        return _multiply(t, X.flip(-2)).flip(-2)
+    rows = _last_rows(t, size)
+    # Each block of rows is the end of the last one, and meets the rows of X so far.
+    stops = range(n % size or size, n + 1, size)
+    first = rows[..., size - stops[0] :, -stops[0] :] @ X[..., : stops[0], :]
+    return torch.cat([first, *(rows[..., -stop:] @ X[..., :stop, :] for stop in stops[1:])], -2)
 
 
 def lower(t: Tensor) -> Tensor:
     """``T_ij = t_{i-j}`` for ``i >= j``, ``[..., n, n]`` from ``t [..., n]``."""
-    n = t.shape[-1]
-    padded = torch.nn.functional.pad(t, (max(n - 1, 0), 0))
-    # row i is the window that ends at t_i, read backwards
-    return padded.unfold(-1, n, 1).flip(-1) if n else t[..., None] * t[..., None, :]
+    return _last_rows(t, t.shape[-1]) if t.shape[-1] else t[..., None] * t[..., None, :]
 
 
 def _counts(t: Tensor) -> Tensor:
@@ -118,8 +148,8 @@ class _TriangularToeplitz(StructuredMatrix):
     def project_gram(self, X: Tensor) -> Self:
         """Autocorrelation of the columns of ``X [..., n, m]``, O(n log n) a column."""
         n, m = X.shape[-2:]
-        if _dense_is_faster(n, m):
-            return self.project(X @ X.mT)
+        if _gram_is_faster(n, m, X.dtype):
+            return self.project(symmetric_product(X))
         length = fft_length(n)
         F = rfft(X.mT, length)
         power = (F.real.square() + F.imag.square()).sum(-2)

@@ -27,6 +27,7 @@ def few_examples() -> Iterator[None]:
     settings.load_profile("before")
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # a page is one process
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_snippet_of_a_page_runs(
     page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

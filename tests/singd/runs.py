@@ -26,6 +26,13 @@ def _everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[
                     yield f"{name} {key}[{i}]", t
 
 
+def raw_bytes(state: Snapshot) -> dict[str, bytes]:
+    """Every tensor to the bit."""
+    return {
+        k: t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for k, t in state.items()
+    }
+
+
 def distance(got: Snapshot, expected: Snapshot) -> float:
     """Largest relative difference, tensor by tensor; an error unless the tensors are the same."""
     assert got.keys() == expected.keys()

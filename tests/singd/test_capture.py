@@ -261,6 +261,68 @@ def test_a_gradient_penalty_has_the_gradient_autograd_gives_it() -> None:
     optimizer.step()
 
 
+class Shared(nn.Module):
+    """One layer, used in up to three segments, each checkpointed or not."""
+
+    def __init__(self, checkpointed: str, nested: bool = False) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4, dtype=F64), nn.Linear(4, 3, dtype=F64)
+        self.checkpointed, self.nested = checkpointed, nested
+
+    def segment(self, x: Tensor, mode: str) -> Tensor:
+        def run(x: Tensor) -> Tensor:
+            return self.layer(x).tanh()
+
+        def twice(x: Tensor) -> Tensor:
+            return run(checkpoint(run, x, use_reentrant=True))
+
+        function = twice if self.nested else run
+        if mode == "-":
+            return run(run(x)) if self.nested else run(x)
+        return checkpoint(function, x, use_reentrant=mode == "r")
+
+    def forward(self, x: Tensor) -> Tensor:
+        for mode in self.checkpointed:
+            x = self.segment(x, mode)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("checkpointed", ["rr", "r-r", "-rr", "rr-", "nn", "n-", "rn"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_weight_in_several_checkpointed_segments_is_one_layer_used_as_often(
+    checkpointed: str, nested: bool
+) -> None:
+    """Reentrant segments run passes within the pass: their samples are counted once."""
+
+    def backward(model: nn.Module, X: Tensor, y: Tensor) -> None:
+        for x, t in ((X[:3], y[:3]), (X[3:], y[3:])):  # two micro-batches are two
+            loss = 0.5 * (model(x.clone().requires_grad_()) - t).square().sum() / len(X)
+            loss.backward()
+
+    torch.manual_seed(0)
+    plain = Shared("-" * len(checkpointed), nested)
+    model = Shared(checkpointed, nested)
+    model.load_state_dict(plain.state_dict())
+    assert distance(run(backward, model), run(backward, plain)) < 1e-12
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_frees_what_it_frees(reentrant: bool) -> None:
+    model, kept = mlp(), []
+    optimizer = SINGD(model, T=1)
+    model[2].register_forward_pre_hook(
+        lambda _, args: kept.append(StorageWeakRef(args[0].untyped_storage()))
+    )
+    (X, y), *_ = batches(1)
+    output = checkpoint(model, X.requires_grad_(), use_reentrant=reentrant)
+    assert len(kept) == 1
+    assert kept[0].expired()  # the input of the last layer, computed anew in the backward pass
+    mean_loss(output, y).backward()
+    assert len(kept) == 2
+    assert kept[1].expired()
+    optimizer.step()
+
+
 # Weights used more than once ---------------------------------------------------------------------
 
 
@@ -426,4 +488,4 @@ def test_statistics_are_not_kept_past_the_step() -> None:
     optimizer = SINGD(model, T=1)
     plain(model, *batches(1)[0])
     optimizer.step()
-    assert all(unit.statistics is None and unit.pending is None for unit in optimizer._units)
+    assert not any(u.statistics or u.passes or u.counted for u in optimizer._units)

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from singd import KFAC, SINGD
+from singd import KFAC, SINGD, convert
 from structured import Diagonal
 from tests.singd.runs import Snapshot, batches, mean_loss, mlp, snapshot
 
 
 class Net(nn.Module):
-    """Preconditioned layers, two of equal shape, and a normalization for AdamW."""
+    """Preconditioned layers, two of equal shape, a normalization for AdamW, and dropout."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
             layers = (nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
-        self.layers = nn.Sequential(*layers).to(dtype)
+        self.layers = nn.Sequential(*layers, nn.Dropout(0.2)).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
@@ -63,6 +65,15 @@ METHODS: dict[str, Any] = {
     "bfloat16 factors": lambda m: SINGD(
         m, T=2, alpha1=0.5, preconditioner_dtype=(torch.bfloat16, None), seed=3
     ),
+    "T by group": lambda m: SINGD(
+        m,
+        [{"params": m.layers[:2].parameters()}, {"params": m.layers[2:].parameters(), "T": 2}],
+        T=3,
+        alpha1=0.9,
+        weight_decay=0.01,
+        structures=("block_upper(dense, lower_toeplitz, 2)", "block_diagonal(2)"),
+        adamw={"lr": 0.01, "amsgrad": True},
+    ),
     "lr_cov as a function": lambda m: SINGD(m, T=2, lr_cov=lambda step: 0.1 / (1 + step)),
     "KFAC": lambda m: KFAC(m, T=2, lr=0.05),
 }
@@ -72,19 +83,24 @@ METHODS: dict[str, Any] = {
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("stop", [0, 1, 3, 4])
 def test_resuming_is_bit_for_bit(method: str, dtype: torch.dtype, stop: int) -> None:
+    torch.manual_seed(5)
     whole = Net(dtype)
     optimizer = METHODS[method](whole)
     steps(whole, optimizer, 0, 7, dtype)
 
+    torch.manual_seed(5)
     first = Net(dtype)
     before = METHODS[method](first)
     steps(first, before, 0, stop, dtype)
-    saved = through_a_file({"model": first.state_dict(), "optimizer": before.state_dict()})
+    state = {"model": first.state_dict(), "optimizer": before.state_dict()}
+    saved = through_a_file(state | {"random": torch.get_rng_state()})
+    torch.manual_seed(6)
     second = Net(dtype)
     after = METHODS[method](second)
     second.load_state_dict(saved["model"])
     after.load_state_dict(saved["optimizer"])
     assert raw(snapshot(second, after)) == raw(snapshot(first, before))
+    torch.set_rng_state(saved["random"])
     steps(second, after, stop, 7, dtype)
     assert raw(snapshot(second, after)) == raw(snapshot(whole, optimizer))
 
@@ -124,7 +140,7 @@ def test_loading_neither_changes_nor_shares_its_argument(method: str) -> None:
     assert state["param_groups"] == kept["param_groups"]
     assert len(tensors(state)) == len(tensors(kept)) > 10
     assert all(torch.equal(a, b) for a, b in zip(tensors(state), tensors(kept), strict=True))
-    memory = {t.untyped_storage().data_ptr() for t in tensors(state)}
+    memory = {t.untyped_storage().data_ptr() for t in tensors(state) if t.numel()}
     assert memory.isdisjoint(t.untyped_storage().data_ptr() for t in tensors(fresh.state_dict()))
 
 
@@ -170,7 +186,14 @@ MISMATCHES: dict[str, tuple[Any, str]] = {
         r"expected kfac_like = True, got False",
     ),
     "another width": (lambda: SINGD(wider(), T=1), r"2.weight: expected .* shape .*5.*, got .*3"),
-    "another depth": (lambda: SINGD(deeper(), T=1), r"expected 6 parameters, got 4"),
+    "another depth": (
+        lambda: SINGD(deeper(), T=1),
+        r"expected 6 parameters, got 4 \(missing: 3.weight, 3.bias; unknown: none\)",
+    ),
+    "another order": (
+        lambda: SINGD((m := mlp()), [*m[2].parameters(), *m[0].parameters()]),
+        r"expected 2.weight, got 0.weight: another order",
+    ),
     "another method": (lambda: KFAC(mlp(), T=1), r"expected structures = None, got \("),
     "fewer groups": (
         lambda: SINGD(
@@ -200,3 +223,152 @@ def test_a_mismatch_fails_before_anything_changes(case: str) -> None:
         other.load_state_dict(optimizer.state_dict())
     assert raw(snapshot(other_model, other)) == before
     assert other.state_dict()["param_groups"] == groups
+
+
+# Faults ------------------------------------------------------------------------------------------
+
+
+def in_state(number: int, key: str, change: Any) -> Any:
+    def apply(saved: dict[str, Any]) -> None:
+        saved["state"][number][key] = change(saved["state"][number][key])
+
+    return apply
+
+
+def in_group(index: int, key: str, value: Any) -> Any:
+    def apply(saved: dict[str, Any]) -> None:
+        saved["param_groups"][index][key] = value
+
+    return apply
+
+
+def apart(saved: dict[str, Any], *path: Any) -> None:
+    *path, last = path
+    for key in path:
+        saved = saved[key]
+    del saved[last]
+
+
+WRONG_VALUES: dict[str, Any] = {
+    "text": lambda value: "1.0",
+    "a number": lambda value: 1.0,
+    "nothing": lambda value: None,
+    "integers": lambda value: torch.zeros(7, dtype=torch.int64),
+    "another shape": lambda value: torch.zeros(2, 3, 5),
+    "a list": lambda value: [torch.zeros(2)],
+    "texts": lambda value: {0: "1.0"},
+    "a mapping": lambda value: {"a": torch.zeros(2)},
+}
+WRONG_OPTIONS: dict[str, list[Any]] = {
+    "lr": [-1.0, "fast", None, float("nan"), float("inf")],
+    "momentum": [1.0, -0.1],
+    "damping": [-1e-9],
+    "weight_decay": ["0"],
+    "T": [0, 2.0],
+    "step": [-1, 1.5, None],
+    "loss_average": ["mean"],
+    "kfac_approx": [None],
+    "kl_clip": [-1.0],
+    "lr_cov": ["0.1"],
+    "alpha1": [1.0],
+    "factor_clip": [2.0],
+    "structures": [("dense",), ("dense", "dens"), 3],
+    "preconditioner_dtype": [None],
+}
+FAULTS: dict[str, tuple[Any, str]] = {
+    **{
+        f"{key} of {name}: {what}": (in_state(number, key, change), f"{name}: expected {key}")
+        for number, name, keys in (
+            (0, "layers.0.weight", ("K", "C", "m_K", "momentum_buffer")),
+            (5, "layers.4.bias", ("momentum_buffer",)),
+            (6, "layers.1.weight", ("exp_avg", "exp_avg_sq", "step")),
+        )
+        for key in keys
+        for what, change in WRONG_VALUES.items()
+    },
+    **{
+        f"{key} = {value!r}": (in_group(0, key, value), f"group 0: (expected )?{key}")
+        for key, values in WRONG_OPTIONS.items()
+        for value in values
+    },
+    "betas": (in_group(1, "betas", (0.9, 1.5)), "group 1: Invalid beta"),
+    "the lr of AdamW": (in_group(1, "lr", "fast"), "group 1: "),
+    "the rule": (in_group(1, "rule", "kronecker"), "group 1: expected rule = 'adamw'"),
+    "K without C": (lambda s: apart(s, "state", 0, "C"), r"layers\.0\.weight: expected C beside"),
+    "unknown state": (
+        lambda s: s["state"][1].update(S_K=torch.zeros(4, 4)),
+        r"layers\.0\.bias: unknown state 'S_K'",
+    ),
+    "an unknown parameter": (lambda s: s["state"].update({77: {}}), "unknown parameters.*77"),
+    "one parameter less": (
+        lambda s: (s["param_groups"][0]["params"].pop(), s["param_groups"][0]["param_names"].pop()),
+        r"group 0: expected 6 parameters, got 5 \(missing: layers\.4\.bias; unknown: none\)",
+    ),
+    "one parameter more": (
+        lambda s: (
+            s["param_groups"][1]["params"].append(8),
+            s["param_groups"][1]["param_names"].append("head.weight"),
+        ),
+        r"group 1: expected 2 parameters, got 3 \(missing: none; unknown: head\.weight\)",
+    ),
+    "a group less": (lambda s: apart(s, "param_groups", 1), "expected 2 groups, got 1"),
+    "no groups": (lambda s: s.update(param_groups=None), "expected groups"),
+    "no parameters": (lambda s: apart(s, "param_groups", 0, "params"), "expected groups"),
+    "no state": (lambda s: apart(s, "state"), "expected a mapping with 'state'"),
+}
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
+def test_whatever_is_wrong_nothing_changes(used: bool) -> None:
+    model, source = Net(torch.float32), Net(torch.float32)
+    optimizer = SINGD(model, T=2, alpha1=0.5)
+    if used:
+        steps(model, optimizer, 0, 3, torch.float32)
+    saving = SINGD(source, T=2, alpha1=0.5)
+    steps(source, saving, 0, 2, torch.float32)
+    before = state_of(model, optimizer)
+    for name, (damage, message) in FAULTS.items():
+        saved = copy.deepcopy(saving.state_dict())
+        damage(saved)
+        with pytest.raises(ValueError, match=f"load_state_dict: .*{message}"):
+            optimizer.load_state_dict(saved)
+        assert state_of(model, optimizer) == before, name
+    optimizer.load_state_dict(saving.state_dict())
+    assert state_of(model, optimizer) != before
+
+
+def state_of(model: nn.Module, optimizer: Any) -> Any:
+    return raw(snapshot(model, optimizer)), repr(optimizer.state_dict())
+
+
+def test_options_that_a_checkpoint_lacks_are_ours() -> None:
+    """Such as one that came with a later version."""
+    model = mlp()
+    saved = SINGD(model, damping=0.3).state_dict()
+    del saved["param_groups"][0]["factor_clip"]
+    optimizer = SINGD(model, factor_clip=0.25)
+    optimizer.load_state_dict(saved)
+    assert (optimizer.param_groups[0]["factor_clip"], optimizer.param_groups[0]["damping"]) == (
+        0.25,
+        0.3,
+    )
+
+
+# Files of other formats --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "lr_cov as a function"])
+def test_tensors_and_text_are_the_whole_state(method: str, tmp_path: Path) -> None:
+    model = Net(torch.bfloat16)
+    optimizer = METHODS[method](model)
+    steps(model, optimizer, 0, 3, torch.bfloat16)
+    state = optimizer.state_dict()
+    tensors_, metadata = convert.to_tensors(state)
+    safetensors.torch.save_file(tensors_, tmp_path / "a.safetensors", metadata)
+    with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
+        read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
+        restored = convert.from_tensors(read, file.metadata())
+    assert restored["param_groups"] == state["param_groups"]
+    fresh = METHODS[method](model)
+    fresh.load_state_dict(restored)
+    assert raw(snapshot(model, fresh)) == raw(snapshot(model, optimizer))

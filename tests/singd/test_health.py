@@ -49,10 +49,74 @@ def test_statistics_alone_can_be_bad() -> None:
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
+def overflowing(limit: int | None, **options: Any) -> tuple[nn.ModuleList, SINGD, Any]:
+    """Two layers in one bucket; gradients and statistics of the first are finite, and no more."""
+    model = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(2)])
+    optimizer = SINGD(model, T=1, max_skipped=limit, loss_average=None, **options)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        x = torch.randn(2, 4)
+        (1e3 * model[0](1e17 * x).sum() + model[1](x).square().mean()).backward()
+        optimizer.step()
+
+    return model, optimizer, step
+
+
+def test_factors_that_overflow_skip_the_step_and_raise_in_the_end() -> None:
+    model, optimizer, step = overflowing(3)
+    before = None
+    for count in (1, 2):
+        step()
+        assert optimizer.skipped == count
+        after = snapshot(model, optimizer)
+        assert before is None or all(torch.equal(after[name], before[name]) for name in before)
+        before = after
+    with pytest.raises(FloatingPointError, match=r"0\.weight: .* in 3 steps in a row"):
+        step()
+    assert torch.equal(optimizer.state[model[1].weight]["K"][0], torch.eye(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_direction_that_overflows_is_not_taken(dtype: torch.dtype) -> None:
+    model = nn.Linear(4, 4, bias=False)
+    optimizer = SINGD(model, T=100, preconditioner_dtype=(torch.float32, dtype))
+    model(torch.randn(2, 4)).square().mean().backward()
+    optimizer.step()
+    before = model.weight.detach().clone()
+    large = 1e25 if dtype == torch.float32 else 6e4
+    for name in ("K", "C"):
+        optimizer.state[model.weight][name][0].copy_(large * torch.eye(4))
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0]["momentum"] = 0.0
+    model.weight.grad = torch.full((4, 4), 1e30)
+    optimizer.step()
+    assert torch.equal(model.weight, before)
+    assert optimizer.skipped == 1
+
+
+@pytest.mark.parametrize("structure", ["dense", "hierarchical(1, 1)"])
+@pytest.mark.parametrize("kfac_like", [False, True])
+def test_inputs_a_thousand_times_too_large_train(structure: str, kfac_like: bool) -> None:
+    model = mlp(torch.float32)
+    optimizer = SINGD(model, T=2, structures=(structure, structure), kfac_like=kfac_like)
+    X = torch.randn(64, 4)
+    y = X @ torch.randn(4, 3)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = mean_loss(model(1e3 * X), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert min(losses[-5:]) < 0.8 * losses[0]
+    assert optimizer.skipped == 0
+
+
 @pytest.mark.parametrize("limit", [1, 3, 0, None])
 def test_the_limit_of_skipped_steps_is_of_steps_in_a_row(limit: int | None) -> None:
     model = mlp()
-    optimizer = SINGD(model, T=1, max_skipped=limit)
+    optimizer = SINGD(model, T=1, max_skipped=limit, kl_clip=None)
     (X, y), *_ = batches(1)
     bad = [(X * float("nan"), y)]
     if limit is None:  # then nobody looks
@@ -255,6 +319,58 @@ def test_preconditioning_sgd_is_the_optimizer_without_momentum(method: Any, kl_c
     assert distance(snapshot(other, preconditioner), expected) == 0.0
 
 
+OTHERS: dict[str, Any] = {
+    "SGD": lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9, nesterov=True),
+    "Adam": lambda ps: torch.optim.Adam(ps, lr=0.01),
+    "Adagrad": lambda ps: torch.optim.Adagrad(ps, lr=0.01),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("how", ["closure", "scaler", "schedule"])
+def test_any_optimizer_may_follow(other: str, how: str) -> None:
+    """In a closure, with a GradScaler, under a scheduler: as with gradients of the product."""
+    model, plain = mlp(torch.float32), mlp(torch.float32)
+    optimizer, expected = OTHERS[other](model.parameters()), OTHERS[other](plain.parameters())
+    preconditioner, reference = (SINGD(m, T=2, kl_clip=None) for m in (model, plain))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**7, enabled=how == "scaler")
+    schedules = [
+        torch.optim.lr_scheduler.ExponentialLR(o, 0.5 if how == "schedule" else 1.0)
+        for o in (optimizer, expected)
+    ]
+    for X, y in batches(4, dtype=torch.float32):
+
+        def closure(X: Tensor = X, y: Tensor = y) -> Tensor:
+            preconditioner.zero_grad()
+            loss = mean_loss(model(X), y)
+            scaler.scale(loss).backward()
+            if how == "scaler":
+                scaler.unscale_(optimizer)
+            preconditioner.precondition(scale=scaler.get_scale() if how == "scaler" else None)
+            return loss
+
+        if how == "closure":
+            optimizer.step(closure)
+        else:
+            closure()
+            scaler.step(optimizer)
+            scaler.update()
+        reference.zero_grad()
+        mean_loss(plain(X), y).backward()
+        gradients = [torch.cat([m.weight.grad, m.bias.grad[:, None]], 1) for m in plain[::2]]
+        reference.precondition()
+        for layer, G in zip(plain[::2], gradients, strict=True):
+            own = factors(reference, layer.weight)
+            natural = own["C"] @ own["C"].T @ G @ own["K"] @ own["K"].T
+            layer.weight.grad.copy_(natural[:, :-1])
+            layer.bias.grad.copy_(natural[:, -1])
+        expected.step()
+        for schedule in schedules:
+            schedule.step()
+    got, wanted = snapshot(model, preconditioner), snapshot(plain, reference)
+    assert distance(got, wanted) < 1e-5
+
+
 def test_preconditioning_leaves_all_other_gradients() -> None:
     model = nn.Sequential(*mlp(), nn.LayerNorm(3, dtype=F64))
     preconditioner = SINGD(model, T=1)
@@ -317,3 +433,33 @@ def test_a_gradient_scaler_changes_no_bit(method: Any, dtype: torch.dtype, unsca
     assert scaler.get_scale() == 2.0**10
     expected = train(plain, method(plain, T=2, lr=0.05), data)
     assert distance(snapshot(scaled, optimizer), expected) == 0.0
+
+
+@pytest.mark.parametrize("method", [SINGD, KFAC])
+@pytest.mark.parametrize("how", ["norm", "value"])
+def test_clipping_the_gradient_changes_the_step_and_not_the_factors(method: Any, how: str) -> None:
+    clipped, plain = mlp(), mlp()
+    options = {"T": 1, "lr": 0.05, "momentum": 0.0, "kl_clip": None}
+    (X, y), *_ = batches(1)
+    seen = []
+    for model in (clipped, plain):
+        optimizer = method(model, **options)
+        mean_loss(model(X), y).backward()
+        scale = 1.0
+        if model is clipped and how == "norm":
+            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3))
+            assert norm > 1e-3
+            scale = 1e-3 / (norm + 1e-6)
+        elif model is clipped:
+            torch.nn.utils.clip_grad_value_(model.parameters(), 1e-30)
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.step()
+        moves = [(p.detach() - b) / scale for p, b in zip(model.parameters(), before, strict=True)]
+        seen.append((factors(optimizer, model[0].weight), moves))
+    (ours, ours_moved), (theirs, theirs_moved) = seen
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    for a, b in zip(ours_moved, theirs_moved, strict=True):
+        if how == "norm":
+            assert relative(a, b) < 1e-9
+        else:
+            assert float(a.abs().max()) < 1e-25

@@ -372,7 +372,9 @@ def test_an_optimizer_that_is_closed_or_dropped_leaves_the_model_as_it_was(how: 
     model = mlp()
     kept = SINGD(model, T=1)
     optimizer = SINGD(model, T=1)
-    train(model, optimizer, batches(1))
+    for each in (kept, optimizer):
+        train(model, each, batches(1))
+    del each
     if how == "with":
         with optimizer:
             pass

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from singd import KFAC, SINGD, Layer, register_layer
 from singd.layers import LAYERS, OPTIONAL
@@ -145,6 +146,72 @@ def test_a_use_that_hooks_do_not_see_is_noticed_with_one_warning() -> None:
     assert optimizer.plan().state_bytes == stored(optimizer)
 
 
+class Bypassed(nn.Module):
+    """Two layers that are, or are not, used by calling them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = (nn.Linear(4, d, dtype=F64) for d in (4, 4, 3))
+        self.how = "called"
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.a, self.b):
+            if self.how == "called":
+                x = layer(x)
+            elif self.how == "forward":
+                x = layer.forward(x)
+            elif self.how == "functional":
+                x = nn.functional.linear(x, layer.weight, layer.bias)
+            else:
+                x = layer(x) + layer.weight.square().sum()
+            x = x.tanh()
+        return self.head(x)
+
+
+@pytest.mark.parametrize("how", ["forward", "functional", "both"])
+@pytest.mark.parametrize("start", [0, 1, 5])
+@pytest.mark.parametrize("T", [1, 3])
+def test_a_use_that_begins_later_is_noticed_too_with_one_warning(
+    how: str, start: int, T: int
+) -> None:
+    model = Bypassed()
+    optimizer = SINGD(model, T=T, lr=0.01)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, optimizer, batches(start))
+        model.how = how
+        train(model, optimizer, batches(20 * T))
+    assert [str(w.message).split(":")[0] for w in caught] == ["a.weight, b.weight"]
+    assert caught[0].filename.endswith("runs.py")  # that calls the step
+    assert rules(optimizer) == {
+        f"{name}.{kind}": "SINGD" if name == "head" else "AdamW"
+        for name in ("a", "b", "head")
+        for kind in ("weight", "bias")
+    }
+
+
+def test_what_is_common_raises_no_false_alarm() -> None:
+    """Gradients that cancel, accumulate in bfloat16, or belong to a graph of the step before."""
+    model = nn.Sequential(nn.Linear(1, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    optimizer = SINGD(model, T=1)  # the first gradient is zero but for rounding
+    for X, y in batches(9, 8, 1, dtype=torch.float32):
+        train(model, optimizer, [(X, y)])
+    for dtype in (torch.bfloat16, torch.float32):
+        summed = mlp(dtype)
+        optimizer = SINGD(summed, T=1, lr=0.0)
+        for X, y in batches(64, dtype=dtype):  # the last are lost in the sum
+            mean_loss(summed(X), y).backward()
+            optimizer.step()
+    late = mlp()
+    optimizer, loss = SINGD(late, T=2), mean_loss(late(X.double()), y.double())
+    for X, y in batches(8):
+        optimizer.zero_grad()  # after the forward pass
+        loss.backward()
+        optimizer.step()
+        loss = mean_loss(late(X), y)
+    assert set(rules(optimizer).values()) == {"SINGD"}
+
+
 @pytest.mark.parametrize("first", ["empty", "zero", "infinite"])
 def test_a_pass_that_tells_nothing_does_not_settle_it(first: str) -> None:
     model = Penalized()
@@ -169,6 +236,51 @@ def test_a_factor_wider_than_the_limit_is_diagonal(limit: int | None, wide: str)
     assert structures(SINGD(model, max_dim=limit))["weight"] == expected
 
 
+def test_limits_by_pattern_the_first_match_counts() -> None:
+    limits = {"0.*": 4, "2.weight": None, "*": 0}
+    got = structures(SINGD(mlp(), max_dim=limits))
+    assert got["0.weight"] == "dense, diagonal"
+    assert got["2.weight"] == "dense, dense"
+    model = mlp()
+    optimizer = SINGD(model, T=1, max_dim={"2.*": 6})  # 8192 for the rest
+    assert structures(optimizer)["0.weight"] == "dense, dense"
+    assert structures(optimizer)["2.weight"] == "dense, dense"
+    train(model, optimizer, batches(1))
+    optimizer.param_groups[0]["max_dim"]["2.*"] = 2  # changed in place
+    train(model, optimizer, batches(1))
+    assert structures(optimizer)["2.weight"] == "diagonal, diagonal"
+    with pytest.raises(ValueError, match=r"max_dim: expected a number in \[0, inf\), got -1"):
+        SINGD(mlp(), max_dim={"*": -1})
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.numel = max(self.numel, result.untyped_storage().nbytes() // result.itemsize)
+        return result
+
+
+@pytest.mark.parametrize("layers", [(), "all"])
+def test_a_head_as_wide_as_the_vocabulary_never_has_its_square(layers: Any) -> None:
+    vocabulary, width = 20_000, 4
+    with Largest() as largest:
+        model = nn.Sequential(nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary))
+        optimizer = SINGD(model, T=1, loss_average="batch+sequence", layers=layers)
+        for _ in range(2):
+            x, y = torch.randint(vocabulary, (2, 3, 5))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+            optimizer.step()
+    assert rules(optimizer)["1.weight"] == "SINGD"
+    assert structures(optimizer)["1.weight"] == "dense, diagonal"
+    assert largest.numel <= 8 * vocabulary * (width + 1)  # never mind the logits, [15, vocabulary]
+
+
 def test_the_structure_of_wide_factors_is_a_choice() -> None:
     got = structures(SINGD(nn.Linear(6, 4), max_dim=5, wide_structure="block_diagonal(2)"))
     assert got["weight"] == "block_diagonal(2), dense"
@@ -188,7 +300,8 @@ def test_structures_by_pattern_the_first_match_counts() -> None:
 def test_optional_types_are_preconditioned_where_named(layer: Any) -> None:
     model = layer(*{nn.Embedding: (5, 4), nn.GroupNorm: (2, 4)}.get(layer, (4,)))
     assert rules(SINGD(model))["weight"] == "AdamW"
-    assert rules(SINGD(model, layers=(layer,)))["weight"] == "SINGD"
+    for named in ((layer,), "all"):
+        assert rules(SINGD(model, layers=named))["weight"] == "SINGD"
 
 
 def test_only_optional_types_may_be_named() -> None:
@@ -221,12 +334,32 @@ class Recurrent(nn.LSTM):
         return super().forward(x)[0]
 
 
+class First(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.module(x)[0]
+        return output
+
+
+def old_weight_norm() -> nn.Module:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        layer: nn.Module = nn.utils.weight_norm(nn.Linear(4, 4))
+    return layer
+
+
 EXOTIC: dict[str, Any] = {
     "attention": lambda: Attention(4, 2, batch_first=True),
     "encoder layer": lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True),
     "recurrent": lambda: Recurrent(4, 4, batch_first=True),
     "weight norm": lambda: parametrizations.weight_norm(nn.Linear(4, 4)),
     "spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(4, 4)),
+    "old weight norm": old_weight_norm,
+    "old spectral norm": lambda: nn.utils.spectral_norm(nn.Linear(4, 4)),
+    "gru": lambda: First(nn.GRU(4, 4, batch_first=True)),
+    "rnn": lambda: First(nn.RNN(4, 4, batch_first=True)),
     "orthogonal": lambda: parametrizations.orthogonal(nn.Linear(4, 4)),
     "lora": LoRA,
 }
@@ -245,6 +378,42 @@ def test_every_parameter_is_trained(name: str) -> None:
         moved = not torch.equal(p, before[name])
         assert moved == (p.grad is not None and bool(p.grad.any())), name
         assert p.grad is not None or not p.requires_grad, name
+
+
+@pytest.mark.parametrize("name", ["weight norm", "old weight norm", "spectral norm", "gru"])
+def test_what_a_weight_is_computed_from_is_trained_by_adamw(name: str) -> None:
+    assert set(rules(SINGD(EXOTIC[name]())).values()) == {"AdamW"}
+
+
+def test_layers_of_other_packages_are_found_by_name() -> None:
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D(4, 4)
+    geometric = pytest.importorskip("torch_geometric.nn")
+    x, edges = torch.randn(5, 4), torch.tensor([[0, 1, 2, 3, 4], [1, 2, 3, 4, 0]])
+    gcn = geometric.GCNConv(4, 4)
+    models = {
+        "conv1d": (conv1d, (x,)),
+        "linear": (geometric.Linear(4, 4), (x,)),
+        "gcn": (gcn, (x, edges)),
+        "gat": (geometric.GATConv(4, 4), (x, edges)),
+    }
+    for name, (model, given) in models.items():
+        optimizer = SINGD(model, T=1)
+        model(*given).exp().sum().backward()
+        optimizer.step()
+        found = rules(optimizer)
+        assert found["lin.weight" if name in ("gcn", "gat") else "weight"] == "SINGD", name
+        assert not any("K" in optimizer.state[p] for n, p in model.named_parameters() if "att" in n)
+
+
+def test_adapters_are_preconditioned_and_what_they_adapt_is_frozen() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.inject_adapter_in_model(
+        peft.LoraConfig(target_modules=["0", "2"], r=2, init_lora_weights=False), mlp().float()
+    )
+    optimizer = SINGD(model, T=1)
+    train(model, optimizer, batches(2, dtype=torch.float32))
+    for name, rule in rules(optimizer).items():
+        assert rule == ("SINGD" if "lora_" in name else "frozen"), name
 
 
 def test_layers_initialised_lazily_need_one_forward_pass_first() -> None:

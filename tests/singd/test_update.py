@@ -186,3 +186,34 @@ def test_theorem_1(n: int, damping: float) -> None:
 
 def test_the_measure_of_theorem_1_sees_a_wrong_step() -> None:
     assert measured_order(5, 0.1, 0, wrong=1.01) < 1.5
+
+
+@pytest.mark.parametrize("structure", ["dense", "diagonal", "block_diagonal(2)", "circulant"])
+@pytest.mark.parametrize("kfac_like", [False, True])
+@law
+@given(n=sizes, damping=st.floats(0, 2), lr_cov=st.floats(0.01, 2), seed=seeds)
+def test_the_step_on_products_is_the_same_step(
+    structure: str, kfac_like: bool, n: int, damping: float, lr_cov: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    K, C = random_member(structure, n, (2,)), random_member(structure, n + 1, (2,))
+    A, B = (torch.randn(2, m, 5, dtype=torch.float64) for m in (n, n + 1))
+    U_K, U_C = update.statistic(K, A), update.statistic(C, B)
+    P_K, P_C = K.matmul(K.mT), C.matmul(C.mT)
+    H_K, H_C = update.curvature(K, U_K), update.curvature(C, U_C)
+    if kfac_like:
+        momenta = [update.ikfac_momentum(K, H_K, damping), update.ikfac_momentum(C, H_C, damping)]
+        weights = [(torch.ones(2).double(), torch.full((2,), damping, dtype=torch.float64))] * 2
+    else:
+        momenta = list(update.singd_momenta(K, C, H_K, H_C, damping))
+        weights = list(update.singd_weights(P_K, P_C, U_K, U_C, damping))
+    for factor, P, U, m, (a, c) in zip(
+        (K, C), (P_K, P_C), (U_K, U_C), momenta, weights, strict=True
+    ):
+        W = update.product_curvature(P, U, a, c)
+        beta = update.clipped(lr_cov, m, 0.5)
+        torch.testing.assert_close(
+            update.product_clipped(lr_cov, W, 0.5), beta, rtol=1e-7, atol=1e-9
+        )
+        expected = update.factor_step(factor, m, beta).to_dense()
+        close(update.product_factor_step(factor, W, beta).to_dense(), expected)

@@ -16,6 +16,7 @@ SPECS = {
     "lower_toeplitz": ANY,
     "upper_toeplitz": ANY,
     "circulant": ANY,
+    "block_circulant(2)": range(0, 13, 2),
     "block_upper(dense, lower_toeplitz, 3)": ANY,
     "block_lower(diagonal, block_lower(diagonal, dense, -2), -4)": ANY,
     "hierarchical(2, 3)": ANY,

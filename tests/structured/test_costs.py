@@ -27,6 +27,7 @@ EXPONENTS = {
     "lower_toeplitz": LOGARITHMIC,
     "upper_toeplitz": LOGARITHMIC,
     "circulant": LOGARITHMIC,
+    "block_circulant(4)": LOGARITHMIC,
     "block_upper(dense, lower_toeplitz, 4)": LOGARITHMIC,
     "direct_sum(dense, lower_toeplitz, 4)": LOGARITHMIC,
     "tied(4, upper_toeplitz)": LOGARITHMIC,

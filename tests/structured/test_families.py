@@ -30,6 +30,8 @@ SPECS = [
     "upper_triangular",
     "scaled_identity",
     "circulant",
+    "block_circulant(2)",
+    "block_circulant(3)",
     "direct_sum(dense, lower_toeplitz, 2)",
     "direct_sum(diagonal, circulant, -3)",
     "tied(2, dense)",
@@ -253,6 +255,16 @@ def test_circulant_against_scipy(n):
     X = integers(n, 2)
     same(A.to_dense(), torch.from_numpy(scipy.linalg.circulant(A.c)))
     same(A.solve(X), torch.from_numpy(scipy.linalg.solve_circulant(A.c, X)))
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 4, 5])
+def test_block_circulant_is_a_sum_of_kronecker_products(p):
+    A = draw("block_circulant(2)", 2 * p)
+    expected = sum(
+        torch.kron(torch.from_numpy(scipy.linalg.circulant(torch.eye(p).double()[i])), A.blocks[i])
+        for i in range(p)
+    )
+    same(A.to_dense(), expected)
 
 
 @pytest.mark.parametrize("n", SIZES)

@@ -19,6 +19,7 @@ SPECS = [
     "upper_triangular",
     "scaled_identity",
     "circulant",
+    "block_circulant(2)",
     "direct_sum(dense, circulant, 2)",
     "tied(2, lower_triangular)",
     "strided(3, dense)",

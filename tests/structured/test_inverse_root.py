@@ -24,7 +24,7 @@ CLOSED_FORMS = [
     "rotated(block_lower(lower_toeplitz, tied(2, dense), 4), hadamard)",
     "transposed(lower_toeplitz)",
 ]
-ITERATED = ["scaled_identity", "circulant"]
+ITERATED = ["scaled_identity", "circulant", "block_circulant(3)"]
 SPECS = CLOSED_FORMS + ITERATED
 
 

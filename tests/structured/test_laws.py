@@ -22,7 +22,7 @@ def test_law_of_nestings(law):
 @pytest.mark.parametrize("law", [law for law in LAWS if law != "compiled"])
 def test_law_by_fft(law, spec, monkeypatch):
     """The way of large sizes, at small ones."""
-    monkeypatch.setattr(toeplitz, "_dense_is_faster", lambda n, m: False)
+    monkeypatch.setattr(toeplitz, "_dense_is_faster", lambda n, m, dtype: False)
     check(spec, laws=[law])
 
 

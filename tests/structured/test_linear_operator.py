@@ -23,6 +23,7 @@ SPECS = [
     "upper_triangular",
     "scaled_identity",
     "circulant",
+    "block_circulant(2)",
     "hierarchical(2, 1)",
     "low_rank_upper(2)",
     "low_rank_lower(-2)",

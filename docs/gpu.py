@@ -1,0 +1,51 @@
+"""The section on GPUs of the page on performance, from ``benchmarks/results/<gpu>/``."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+TITLES = {
+    "machine": "Ceilings",
+    "sync": "Waits and graphs",
+    "kernels": "Kernels against plain PyTorch",
+    "dense": "The dense path",
+    "vgg16": "VGG-16, batch 128",
+    "vit-b16": "ViT-B/16, batch 64",
+    "gpt2": "GPT-2 small, 8 x 1024 tokens",
+    "gpt2-medium": "GPT-2 medium, 4 x 1024 tokens",
+}
+NONE = (
+    "No GPU has been measured yet: the kernels are tested under Triton's interpreter, and none was "
+    "timed. `make gpu` measures one.\n"
+)
+
+
+def section(results: Path = RESULTS) -> str:
+    """A table for each part that was measured, for each GPU; what was not is said."""
+    reports = sorted(results.glob("*/report.json"))
+    return "\n".join(one_gpu(report) for report in reports) if reports else NONE
+
+
+def one_gpu(report: Path) -> str:
+    """Markdown for one directory of results."""
+    found = json.loads(report.read_text())
+    machine = found["machine"]
+    lines = [f"### {machine.get('gpu', report.parent.name)}", ""]
+    lines += [", ".join(f"{k} {v}" for k, v in machine.items() if k != "gpu") + ".", ""]
+    for part, title in TITLES.items():
+        status = found["parts"].get(part, {"status": "not run"})["status"]
+        table = report.with_name(f"{part}.csv")
+        lines += [f"**{title}**" + ("" if status == "done" else f": {status}"), ""]
+        if status == "done" and table.exists():
+            with table.open(newline="") as file:
+                lines += [*rows(list(csv.reader(file))), ""]
+    return "\n".join(lines) + "\n"
+
+
+def rows(cells: list[list[str]]) -> list[str]:
+    """A Markdown table."""
+    head, *body = (["\\|".join(cell.split("|")) for cell in row] for row in cells)
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body)]

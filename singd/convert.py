@@ -1,0 +1,180 @@
+"""Checkpoints in other forms: as tensors and text, and those of PyPI ``singd`` 0.0.5."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singd.base import KRONECKER, KroneckerOptimizer
+from singd.options import parameter_of
+
+# As tensors and text -----------------------------------------------------------------------------
+
+
+def to_tensors(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A state as named tensors and text, for files that hold nothing else, such as safetensors.
+
+    Args:
+        state_dict: From ``optimizer.state_dict()``.
+
+    Returns:
+        Tensors by name, and metadata.
+    """
+    tensors = {}
+    for number, values in state_dict["state"].items():
+        for key, value in values.items():
+            for index, t in value.items() if isinstance(value, Mapping) else [("", value)]:
+                tensors[f"{number}.{key}.{index}"] = t
+    groups = json.dumps(state_dict["param_groups"], default=_as_text)
+    return tensors, {"param_groups": groups}
+
+
+def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The state that :func:`to_tensors` took apart."""
+    groups = json.loads(metadata["param_groups"])
+    for group in groups:
+        for key, value in group.items():
+            if isinstance(value, list) and key not in ("params", "param_names"):
+                group[key] = tuple(map(_from_text, value))
+    state: dict[int, Any] = {number: {} for group in groups for number in group["params"]}
+    for name, t in tensors.items():
+        number, key, index = name.split(".")
+        if index:
+            state[int(number)].setdefault(key, {})[int(index)] = t
+        else:
+            state[int(number)][key] = t
+    return {"state": state, "param_groups": groups}
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, torch.dtype):
+        return str(value)
+    raise TypeError(f"to_tensors: expected numbers, strings and dtypes, got {value!r}")
+
+
+def _from_text(value: Any) -> Any:
+    """The value, or the dtype of that name."""
+    named = getattr(torch, str(value).removeprefix("torch."), None)
+    return named if isinstance(named, torch.dtype) else value
+
+
+# Of PyPI singd -----------------------------------------------------------------------------------
+
+_MODULES = {
+    "dense": "DenseMatrix",
+    "diagonal": "DiagonalMatrix",
+    "blockdiagonal": "Block30DiagonalMatrix",
+    "hierarchical": "Hierarchical15_15Matrix",
+    "triltoeplitz": "TrilToeplitzMatrix",
+    "triutoeplitz": "TriuToeplitzMatrix",
+}
+_OPTIONS = (
+    *("lr", "momentum", "damping", "alpha1", "weight_decay", "T", "loss_average", "lr_cov"),
+    *("structures", "kfac_approx", "kfac_like", "preconditioner_dtype", "normalize_lr_cov"),
+    "initial_lr",  # of a scheduler
+)
+
+
+class Stored:
+    """Stands in for a structured matrix of PyPI ``singd``: its tensors, by name."""
+
+    def tensors(self) -> dict[int, Tensor]:
+        """The tensors in their order there, which is ours too."""
+        return {i: getattr(self, name) for i, name in enumerate(vars(self)["_tensor_names"])}
+
+
+def read(path: str | os.PathLike[str]) -> Any:
+    """What ``torch.save`` wrote with PyPI ``singd``, which need not be installed.
+
+    Nothing but tensors, containers and its six structures is let in (``weights_only=True``).
+    """
+    named: list[Any] = [
+        (Stored, f"singd.structures.{file}.{name}") for file, name in _MODULES.items()
+    ]
+    with torch.serialization.safe_globals(named):
+        return torch.load(path, weights_only=True, map_location="cpu")
+
+
+def from_pypi(
+    optimizer: KroneckerOptimizer, saved: Mapping[str, Any], params: Iterable[Any] | None = None
+) -> dict[str, Any]:
+    """The state of PyPI ``singd``, for ``optimizer.load_state_dict``.
+
+    Factors, momenta, options and the number of steps are taken over. It knows no ``kl_clip`` and
+    ``factor_clip``: those of ``optimizer`` count, and ``None`` goes on as it would.
+
+    Args:
+        optimizer: Made for the same model, with the same structures and ``kfac_like``.
+        saved: Its ``state_dict``, from :func:`read`.
+        params: The parameters or groups as they were given to it; ``None`` if it was given none.
+
+    Raises:
+        ValueError: If a layer or a parameter of ``optimizer`` is not in ``saved``, or was saved
+            between a backward pass and its step.
+    """
+    if saved.get("H_Ks"):
+        raise ValueError("from_pypi: saved between a backward pass and its step")
+    state = optimizer.state_dict()
+    origins = _origins(optimizer, saved, params)
+    for own, packed in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        if own["rule"] != KRONECKER:
+            continue
+        found: dict[int, Mapping[str, Any]] = {}
+        for p, number in zip(own["params"], packed["params"], strict=True):
+            if id(p) not in origins:
+                raise ValueError(f"from_pypi: {_name(optimizer, p)} was not trained there")
+            origin, group = origins[id(p)]
+            found[id(group)] = group
+            state["state"][number] = dict(saved["state"].get(origin, {}))
+        if len(found) > 1:
+            raise ValueError("from_pypi: a group holds parameters of several groups there")
+        for group in found.values():
+            packed |= {k: group[k] for k in _OPTIONS if k in group} | {"step": saved["steps"]}
+    for name, number in _units(optimizer, state):
+        if name not in saved["Ks"]:
+            raise ValueError(f"from_pypi: expected a layer {name!r}, got {', '.join(saved['Ks'])}")
+        for key in ("K", "C", "m_K", "m_C"):
+            if name in saved[f"{key}s"]:
+                state["state"][number][key] = saved[f"{key}s"][name].tensors()
+    return state
+
+
+def _origins(
+    optimizer: KroneckerOptimizer, saved: Mapping[str, Any], params: Iterable[Any] | None
+) -> dict[int, tuple[int, Mapping[str, Any]]]:
+    """Number and group there of every parameter, by its id."""
+    given: list[Any] = _default(optimizer.model) if params is None else list(params)
+    groups: list[Any] = given if given and isinstance(given[0], Mapping) else [{"params": given}]
+    flat = [parameter_of(p) for group in groups for p in group["params"]]
+    places = [(n, group) for group in saved["param_groups"] for n in group["params"]]
+    if len(places) != len(flat):
+        raise ValueError(f"from_pypi: expected {len(places)} parameters, got {len(flat)}")
+    return {id(p): place for p, place in zip(flat, places, strict=True)}
+
+
+def _default(model: nn.Module) -> list[Any]:
+    """The parameters that it trains if it is given none, in its order."""
+    layers = (m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+    leaves = (m for m in layers if not any(m.children()))
+    return [p for m in leaves for p in m.parameters() if p.requires_grad]
+
+
+def _units(optimizer: KroneckerOptimizer, state: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Preconditioned layers by name, with the number of their weight in ``state``."""
+    pairs = zip(optimizer.param_groups, state["param_groups"], strict=True)
+    numbers = {
+        id(p): number
+        for own, packed in pairs
+        for p, number in zip(own["params"], packed["params"], strict=True)
+    }
+    for unit in optimizer._units:
+        yield unit.name.rpartition(".")[0], numbers[id(unit.weight)]
+
+
+def _name(optimizer: KroneckerOptimizer, p: Tensor) -> str:
+    return next(name for name, q in optimizer.model.named_parameters() if q is p)

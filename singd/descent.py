@@ -1,0 +1,92 @@
+"""The step of the parameters: weight decay, momentum, and a sum that is never rounded to nearest.
+
+On a GPU one kernel does it for many parameters; elsewhere PyTorch's ``foreach`` operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from singd.rounding import Rounding
+
+_EXACT = (torch.float32, torch.float64)
+
+
+def descend(
+    params: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    rounding: Rounding,
+) -> None:
+    """``b <- momentum b + d + weight_decay p`` and ``p <- p - lr b``, in place, for all parameters.
+
+    Below float32 the sums run in float32, ``p`` is rounded stochastically and ``b`` to nearest.
+
+    Args:
+        params: The parameters ``p``, all on one device.
+        directions: What they move along, ``d``; left as they are.
+        buffers: Their momenta ``b``, like ``params``; empty for no momentum.
+        lr: Of the step.
+        momentum: In [0, 1).
+        weight_decay: Not negative.
+        rounding: Of this step.
+    """
+    if params and params[0].is_cuda and (kernels := rounding.kernels()) is not None:
+        served = all(
+            p.is_contiguous() and p.dtype != torch.float64 and d.dtype != torch.float64
+            for p, d in zip(params, directions, strict=True)
+        )
+        if served and all(b.is_contiguous() for b in buffers):
+            seed, stream = rounding.draw(params[0].device)
+            kernels.descend_(
+                list(params),
+                list(directions),
+                list(buffers),
+                lr,
+                momentum,
+                weight_decay,
+                seed,
+                stream,
+            )
+            return
+    plain(params, directions, buffers, lr, momentum, weight_decay, rounding)
+
+
+def plain(
+    params: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    rounded: Callable[[Tensor, torch.dtype], Tensor],
+) -> None:
+    """:func:`descend` in plain PyTorch."""
+    if not params:
+        return
+    exact = all(p.dtype in _EXACT for p in params)
+    wide = list(params) if exact else [p.float() for p in params]
+    moves = [d.to(p.dtype) for p, d in zip(wide, directions, strict=True)]
+    if weight_decay != 0:
+        moves = list(torch._foreach_add(moves, wide, alpha=weight_decay))
+    if buffers and exact:
+        torch._foreach_mul_(list(buffers), momentum)
+        torch._foreach_add_(list(buffers), moves)
+        moves = list(buffers)
+    elif buffers:
+        kept = [b.float() for b in buffers]
+        torch._foreach_mul_(kept, momentum)
+        torch._foreach_add_(kept, moves)
+        torch._foreach_copy_(list(buffers), kept)
+        moves = kept
+    torch._foreach_add_(wide, moves, alpha=-lr)
+    if not exact:
+        for p, value in zip(params, wide, strict=True):
+            p.copy_(rounded(value, p.dtype))

@@ -1,0 +1,76 @@
+"""Whether what the hooks see of a weight explains its gradient, by a few random probes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singd._layer import Layer
+
+_PROBES = 8
+_NOISE = 100.0  # what rounding may do, in units in the last place
+
+
+class Probes:
+    """``v^T G u`` of the gradient of a weight: before a pass, after it, and as the hooks see it.
+
+    Args:
+        layer: How ``module`` is read.
+        module: The module with the weight.
+        weight: The weight.
+    """
+
+    def __init__(self, layer: Layer, module: nn.Module, weight: nn.Parameter) -> None:
+        self.layer, self.module, self.weight = layer, module, weight
+        self.before = self._of_gradient()
+        self.seen = torch.zeros_like(self.before)
+        self.scale = self.seen.new_zeros(())  # of what was summed
+
+    def see(self, module: nn.Module, part: int, x: Tensor, g: Tensor) -> None:
+        """Include one use of ``module``."""
+        *_, d_out, d_in = self.layer.shape(module)
+        u, v = _directions(d_in, g.device), _directions(d_out, g.device)
+        into = self.seen[part] if self.layer.parts > 1 else self.seen
+        into += self.layer.contract(module, x, g, u, v)
+        self.scale += _norm(x) * _norm(g)
+
+    def explain(self) -> bool | None:
+        """Whether the two agree but for a positive factor (of a gradient scaler, of averaging).
+
+        ``None`` where that cannot be told: no gradient but by rounding, or it is not finite.
+        """
+        gradient = (self._of_gradient() - self.before).flatten()
+        seen = self.seen.flatten()
+        held = self.weight.dtype if self.weight.grad is None else self.weight.grad.dtype
+        rounding = _NOISE * (
+            torch.finfo(seen.dtype).eps * self.scale
+            + torch.finfo(held).eps * torch.linalg.vector_norm(self.before)
+        )
+        norms = [torch.linalg.vector_norm(t) for t in (gradient, seen)]
+        a, b, both, noise = torch.stack([*norms, gradient @ seen, rounding]).tolist()
+        if not a + b < float("inf") or not a > noise:  # not if one is NaN either
+            return None
+        return bool(b > noise and both >= 0.99 * a * b)
+
+    def _of_gradient(self) -> Tensor:
+        """Of ``weight.grad``, ``[..., probes]``."""
+        grad: Any = self.weight.grad
+        *batch, d_out, d_in = self.layer.shape(self.module)
+        if grad is None:
+            return torch.zeros(*batch, _PROBES, device=self.weight.device)
+        u, v = _directions(d_in, grad.device), _directions(d_out, grad.device)
+        return ((self.layer.to_matrix(self.module, grad).to(u) @ u) * v).sum(-2)
+
+
+def _directions(n: int, device: torch.device) -> Tensor:
+    """Random directions ``[n, probes]``, always the same."""
+    return torch.randn(n, _PROBES, generator=torch.Generator().manual_seed(n)).to(device)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """In float32; integers count as ones."""
+    if not x.is_floating_point():
+        return torch.tensor(x.numel() ** 0.5, device=x.device)
+    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).float()

@@ -1,0 +1,109 @@
+"""Triton kernels of the step, behind PyTorch operators: on CUDA they serve, elsewhere their twins.
+
+The twins are :func:`singd.rounding.stochastic_round` and :func:`singd.descent.plain`. Randomness
+comes from a seed in a tensor and a count, so nothing waits for the device. Deleting this folder
+leaves a correct library.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from singd.descent import plain
+from singd.rounding import leading
+from singd.rounding import stochastic_round as round_plainly
+
+if importlib.util.find_spec("triton") is None:
+    raise ImportError("the kernels need Triton")
+
+
+@torch.library.custom_op("singd::stochastic_round", mutates_args=())
+def stochastic_round(x: Tensor, dtype: torch.dtype, seed: Tensor, stream: int) -> Tensor:
+    """``x`` in ``dtype``, bfloat16 or float16, rounded to one of its two neighbours.
+
+    Args:
+        x: Any shape, float32.
+        dtype: Of the result.
+        seed: One int64.
+        stream: Tells uses of a seed apart.
+    """
+    return round_plainly(x, dtype, _generator(seed, stream))
+
+
+@stochastic_round.register_kernel("cuda")
+def _(x: Tensor, dtype: torch.dtype, seed: Tensor, stream: int) -> Tensor:
+    from singd.kernels.rounding import round_sum
+
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    round_sum(out, x, None, seed, stream)
+    return out
+
+
+@stochastic_round.register_fake
+def _(x: Tensor, dtype: torch.dtype, seed: Tensor, stream: int) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+@torch.library.custom_op("singd::add_rounded_", mutates_args=("stored",))
+def add_rounded_(stored: Tensor, x: Tensor, alpha: Tensor, seed: Tensor, stream: int) -> None:
+    """``stored <- stored + alpha x``, rounded stochastically.
+
+    Args:
+        stored: In bfloat16 or float16, contiguous.
+        x: Like ``stored``, in float32.
+        alpha: A scalar, or one number for each item of the first dimension.
+        seed: One int64.
+        stream: Tells uses of a seed apart.
+    """
+    moved = stored.float() + leading(alpha, stored) * x
+    stored.copy_(round_plainly(moved, stored.dtype, _generator(seed, stream)))
+
+
+@add_rounded_.register_kernel("cuda")
+def _(stored: Tensor, x: Tensor, alpha: Tensor, seed: Tensor, stream: int) -> None:
+    from singd.kernels.rounding import round_sum
+
+    round_sum(stored, x, alpha, seed, stream)
+
+
+@torch.library.custom_op("singd::descend_", mutates_args=("params", "buffers"))
+def descend_(
+    params: list[Tensor],
+    directions: list[Tensor],
+    buffers: list[Tensor],
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    seed: Tensor,
+    stream: int,
+) -> None:
+    """Weight decay, momentum and the step for many parameters: :func:`singd.descent.plain`."""
+    generator = _generator(seed, stream)
+
+    def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+        return round_plainly(x, dtype, generator)
+
+    plain(params, directions, buffers, lr, momentum, weight_decay, rounded)
+
+
+@descend_.register_kernel("cuda")
+def _(
+    params: list[Tensor],
+    directions: list[Tensor],
+    buffers: list[Tensor],
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    seed: Tensor,
+    stream: int,
+) -> None:
+    from singd.kernels.descent import launch
+
+    launch(params, directions, buffers, lr, momentum, weight_decay, seed, stream)
+
+
+def _generator(seed: Tensor, stream: int) -> torch.Generator:
+    return torch.Generator(seed.device).manual_seed(int(seed) + stream)

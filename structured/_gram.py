@@ -1,0 +1,62 @@
+"""Gram matrices ``X X^T``, their diagonals and their sums, in plain PyTorch.
+
+:mod:`structured._dispatch` chooses between these and the kernels of ``structured/kernels``, of
+which they are the definition.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sums_of_squares(X: Tensor) -> Tensor:
+    """``diag(X X^T)``, ``[..., n]``, for ``X [..., n, m]``."""
+    return torch.linalg.vecdot(X, X)
+
+
+def symmetric_product(X: Tensor) -> Tensor:
+    """``X X^T``, ``[..., n, n]``, for ``X [..., n, m]``."""
+    if _halves_pay(X):
+        return _by_halves(X, 2)
+    return X @ X.mT
+
+
+def add_symmetric_product_(out: Tensor, X: Tensor, beta: float = 1.0, alpha: float = 1.0) -> None:
+    """``out <- beta out + alpha X X^T``, multiplied and summed in the precision of ``out``.
+
+    Args:
+        out: ``[..., n, n]``, in float32 as a rule, also where ``X`` is in bfloat16.
+        X: ``[..., n, m]``.
+        beta: Factor of what ``out`` holds.
+        alpha: Factor of the product.
+    """
+    out.mul_(beta).add_(symmetric_product(X.to(out.dtype)), alpha=alpha)
+
+
+def _halves_pay(X: Tensor) -> bool:
+    """Whether :func:`_by_halves` is faster than a whole product.
+
+    Measured in float32 on two cores: 0.71 to 0.85 of the time within these bounds. Products in
+    bfloat16 gain nothing, and a GPU has a kernel.
+    """
+    n, m = X.shape[-2:]
+    if n < 384 or m < n or n * m < 768 * 768:
+        return False
+    return X.is_cpu and X.dtype in (torch.float32, torch.float64)
+
+
+def _by_halves(X: Tensor, depth: int) -> Tensor:
+    """``[[A A^T, (B A^T)^T], [B A^T, B B^T]]`` for ``X = [A; B]``: 5/8 of the work at depth 2."""
+    if not depth:
+        return X @ X.mT
+    n = X.shape[-2]
+    h = (n // 2 + 15) // 16 * 16  # blocks that begin at a cache line
+    A, B = X[..., :h, :], X[..., h:, :]
+    BA = B @ A.mT
+    out = X.new_empty(*X.shape[:-2], n, n)
+    out[..., :h, :h] = _by_halves(A, depth - 1)
+    out[..., h:, h:] = _by_halves(B, depth - 1)
+    out[..., h:, :h] = BA
+    out[..., :h, h:] = BA.mT
+    return out

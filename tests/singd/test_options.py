@@ -1,0 +1,130 @@
+"""Every option says what it expects where it is given something else, and nothing is made then."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import float16, float32, float64, int32, nn
+
+from singd import KFAC, SINGD
+from tests.singd.runs import mlp
+
+Range = tuple[float, float, bool]  # low, high, whether high is in
+
+NUMBERS: dict[str, Range] = {
+    "lr": (0, math.inf, False),
+    "momentum": (0, 1, False),
+    "damping": (0, math.inf, False),
+    "alpha1": (0, 1, False),
+    "weight_decay": (0, math.inf, False),
+    "lr_cov": (0, math.inf, False),
+    "kl_clip": (0, math.inf, False),
+    "factor_clip": (1e-6, 1, True),
+}
+INTEGERS = {"T": 1, "max_dim": 0, "seed": None, "max_skipped": 0}
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "loss_average": (None, "batch", "batch+sequence"),
+    "kfac_approx": ("expand", "reduce"),
+    "kfac_like": (False, True),
+    "normalize_lr_cov": (False, True),
+    "keep_products": (False, True),
+    "graft": (None, "sgd", "adamw"),
+}
+OTHERS: dict[str, list[Any]] = {
+    "structures": ["dense", ("dense",), ("dense", "dens"), {"*": "dense"}, None],
+    "wide_structure": ["diag", "dense(3)"],
+    "preconditioner_dtype": [float32, (float32,), (int32, None), ("float32", None)],
+    "layers": [[nn.Dropout], [nn.Linear]],
+    "adamw": [{"lr": -1.0}, {"betas": (0.9, 1.0)}],
+    "telemetry": [1],
+}
+ANYTHING: set[str] = {"model", "params", "warn_unsupported", "init_grad_scale", "process_group"}
+NO_NUMBERS = st.sampled_from(["1", (), [0.1], {}, True, 1j])
+OPTIONAL = {"kl_clip", "factor_clip", "max_dim", "max_skipped"}
+
+
+def refused(name: str, value: Any, expected: str, method: Any = SINGD) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{name}: expected {expected}")) as caught:
+        method(mlp(), **{name: value})
+    assert str(caught.value).endswith(f"got {value!r}")
+
+
+@pytest.mark.parametrize("method", [SINGD, KFAC])
+def test_every_option_is_checked_here(method: Any) -> None:
+    known = {*NUMBERS, *INTEGERS, *CHOICES, *OTHERS, *ANYTHING}
+    assert set(inspect.signature(method).parameters) <= known
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@given(value=st.floats() | NO_NUMBERS)
+def test_numbers_have_ranges(name: str, value: Any) -> None:
+    low, high, closed = NUMBERS[name]
+    number = isinstance(value, float)
+    if number and low <= value and (value < high or (closed and value == high)):
+        optimizer = SINGD(mlp(), **{name: value})
+        assert optimizer.param_groups[0][name] == value
+        return
+    refused(name, value, f"a number in [{low:g}, {high:g}{']' if closed else ')'}")
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+@given(value=st.integers(-5, 5) | st.floats() | NO_NUMBERS)
+def test_integers_have_bounds(name: str, value: Any) -> None:
+    low = INTEGERS[name]
+    if isinstance(value, int) and not isinstance(value, bool) and (low is None or value >= low):
+        SINGD(mlp(), **{name: value})
+        return
+    refused(name, value, "an integer" + ("" if low is None else f" >= {low}"))
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@given(value=st.text() | st.none() | st.floats())
+def test_choices_name_the_known(name: str, value: Any) -> None:
+    if value in CHOICES[name]:
+        SINGD(mlp(), **{name: value})
+        return
+    refused(name, value, f"one of {', '.join(map(repr, CHOICES[name]))}")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_others_are_checked(name: str) -> None:
+    for value in OTHERS[name]:
+        model = mlp()
+        with pytest.raises((ValueError, TypeError)):
+            SINGD(model, **{name: value})
+        assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_none_is_no_bound(name: str) -> None:
+    SINGD(mlp(), **{name: None})
+
+
+def test_what_is_right_is_taken() -> None:
+    SINGD(
+        mlp(),
+        structures={"0.*": ["diagonal", "dense"]},
+        preconditioner_dtype=(float16, float64),
+        layers=[nn.LayerNorm],
+        adamw={"betas": (0.5, 0.6)},
+        lr_cov=lambda step: 0.1,
+    )
+
+
+def test_a_group_is_checked_before_it_is_added() -> None:
+    model = mlp()
+    optimizer = SINGD(model, model[0].parameters())
+    before = repr(optimizer)
+    with pytest.raises(ValueError, match=r"damping: expected a number in \[0, inf\), got -1"):
+        optimizer.add_param_group({"params": model[2].parameters(), "damping": -1})
+    assert repr(optimizer) == before
+
+
+def test_kfac_checks_its_weight_of_new_statistics() -> None:
+    refused("lr_cov", 1.5, "a number in [0, 1]", KFAC)
