@@ -16,7 +16,11 @@ from matplotlib.figure import Figure
 from benchmarks.evidence import METHODS, Row, read
 from benchmarks.tasks import TASKS
 
-PEER, OURS = "AdamW", "SINGD"
+PEER = "AdamW"
+COMPARED = (
+    *(("SINGD", PEER), ("SINGD, AdamW part 1e-2", PEER)),
+    ("SINGD(model)", "AdamW, lr 1e-3"),
+)
 UNTUNED = {"AdamW, lr 1e-3": "lr 1e-3", "SINGD(model)": "kl_clip 3e-5"}
 # Colours of Okabe and Ito, as in the demonstration; dotted is what was not searched for.
 STYLES: dict[str, dict[str, Any]] = {
@@ -58,7 +62,7 @@ class Outcome(NamedTuple):
 
 
 def outcomes(folder: Path) -> dict[str, dict[str, Outcome]]:
-    """By task and method, as far as there are results."""
+    """By task and method; a method of which seeds are missing is left out."""
     rows = [row for row in read(folder / "evidence.csv") if row.job.stage == "final"]
     with (folder / "evidence_costs.csv").open(newline="") as file:
         costs = {(r["task"], r["method"]): r for r in csv.DictReader(file)}
@@ -69,7 +73,11 @@ def outcomes(folder: Path) -> dict[str, dict[str, Outcome]]:
             if mine and (task, method) in costs:
                 mine.sort(key=lambda row: row.job.seed)
                 found.setdefault(task, {})[method] = Outcome(mine, costs[task, method])
-    return found
+    seeds = max((len(o.rows) for methods in found.values() for o in methods.values()), default=0)
+    return {
+        task: {name: o for name, o in methods.items() if len(o.rows) == seeds}
+        for task, methods in found.items()
+    }
 
 
 # The table ---------------------------------------------------------------------------------------
@@ -91,9 +99,11 @@ def markdown(found: Mapping[str, Mapping[str, Outcome]]) -> Iterator[str]:
         for name, outcome in methods.items():
             yield "| " + " | ".join(cells(task, name, outcome, methods.get(PEER))) + " |"
         yield ""
-        if {PEER, OURS} <= methods.keys():
-            yield verdict(task, methods[OURS], methods[PEER])
-            yield ""
+        for ours, theirs in COMPARED:
+            if {ours, theirs} <= methods.keys():
+                words = verdict(task, methods[ours], methods[theirs], f"`{theirs}`")
+                yield f"- `{ours}` is {words}."
+        yield ""
 
 
 def cells(task: str, name: str, outcome: Outcome, peer: Outcome | None) -> Iterator[str]:
@@ -123,17 +133,17 @@ def first_reached(task: str, outcome: Outcome, target: float) -> int | None:
     return int(outcome.steps[reached[0]]) if len(reached) else None
 
 
-def verdict(task: str, ours: Outcome, theirs: Outcome) -> str:
+def verdict(task: str, ours: Outcome, theirs: Outcome, name: str) -> str:
     """Who is ahead, by the differences of seeds: both start from equal weights and batches."""
     sign = 1 if TASKS[task].higher_is_better else -1
     differences = [sign * (a - b) for a, b in zip(ours.scores, theirs.scores, strict=True)]
     mean, count = fmean(differences), len(differences)
     error = stdev(differences) / math.sqrt(count) if count > 1 else math.inf
-    words = "level with" if abs(mean) <= 2 * error else ("ahead of" if mean > 0 else "behind")
-    return (
-        f"{OURS} is {words} {PEER} on the {task}: by {mean:+.4f}, with a standard error of "
-        f"{error:.4f} over {count} seeds (level means within two of them)."
-    )
+    errors = abs(mean) / error if error else math.inf
+    by = f"by {abs(mean):.4f} ({errors:.1f} standard errors)"
+    place = "ahead of" if mean > 0 else "behind"
+    level = "level: " if abs(mean) <= 2 * error else ""
+    return f"{level}{place} {name} {by}"
 
 
 # The curves --------------------------------------------------------------------------------------
@@ -154,8 +164,8 @@ def draw(path: Path, found: Mapping[str, Mapping[str, Outcome]]) -> None:
                 zoom(ax, TASKS[task].higher_is_better)
         axes[-1, 0].set_xlabel("step")
         axes[-1, 1].set_xlabel("seconds (one core)")
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper", frameon=False)
+        handles = {h.get_label(): h for ax in axes[:, 0] for h in ax.lines}
+        figure.legend(handles=handles.values(), loc="outside right upper", frameon=False)
         figure.savefig(path, dpi=90)
 
 
