@@ -35,10 +35,10 @@ format: $(INSTALLED) ## rewrite the sources in the project's format
 parity: $(INSTALLED) $(PEER) ## compare with the reference implementation, singd 0.0.5
 	$(PY) -m benchmarks.parity --peer .peer
 
-laws: $(INSTALLED) ## check the laws of the structures (options in ARGS="...")
+laws: $(INSTALLED) ## check the laws of the structures on 100,000 cases (options in ARGS="...")
 	$(PY) -m tests.laws $(ARGS)
 
-mutants: $(INSTALLED) ## run the tests on faulty copies of structured/ (hours; a sample: ARGS="--sample 15")
+mutants: $(INSTALLED) ## run the tests on faulty copies of structured/ (1.5 hours; a sample: ARGS="--sample 15")
 	$(PY) -m tests.mutants $(ARGS)
 
 docs: $(INSTALLED) ## build the documentation into docs/_build/html

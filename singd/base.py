@@ -11,11 +11,10 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
 from singd import checkpoint, distributed, grafting
@@ -36,6 +35,7 @@ from singd.options import (
     parameter_of,
     peak_lr,
 )
+from singd.passes import Passes
 from singd.plan import Plan, find_units, make_plan, owners_of
 from singd.stepping import Step
 from structured import Diagonal, Structure, StructuredMatrix
@@ -65,7 +65,6 @@ class KroneckerOptimizer(Optimizer):
             it, and gradients averaged unless ``model`` is wrapped in DistributedDataParallel.
     """
 
-    _step_supports_amp_scaling = True  # PyTorch's name: GradScaler hands us scale and infinities
     _identity: tuple[str, ...] = ("structures",)  # options that a checkpoint must share
     _sides = ("K", "C")  # members with the structure of the statistics
 
@@ -80,11 +79,10 @@ class KroneckerOptimizer(Optimizer):
         telemetry: Callable[[dict[str, Any]], None] | None = None,
         process_group: Any = None,
     ) -> None:
-        wrapped = isinstance(model, DataParallel | DistributedDataParallel)
-        if wrapped:
-            model = cast(nn.Module, model.module)
+        model, reduced = distributed.unwrapped(model)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        distributed.refuse_sharded(model)
         for name, p in model.named_parameters():
             if isinstance(p, nn.parameter.UninitializedParameter):
                 raise ValueError(f"{name} is not initialised yet: run one forward pass first")
@@ -97,17 +95,15 @@ class KroneckerOptimizer(Optimizer):
         self._units: list[Unit] = []
         self._groups: dict[int, Group] = {}  # by id of a parameter
         self._bucket_list: list[Bucket] | None = None
-        self._paused = False
-        self._sampled = False  # the statistics are those of curvature()
+        self._passes = Passes()
         self._process_group = process_group
-        self._reduce_gradients = not wrapped
+        self._reduce_gradients = not reduced
         self.skipped = self._skipped_in_row = 0
         if max_skipped is not None:
             integer("max_skipped", max_skipped, 0)
         if telemetry is not None and not callable(telemetry):
             raise ValueError(f"telemetry: expected a function or None, got {telemetry!r}")
         self.max_skipped, self.telemetry = max_skipped, telemetry
-        self._terms: float | Tensor = 0  # of the loss, counted for the coming step
         self._watch()
         self._loss_check: LossCheck | None = LossCheck(model)
         weakref.finalize(self, self._loss_check.close)
@@ -230,8 +226,15 @@ class KroneckerOptimizer(Optimizer):
         """Follow changes of dtype, device and options since the factors were made.
 
         Raises:
-            ValueError: If a parameter was replaced or resized.
+            ValueError: If a parameter was replaced, resized or taken out of its group.
         """
+        if [id(p) for g in self.param_groups for p in g["params"]] != list(self._groups):
+            raise ValueError(
+                "param_groups: expected the parameters that the optimizer was made with, got "
+                "others: use add_param_group, or freeze with requires_grad_(False)"
+            )
+        if any(self._groups[id(p)] is not g for g in self.param_groups for p in g["params"][:1]):
+            self._bind()
         for name, p, slots, key, shape in self._places:
             if slots.get(key, p) is not p:
                 raise ValueError(
@@ -300,7 +303,7 @@ class KroneckerOptimizer(Optimizer):
 
     def _wanted(self, unit: Unit) -> bool:
         """Whether a pass that begins now is captured for the unit."""
-        off = self._paused or self._sampled or self._is_foreign(unit)
+        off = self._passes.paused or self._passes.sampled or self._is_foreign(unit)
         return self._due(unit) and not off
 
     def _measure(
@@ -316,6 +319,7 @@ class KroneckerOptimizer(Optimizer):
         seen, *others = (self._statistics(unit, module, *piece, part) for piece in pieces)
         for other in others:
             seen.add(other)
+        self._passes.came()
         unit.observe(module, part, root, seen, x, g)
 
     def _statistics(
@@ -341,23 +345,26 @@ class KroneckerOptimizer(Optimizer):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Within this context forward passes are not captured."""
-        before, self._paused = self._paused, True
+        before, self._passes.paused = self._passes.paused, True
         try:
             yield
         finally:
-            self._paused = before
+            self._passes.paused = before
 
     def count_terms(self, terms: float | Tensor) -> None:
         """Say how many terms the loss of this backward pass is a mean over.
 
         For means over a number that the layers cannot know, such as the tokens that are not
         padding. Counts add up over backward passes, and replace those of ``loss_average`` at the
-        coming step.
+        coming step. ``zero_grad`` may come between the count and its backward pass.
 
         Args:
             terms: The number; a tensor costs no wait for the device.
         """
-        self._terms = self._terms + terms
+        stale = (u.statistics is not None and u.weight.grad is None for u in self._units)
+        if not self._passes.sampled and any(stale):
+            self._forget()  # of gradients that the model, or a GradScaler's user, has reset
+        self._passes.count(terms)
 
     def close(self) -> None:
         """Remove every hook from the model."""
@@ -383,11 +390,11 @@ class KroneckerOptimizer(Optimizer):
         saved = [(p, p.grad) for group in self.param_groups for p in group["params"]]
         for p, _ in saved:
             p.grad = None
-        self._sampled = False
+        self._passes.sampled = False
         try:
             yield
         finally:
-            self._sampled = True
+            self._passes.sampled = True
             for p, grad in saved:
                 p.grad = grad
 
@@ -429,13 +436,7 @@ class KroneckerOptimizer(Optimizer):
         self._run(descend=False, scale=None if scale is None else torch.as_tensor(scale))
 
     def _run(self, *, descend: bool, scale: Tensor | None = None) -> None:
-        found_inf, own = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is not None and bool(found_inf):
-            self._forget()  # the GradScaler skips, and counts by itself
-            return
-        unscaled = scale is not None or (found_inf is not None and own is None)  # by unscale_
-        if scale is None:
-            scale = calling_scale() if unscaled else own
+        scale = calling_scale() if scale is None else scale
         self._settle()
         if checkpoint.wants_state(self):
             checkpoint.make_state(self)
@@ -444,7 +445,7 @@ class KroneckerOptimizer(Optimizer):
             distributed.agree(self)
         if self._loss_check is not None:
             self._check_loss(self._loss_check, scale)
-        step = Step(self, scale, unscaled=unscaled)
+        step = Step(self, scale)
         bad = step.run(descend=descend)
         self._forget()
         if bad is None:
@@ -465,7 +466,8 @@ class KroneckerOptimizer(Optimizer):
 
     def _check_loss(self, check: LossCheck, scale: Tensor | None) -> None:
         """Warn at the first step if ``loss_average`` is plainly wrong."""
-        if isinstance(self._terms, Tensor) or self._terms:
+        terms = self._passes.terms
+        if isinstance(terms, Tensor) or terms:
             check.close()  # the number is given
         groups = [group for group in self.param_groups if group["rule"] == KRONECKER]
         check.report({group["loss_average"] for group in groups}, scale)
@@ -474,7 +476,8 @@ class KroneckerOptimizer(Optimizer):
 
     def _forget(self) -> None:
         """Drop the statistics of the step that ended."""
-        self._terms, self._sampled = 0, False
+        self._passes.end()
+        self._passes.sampled = False
         for unit in self._units:
             unit.discard()
 
@@ -483,8 +486,10 @@ class KroneckerOptimizer(Optimizer):
 
         What was collected under :meth:`curvature` stays: those gradients were never there.
         """
-        if not self._sampled:
-            self._forget()
+        if not self._passes.sampled:
+            self._passes.reset()
+            for unit in self._units:
+                unit.discard()
         super().zero_grad(set_to_none)
 
     # Copies -------------------------------------------------------------------------------------

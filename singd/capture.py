@@ -104,6 +104,8 @@ class Unit:
         current = torch._C._current_graph_task_id()
         if current not in self.passes:
             self.passes = {k: p for k, p in self.passes.items() if p.root == root}
+            if self.weight.grad is None:
+                self.statistics = {}  # of gradients that were reset behind our back
             # At the first pass and ever more rarely: that costs nothing on average.
             check = self.explained is None or self.committed & (self.committed - 1) == 0
             probes = Probes(self.layer, self.module, self.weight) if check else None

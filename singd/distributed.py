@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from singd.capture import Statistics
 
@@ -18,6 +20,32 @@ if TYPE_CHECKING:
 def size(group: Any = None) -> int:
     """Number of processes that share the work; 1 where nothing is set up."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def unwrapped(model: Any) -> tuple[Any, bool]:
+    """The model inside wrappers of PyTorch, and whether one of them averages gradients."""
+    reduced = False
+    while True:
+        if isinstance(model, DataParallel | DistributedDataParallel):
+            model, reduced = model.module, True
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # by torch.compile
+            model = model._orig_mod
+        else:
+            return model, reduced
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise if a rank holds only a part of some parameter."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    flat = fsdp is not None and any(
+        isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()
+    )
+    for name, p in model.named_parameters():
+        if flat or hasattr(p, "device_mesh"):
+            raise ValueError(
+                f"{name}: expected a whole parameter on every rank, got one that is sharded (by "
+                "FSDP or tensor parallelism): use DistributedDataParallel"
+            )
 
 
 def sum_numbers(numbers: Sequence[float | Tensor], device: torch.device, group: Any) -> list[float]:
@@ -32,9 +60,9 @@ def agree(optimizer: KroneckerOptimizer) -> None:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     used = [p.grad is not None for p in params]
     foreign = [unit.explained is False for unit in optimizer._units]
-    numbers = [*used, *foreign, optimizer._terms]
+    numbers = [*used, *foreign, optimizer._passes.terms]
     total = sum_numbers(numbers, params[0].device, optimizer._process_group)
-    optimizer._terms = total.pop()
+    optimizer._passes.end(total.pop())
     for p, count in zip(params, total, strict=False):
         if count and p.grad is None and optimizer._reduce_gradients:
             p.grad = torch.zeros_like(p)

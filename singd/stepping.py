@@ -41,14 +41,11 @@ class Step:
 
     Args:
         optimizer: Whose step it is.
-        scale: Of the loss, by a GradScaler; ``None`` for none.
-        unscaled: Whether the gradients are free of ``scale`` already.
+        scale: Of the loss, by a GradScaler that has freed the gradients of it; ``None`` for none.
     """
 
-    def __init__(
-        self, optimizer: KroneckerOptimizer, scale: Tensor | None = None, *, unscaled: bool = False
-    ) -> None:
-        self.optimizer, self.scale, self.unscaled = optimizer, scale, unscaled
+    def __init__(self, optimizer: KroneckerOptimizer, scale: Tensor | None = None) -> None:
+        self.optimizer, self.scale = optimizer, scale
         self.foreign = self._foreign()
         self.buckets = optimizer._buckets
         self.moments: list[tuple[Tensor, dict[str, Tensor]]] = []  # of grafting, if it is taken
@@ -85,8 +82,6 @@ class Step:
             bad = self._nonfinite(proposals, naturals, quadratic)
             if bad is not None:
                 return bad
-        if self.scale is not None and not self.unscaled:
-            torch._foreach_mul_([g for _, g in self._gradients()], 1.0 / self.scale)
         for proposal in proposals:
             proposal.bucket.store(proposal.members, proposal.products)
         for p, moments in self.moments:
@@ -210,7 +205,7 @@ class Step:
 
     def _terms(self, seen: Statistics, unit: Unit) -> float | Tensor:
         """What multiplies ``sum g g^T``: the terms of the loss, over the squared gradient scale."""
-        terms = self.optimizer._terms
+        terms = self.optimizer._passes.terms
         if not isinstance(terms, Tensor) and not terms:
             counts = {None: 1, "batch": seen.samples, "batch+sequence": seen.terms}
             terms = counts[unit.group["loss_average"]]
@@ -226,7 +221,6 @@ class Step:
         """
         naturals: Naturals = []
         quadratic: list[Tensor] = []
-        unscale = None if self.scale is None or self.unscaled else 1.0 / self.scale
         for proposal in proposals:
             units = [
                 u for u in proposal.bucket.units if any(p.grad is not None for p in u.parameters)
@@ -235,8 +229,6 @@ class Step:
                 continue
             members, products = proposal.bucket.select(units, proposal.members, proposal.products)
             G = gather(units)
-            if unscale is not None:
-                G = G * unscale.to(G)
             natural = self.optimizer._precondition(members, products, G)
             if units[0].group["graft"] is not None:
                 self.moments += graft_(natural, G, units, self.optimizer)

@@ -9,6 +9,7 @@ import copy
 import io
 import math
 import pickle
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,9 @@ from structured._spec import Structure, parse
 from structured._strategies import Operands
 
 
-def fresh(operands: Operands) -> None:
+def fresh(operands: Operands, dtype: torch.dtype) -> None:
     """Results share no memory with operands, and operands are left as they were."""
+    operands = operands.to(dtype)
     before = [t._version for t in operands.tensors()]
     taken = {t.untyped_storage().data_ptr() for t in operands.tensors() if t.numel()}
     for name, operation in OPERATIONS.items():
@@ -128,7 +130,7 @@ def trees(A: StructuredMatrix) -> None:
     assert_close(doubled, 2 * A.to_dense(), "tree_map")
 
 
-def copies(A: StructuredMatrix) -> None:
+def copies(A: StructuredMatrix, dtype: torch.dtype) -> None:
     """``copy``, ``deepcopy``, ``clone``, ``detach``, ``to`` and ``pickle`` keep the member."""
     ways = {
         "copy": copy.copy(A),
@@ -137,9 +139,9 @@ def copies(A: StructuredMatrix) -> None:
         "detach": A.detach(),
         "to": A.to(A.device),
     }
-    low = A.to(torch.float32)
-    assert_close(low, A.to_dense().float(), "to(float32)", tolerance=1e-6)
-    assert_close(low + A.to(torch.float32), 2 * low.to_dense(), "A.to(float32) + A.to(float32)")
+    low, u = A.to(dtype), torch.finfo(dtype).eps / 2
+    assert_close(low, A.to_dense().to(dtype), f"to({dtype})", tolerance=16 * u)
+    assert_close(low + A.to(dtype), 2 * low.to_dense(), f"A.to({dtype}) + A.to({dtype})")
     if "<locals>" not in type(A).__qualname__:  # such classes cannot be pickled
         ways["pickle"] = pickle.loads(pickle.dumps(A))
     for way, again in ways.items():
@@ -156,8 +158,9 @@ def views(A: StructuredMatrix) -> None:
         assert part in repr(A), f"repr: expected {part!r} in {A!r}"
 
 
-def meta(structure: Structure, operands: Operands) -> None:
+def meta(structure: Structure, operands: Operands, dtype: torch.dtype) -> None:
     """Every operation finds its shapes and dtypes on the meta device, without numbers."""
+    operands = operands.to(dtype)
     zero = structure(operands.A.n, batch_shape=operands.A.batch_shape, device="meta")
     assert zero.device.type == "meta", f"zeros: expected a member on meta, got {zero.device}"
     like = zero.to(operands.A.dtype)
@@ -170,8 +173,9 @@ def meta(structure: Structure, operands: Operands) -> None:
         assert found.dtype == real.dtype, f"{name}: expected {real.dtype}, got {found.dtype}"
 
 
-def deterministic(operands: Operands) -> None:
+def deterministic(operands: Operands, dtype: torch.dtype) -> None:
     """Every operation gives the same bits twice, under ``use_deterministic_algorithms``."""
+    operands = operands.to(dtype)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
@@ -199,7 +203,7 @@ def spec(structure: Structure, A: StructuredMatrix) -> None:
     assert_close(loaded, A.to_dense(), "torch.load")
 
 
-def compiled(structure: Structure) -> None:
+def compiled(structure: Structure, sizes: Sequence[int]) -> None:
     """Every operation compiles without a graph break; members go in, through and out.
 
     One size and seeded numbers, as compiling takes seconds.
@@ -209,11 +213,12 @@ def compiled(structure: Structure) -> None:
     def random(t: Tensor) -> Tensor:
         return torch.randn(t.shape, dtype=t.dtype, generator=generator)
 
-    zero = structure(6, batch_shape=(2,), dtype=torch.float64)
+    n = 6 if 6 in sizes else max(sizes)
+    zero = structure(n, batch_shape=(2,), dtype=torch.float64)
     A, B = zero.map(random), zero.map(random)
     K = zero.map(random).add_scaled_identity(32.0)
-    M = random(torch.empty(2, 6, 6, dtype=torch.float64))
-    X = random(torch.empty(2, 6, 3, dtype=torch.float64))
+    M = random(torch.empty(2, n, n, dtype=torch.float64))
+    X = random(torch.empty(2, n, 3, dtype=torch.float64))
     given = Operands(A, B, K, X, M + M.mT)
 
     def everything(A: Any, B: Any, K: Any, X: Tensor, S: Tensor) -> dict[str, Any]:

@@ -172,8 +172,8 @@ def _analyse(template: StructuredMatrix) -> Weights:
         return _pull(template, cores, _push(template, cores, flat).mT)
 
     g = G(torch.ones_like(r))
-    if (g > 0).all() and torch.allclose(G(r), g * r, rtol=_TOLERANCE, atol=_TOLERANCE):
-        s = H(H(r) / g) / g / r
+    if torch.allclose(G(r), g * r, rtol=_TOLERANCE, atol=_TOLERANCE):
+        s = H(H(r) / g) / g / r  # NaN where a number has no place
         if (torch.minimum(s.abs(), (s - 1).abs()) < _TOLERANCE).all():
             return Weights(1 / g, 2 / (g * (1 + s.round())))
     basis = _push(template, cores, torch.eye(p, dtype=torch.float64, device="cpu"))
@@ -187,5 +187,5 @@ def _matrices(basis: Tensor) -> tuple[Tensor, Tensor]:
     root = torch.where(values > _TOLERANCE * values.max(), values, torch.inf).rsqrt()
     Q = vectors * root  # coordinates of an orthonormal basis, [p, p]
     B = Q.mT @ (E @ ET.mT) @ Q
-    half = (torch.eye(len(B), dtype=B.dtype) + (B + B.mT) / 2) / 2
+    half = (torch.eye(len(B), dtype=B.dtype) + B) / 2
     return Q @ Q.mT, Q @ torch.linalg.pinv(half, rtol=_TOLERANCE, hermitian=True) @ Q.mT

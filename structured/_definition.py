@@ -18,7 +18,7 @@ def basis(member: StructuredMatrix) -> Tensor:
     """One dense matrix for every stored number, ``[p, n, n]``."""
     cores = [t.shape[len(member.batch_shape) :] for t in member.tensors()]
     p = sum(core.numel() for core in cores)
-    units = torch.eye(p, dtype=member.dtype).split([core.numel() for core in cores], -1)
+    units = torch.eye(p, dtype=member.dtype).split([core.numel() for core in cores], 1)
     parts = [unit.reshape((p, *core)) for unit, core in zip(units, cores, strict=True)]
     return member.with_tensors(parts).to_dense()
 
@@ -29,7 +29,7 @@ def orthonormal_basis(member: StructuredMatrix) -> Tensor:
     if not spanning.numel():
         return spanning
     _, values, vectors = torch.linalg.svd(spanning.flatten(1), full_matrices=False)
-    return vectors[values > _RANK_TOLERANCE * values[0]].unflatten(-1, spanning.shape[-2:])
+    return vectors[values > _RANK_TOLERANCE * values[0]].unflatten(1, spanning.shape[-2:])
 
 
 def orthogonal_projection(member: StructuredMatrix, M: Tensor) -> Tensor:

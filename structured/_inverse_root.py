@@ -100,7 +100,7 @@ def _minimiser(zero: StructuredMatrix, S: Tensor) -> StructuredMatrix:
     closed = zero.closed_under_transpose
     if closed:
         S = zero.project(S).to_dense()  # Pi(K^T S K) = K^T Pi(S) K: the steps become Newton's
-    largest = torch.linalg.matrix_norm(S, 2) if zero.n else S.new_ones(S.shape[:-2])
+    largest = torch.linalg.matrix_norm(S, 2) if zero.n else S.new_ones(())
     K = zero.project(torch.zeros_like(S)).add_scaled_identity(largest.rsqrt())
     v, age = K.zeros_like(), torch.zeros_like(largest)
     for _ in range(_MAX_ITERATIONS):
@@ -127,7 +127,9 @@ def _(zero: Transposed, S: Tensor) -> StructuredMatrix:
     named = zero.A.mT
     if isinstance(named, Transposed):
         return _minimiser.dispatch(StructuredMatrix)(zero, S)
-    return Transposed(_minimiser(named, S).mT)
+    K = _minimiser(named, S)
+    same = named.mT.layout == zero.A.layout  # not where a part of A is itself a transpose
+    return Transposed(K.mT) if same else zero.orthogonal_project(K.to_dense())
 
 
 @_minimiser.register
@@ -198,7 +200,7 @@ def _(zero: Strided, S: Tensor) -> StructuredMatrix:
 
 @_minimiser.register
 def _(zero: Rotated, S: Tensor) -> StructuredMatrix:
-    return Rotated(_minimiser(zero.A, zero._unrotate(zero._unrotate(S).mT).mT), zero.Q)
+    return Rotated(_minimiser(zero.A, zero._unrotate(zero._unrotate(S).mT)), zero.Q)
 
 
 def _upper_root(S: Tensor) -> Tensor:

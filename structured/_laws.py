@@ -2,7 +2,8 @@
 
 A law is a function that asserts; its arguments are named by letter, and it holds for all of them:
 ``A``, ``B`` members of one structure, ``K`` a well conditioned one, ``X [..., n, m]``, ``x [n]``,
-``M [..., n, n]``, ``S`` the same and symmetric, ``c`` a scalar, ``structure`` where they come from.
+``M [..., n, n]``, ``S`` the same and symmetric, ``c`` a scalar, ``dtype`` one of four,
+``structure`` where they come from, ``sizes`` those that it has.
 """
 
 from __future__ import annotations
@@ -52,10 +53,10 @@ def tensors(A: StructuredMatrix) -> None:
     assert_close(again, A.to_dense(), "with_tensors(tensors())")
 
 
-def zeros(structure: Structure, A: StructuredMatrix) -> None:
+def zeros(structure: Structure, A: StructuredMatrix, dtype: torch.dtype) -> None:
     """``zeros`` and ``zeros_like`` are zero, with the size, batch shape and dtype asked for."""
-    zero = structure(A.n, batch_shape=A.batch_shape, dtype=torch.float32)
-    assert_close(zero, torch.zeros(A.shape, dtype=torch.float32), "zeros")
+    zero = structure(A.n, batch_shape=A.batch_shape, dtype=dtype)
+    assert_close(zero, torch.zeros(A.shape, dtype=dtype), "zeros")
     assert_close(A.zeros_like(), torch.zeros(A.shape, dtype=A.dtype), "zeros_like")
     assert A.zeros_like().layout == A.layout, f"zeros_like: {A.zeros_like()!r}, expected {A!r}"
 
@@ -82,7 +83,7 @@ def addition(A: StructuredMatrix, B: StructuredMatrix) -> None:
     assert_close(-A, -A.to_dense(), "-A")
 
 
-def scaling(A: StructuredMatrix, c: Any) -> None:
+def scaling(A: StructuredMatrix, c: Any, dtype: torch.dtype) -> None:
     """``c A``, ``A c`` and ``A / c`` for numbers and tensors, one for each of the batch.
 
     The dtype stays that of ``A``.
@@ -92,9 +93,9 @@ def scaling(A: StructuredMatrix, c: Any) -> None:
     assert_close(c * A, factor * dense, "c * A")
     assert_close(A * c, factor * dense, "A * c")
     assert_close(A / c, dense / factor, "A / c")
-    low = A.to(torch.float32)
+    low = A.to(dtype)
     for found in (c * low, low / c):
-        assert found.dtype == torch.float32, f"c A, A in float32: got {found.dtype}"
+        assert found.dtype == dtype, f"c A, A in {dtype}: got {found.dtype}"
 
 
 def apply(A: StructuredMatrix, X: Tensor, x: Tensor) -> None:
@@ -144,6 +145,7 @@ def project_gram(A: StructuredMatrix, X: Tensor) -> None:
 def gram(A: StructuredMatrix) -> None:
     """``Pi(A^T A)``."""
     dense = A.to_dense()
+    assert A.gram().layout == A.layout, f"gram: {A.gram()!r}, expected one like {A!r}"
     assert_close(A.gram(), _definition.projection(A, dense.mT @ dense), "Pi(A^T A)")
 
 
@@ -180,7 +182,7 @@ def trace_product(A: StructuredMatrix, B: StructuredMatrix) -> None:
     assert_close(A.trace_product(B), expected, "tr(A B)")
 
 
-def add_scaled_identity(A: StructuredMatrix, c: Any) -> None:
+def add_scaled_identity(A: StructuredMatrix, c: Any, dtype: torch.dtype) -> None:
     """``A + c I`` for a number or a tensor, one for each of the batch."""
     dense = A.to_dense()
     eye = torch.eye(A.n, dtype=A.dtype)
@@ -188,8 +190,8 @@ def add_scaled_identity(A: StructuredMatrix, c: Any) -> None:
     shifted = A.add_scaled_identity(c)
     assert shifted.layout == A.layout, f"A + c I: {shifted!r}, expected one like {A!r}"
     assert_close(shifted, expected, "A + c I")
-    low = A.to(torch.float32).add_scaled_identity(c)
-    assert low.dtype == torch.float32, f"A + c I, A in float32: got {low.dtype}"
+    low = A.to(dtype).add_scaled_identity(c)
+    assert low.dtype == dtype, f"A + c I, A in {dtype}: got {low.dtype}"
 
 
 def solve(K: StructuredMatrix, X: Tensor) -> None:

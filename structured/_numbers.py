@@ -23,5 +23,5 @@ def joint_norm(*norms: Tensor) -> Tensor:
 
 def largest(t: Tensor, batch_ndim: int) -> Tensor:
     """Largest absolute value over all but the first ``batch_ndim`` dimensions, 0 if none."""
-    flat = t.flatten(batch_ndim) if t.ndim > batch_ndim else t[..., None]
+    flat = t.flatten(batch_ndim)
     return flat.abs().amax(-1) if flat.shape[-1] else flat.sum(-1)

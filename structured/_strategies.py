@@ -21,6 +21,7 @@ from structured._matrix import StructuredMatrix
 from structured._spec import Structure, parse
 
 SIZES = range(13)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BATCH_SHAPES: tuple[tuple[int, ...], ...] = ((), (2,), (1, 3), (0,))
 LEAVES = (
     "dense",
@@ -179,5 +180,7 @@ def cases(
         "S": lambda: symmetric((*columns, n, n)),
         "c": lambda: scalars(like),
         "operands": lambda: operands(like),
+        "dtype": lambda: st.sampled_from(DTYPES),
+        "sizes": lambda: st.just(sizes),
     }
     return {letter: draw(strategies[letter]()) for letter in ("structure", *letters)}

@@ -145,7 +145,7 @@ class _Member(_Direct):
         )
 
     def _mul_constant(self, other: float | Tensor) -> LinearOperator:
-        if isinstance(other, Tensor) and other.ndim:
+        if isinstance(other, Tensor):
             other = other.expand(self.batch_shape)
         return to_linear_operator(other * self.member)
 
@@ -182,7 +182,7 @@ class _Root(_Direct, RootLinearOperator):
     def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
         everything = slice(None, None, None)
         if row_index == everything and col_index == everything:
-            return _Root(self.root._getitem(row_index, col_index, *batch_indices))
+            return _Root(self.root._getitem(everything, everything, *batch_indices))
         return RootLinearOperator(self.root)._getitem(row_index, col_index, *batch_indices)
 
     def _diagonal(self) -> Tensor:

@@ -183,7 +183,7 @@ class Rotated(StructuredMatrix):
 
     def project(self, S: Tensor) -> Self:
         """``Q Pi_A(Q^T S Q) Q^T``."""
-        return self._build([self.A.project(self._unrotate(self._unrotate(S).mT).mT)])
+        return self._build([self.A.project(self._unrotate(self._unrotate(S).mT))])
 
     def project_gram(self, X: Tensor) -> Self:
         """``Q Pi_A(Y Y^T) Q^T`` with ``Y = Q^T X``."""

@@ -71,7 +71,9 @@ class Transposed(StructuredMatrix):
     def gram(self) -> Self:
         """``Pi(A A^T)``; by the class of ``A.mT`` if it has one of its own."""
         named = self.A.mT
-        return super().gram() if isinstance(named, Transposed) else self._build([named.gram().mT])
+        if isinstance(named, Transposed) or named.mT.layout != self.A.layout:
+            return super().gram()
+        return self._build([named.gram().mT])
 
     def solve(self, X: Tensor) -> Tensor:
         """``A^-T X``; by the class of ``A.mT`` if it has one of its own."""

@@ -14,6 +14,14 @@ from docs import snippets
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if "```python" in page.read_text() and "_build" not in page.parts]
+WARNINGS = {  # of the frameworks themselves
+    "frameworks.md": [
+        "ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning",
+        "ignore:.*treespec.*:FutureWarning",
+        "ignore:.*is_gradient_checkpointing:FutureWarning",
+        "ignore:The .grad attribute of a Tensor that is not a leaf",
+    ]
+}
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +36,14 @@ def few_examples() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # a page is one process
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(p, marks=[*map(pytest.mark.filterwarnings, WARNINGS.get(p.name, []))])
+        for p in PAGES
+    ],
+    ids=lambda page: page.relative_to(ROOT).as_posix(),
+)
 def test_every_snippet_of_a_page_runs(
     page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -55,8 +55,11 @@ def make(case: dict[str, Any]) -> tuple[nn.Module, Any]:
     method = {"SINGD": SINGD, "KFAC": KFAC}[case["method"]]
     options = {"T": 2, "lr": 0.05, **case.get("options", {})}
     if case["wrapped"]:
-        wrapper: Any = DistributedDataParallel(model, find_unused_parameters=True)
-        return wrapper, method(wrapper, **options)
+        early = method(model, **options) if case.get("late") else None
+        wrapper: Any = DistributedDataParallel(
+            model, find_unused_parameters=True, **case.get("ddp", {})
+        )
+        return wrapper, early or method(wrapper, **options)
     return model, method(model, **options)
 
 

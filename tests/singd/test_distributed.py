@@ -27,6 +27,12 @@ CASES: dict[str, dict[str, Any]] = {
         "counted terms": {"count": True, "options": {"loss_average": None}},
         "a use one rank does not have": {"odd": True},
     }.items()
+} | {
+    f"{name}, wrapped": {"wrapped": True, "method": "SINGD", "micro": 3, **case}
+    for name, case in {
+        "after the optimizer was made": {"late": True},
+        "gradients are views of buckets": {"ddp": {"gradient_as_bucket_view": True}},
+    }.items()
 }
 
 

@@ -101,7 +101,7 @@ def test_others_are_checked(name: str) -> None:
         assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("name", OPTIONAL)
+@pytest.mark.parametrize("name", sorted(OPTIONAL))
 def test_none_is_no_bound(name: str) -> None:
     SINGD(mlp(), **{name: None})
 

@@ -77,6 +77,19 @@ class Redundant(StructuredMatrix):
         return torch.diag_embed(self.d + 2 * self.e)
 
 
+class Wasteful(StructuredMatrix):
+    """Lower triangular matrices that store zeros too: half of the numbers have no place."""
+
+    L: Tensor  # [..., n, n]
+
+    @classmethod
+    def zeros(cls, n, *, batch_shape=(), **opts):
+        return cls(torch.zeros(*batch_shape, n, n, **opts))
+
+    def to_dense(self):
+        return self.L.tril()
+
+
 class Skewed(StructuredMatrix):
     """``B U B^-1`` for upper triangular ``U`` and a ``B`` that is not orthogonal: all overlap."""
 
@@ -131,11 +144,36 @@ class PartlyMirrored(StructuredMatrix):
         return torch.stack([torch.stack(row, -1) for row in rows], -2)
 
 
+class PartlyShared(StructuredMatrix):
+    """No algebra, but a space: ``b`` and ``c`` share a place, and their transposes lie outside."""
+
+    b: Tensor  # [...]
+    c: Tensor  # [...]
+
+    @classmethod
+    def zeros(cls, n, *, batch_shape=(), **opts):
+        zero = torch.zeros(tuple(batch_shape), **opts)
+        return cls(zero, zero.clone())
+
+    def to_dense(self):
+        zero = torch.zeros_like(self.b)
+        rows = [[zero, self.b + self.c, self.c], [zero, zero, zero], [zero, zero, zero]]
+        return torch.stack([torch.stack(row, -1) for row in rows], -2)
+
+
+class Large(Redundant):
+    """The same in other units: ranks are relative."""
+
+    def to_dense(self):
+        return torch.diag_embed(1e6 * self.d + 3e5 * self.e)
+
+
 ALGEBRAS = {
     Complex: range(0, 9, 2),
     Cyclic: range(9),
     Series: range(9),
     Redundant: range(9),
+    Wasteful: range(7),
     Skewed: range(7),
     InBasis: range(9),
 }

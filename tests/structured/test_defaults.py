@@ -10,7 +10,9 @@ from tests.structured.algebras import (
     Complex,
     Cyclic,
     InBasis,
+    Large,
     PartlyMirrored,
+    PartlyShared,
     Redundant,
     Series,
     Skewed,
@@ -24,8 +26,9 @@ def test_law(law, algebra):
 
 
 @pytest.mark.parametrize("law", ["project", "project_gram", "gram", "orthogonal_project"])
-def test_projections_onto_any_space(law):
-    check(PartlyMirrored, laws=[law], sizes=[3])
+@pytest.mark.parametrize(("space", "n"), [(PartlyMirrored, 3), (PartlyShared, 3), (Large, 4)])
+def test_projections_onto_any_space(space, n, law):
+    check(space, laws=[law], sizes=[n])
 
 
 @pytest.mark.parametrize(
@@ -57,6 +60,10 @@ def test_static_tensors_may_change():
     for scale in (1.0, 2.0, 3.0):
         A = InBasis(torch.zeros(3), scale * torch.eye(3))  # freed, and its place taken by the next
         torch.testing.assert_close(A.project(S).to_dense(), S)
+
+
+def test_layouts_are_hashable():
+    assert len({InBasis.zeros(3).layout, InBasis.zeros(3).layout, InBasis.zeros(4).layout}) == 2
 
 
 def test_static_tensors_agree_by_their_numbers():

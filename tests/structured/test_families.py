@@ -9,6 +9,7 @@ import scipy.linalg
 import torch
 
 from structured import Dense, Rotated, StructuredMatrix, Tied, parse
+from structured.testing import check
 
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -233,6 +234,17 @@ def test_specs_round_trip(spec):
     assert parse(str(parse(spec))) == parse(spec)
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "block_upper(dense, transposed(transposed(dense)), 2)",
+        "transposed(direct_sum(transposed(lower_triangular), diagonal, 2))",
+    ],
+)
+def test_transposes_of_transposes_stay_what_they_are(spec):
+    check(spec, laws=["gram"])
+
+
 # Against SciPy ----------------------------------------------------------------------------------
 
 
@@ -319,6 +331,7 @@ def test_a_basis_may_differ_along_the_batch():
     X = integers(4, 3)
     for i in range(2):
         one = Rotated(A.map(lambda t, i=i: t[i]), Q[i])
+        same(one.to_dense(), Q[i] @ one.A.to_dense() @ Q[i].mT)
         same(B.to_dense()[i], one.to_dense())
         same((B @ X)[i], one @ X)
         same(B.project_gram(X).to_dense()[i], one.project_gram(X).to_dense())
@@ -336,6 +349,8 @@ def test_bases_are_part_of_the_structure():
         Rotated(A, "cosine") + Rotated(A, "hadamard")
     with pytest.raises(ValueError, match="two members of one structure"):
         Rotated(A, rotation(4)) @ Rotated(A, -rotation(4))
+    with pytest.raises(ValueError, match="two members of one structure"):
+        Rotated(A, rotation(4)) + Rotated(A, "cosine")
     moved = Rotated(A, rotation(4)).to(torch.float32)
     same_member(moved + Rotated(A, rotation(4)).to(torch.float32), 2 * moved)
 
@@ -360,6 +375,8 @@ def test_unknown_bases():
         Rotated(A, "fourier")
     with pytest.raises(ValueError, match=r"expected Q \[..., 4, 4\], got \[3, 3\]"):
         Rotated(A, rotation(3))
+    with pytest.raises(TypeError, match="expected a tensor or a structured matrix, got int"):
+        Rotated(4, "cosine")
     with pytest.raises(TypeError, match="expected a name or a tensor, got int"):
         Rotated(A, 3)
     with pytest.raises(ValueError, match="got 'cosine'"):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
+from linear_operator.operators import KroneckerProductLinearOperator
 
 from structured import parse
 from structured.interop import to_linear_operator, to_root_linear_operator, to_scipy
@@ -94,6 +95,38 @@ def test_gradients_arrive_in_the_member(spec):
 
     tensors = [t.clone().requires_grad_() for t in K.tensors()]
     assert torch.autograd.gradcheck(quadratic, tensors, fast_mode=True)
+
+
+def test_defaults_of_the_quadratic_form():
+    operator, X = to_linear_operator(draw("lower_triangular")), columns(6, 2)
+    quad, logdet = operator.inv_quad_logdet(X)
+    same(quad, operator.inv_quad(X))
+    same(logdet, torch.zeros((), dtype=torch.float64))
+
+
+def test_constants_broadcast_over_the_batch():
+    A, c = draw("dense", (2, 3)), torch.tensor([1.0, 2.0, 3.0]).double()[:, None, None]
+    same((to_linear_operator(A) * c).to_dense(), c * A.to_dense())
+
+
+def test_products_with_vectors():
+    A, x = draw("lower_triangular"), columns(6)
+    operator = to_linear_operator(A)
+    same(operator @ x, A @ x)
+    same(operator._t_matmul(x), x @ A)
+
+
+def test_composites_of_linear_operator_ask_for_our_solves():
+    """A Kronecker product solves by its factors; conjugate gradients are what it says they are."""
+    operator = to_root_linear_operator(draw("dense"))
+    dense = torch.kron(operator.to_dense(), operator.to_dense())
+    product, X = KroneckerProductLinearOperator(operator, operator), columns(36, 2)
+    same(product._solve(X), torch.linalg.solve(dense, X))
+    X = columns(6, 2)
+    same(operator._solve(X), operator.solve(X))
+    solution, tridiagonal = operator._solve(X, None, num_tridiag=2)
+    torch.testing.assert_close(solution, operator.solve(X), rtol=1e-2, atol=1e-2)
+    assert tridiagonal.shape[0] == 2
 
 
 def test_what_needs_symmetry_is_refused():

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from structured import LowerToeplitz, StructuredMatrix, divergence, inverse_root, parse
+from tests.structured.algebras import Wasteful
 
 CLOSED_FORMS = [
     "dense",
@@ -23,6 +24,7 @@ CLOSED_FORMS = [
     "rotated(diagonal, cosine)",
     "rotated(block_lower(lower_toeplitz, tied(2, dense), 4), hadamard)",
     "transposed(lower_toeplitz)",
+    "transposed(direct_sum(transposed(lower_triangular), dense, 5))",
 ]
 ITERATED = ["scaled_identity", "circulant", "block_circulant(3)"]
 SPECS = CLOSED_FORMS + ITERATED
@@ -72,6 +74,7 @@ def test_full_structures_reach_the_inverse(spec, n):
 def test_stationarity(structure):
     K = inverse_root(structure, spd(), 0.1)
     assert residual(K, spd() + 0.1 * eye()) < 1e-9
+    assert K.layout == parse(structure)(12).layout
 
 
 @pytest.mark.parametrize("structure", [*SPECS, Bare], ids=str)
@@ -113,11 +116,12 @@ def test_batches(spec):
 @pytest.mark.parametrize(
     "spec", ["diagonal", "circulant", "scaled_identity", "lower_toeplitz", "hierarchical(2, 2)"]
 )
-def test_smallest_sizes(spec, n):
-    S = spd(n=n) + eye(n)
+@pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
+def test_smallest_sizes(spec, n, batch):
+    S = spd(*batch, n=n) + eye(n)
     K = inverse_root(spec, S)
     torch.testing.assert_close(K.to_dense() ** 2, torch.linalg.inv(S), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(divergence(K, S), torch.zeros((), dtype=torch.float64))
+    torch.testing.assert_close(divergence(K, S), torch.zeros(batch, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -148,6 +152,37 @@ def test_divergence_is_that_of_the_gaussians():
     q = torch.distributions.MultivariateNormal(zero, precision_matrix=S + 0.3 * eye())
     expected = torch.distributions.kl_divergence(p, q)
     torch.testing.assert_close(divergence(K, S, 0.3), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_iteration_needs_no_commuting_members(monkeypatch):
+    monkeypatch.setattr("structured._inverse_root._MAX_ITERATIONS", 500)
+    S = spd(n=3)
+    K = inverse_root(Wasteful, S).to_dense()  # lower triangular
+    torch.testing.assert_close(K @ K.mT, torch.linalg.inv(S), rtol=1e-8, atol=1e-8)
+
+
+def test_the_iteration_stops_at_its_tolerance(monkeypatch):
+    """The residual it stops at is the least tolerance, by sqrt(n), that stops it there."""
+
+    def solved(tolerance):
+        monkeypatch.setattr("structured._inverse_root._TOLERANCE", tolerance)
+        K = inverse_root(Bare, spd())
+        dense = K.to_dense()
+        return K, (K.project(dense.mT @ spd() @ dense).to_dense() - eye()).norm() / 12**0.5
+
+    K, error = solved(1e-3)
+    assert error <= 1e-3
+    assert torch.equal(solved(1.001 * error)[0].to_dense(), K.to_dense())
+    assert solved(0.999 * error)[1] < error
+
+
+def test_the_iteration_stops_where_rounding_hides_the_rest(monkeypatch):
+    monkeypatch.setattr("structured._inverse_root._MAX_ITERATIONS", 200)
+    ramp = torch.arange(12.0, dtype=torch.float64)
+    lag = (ramp[:, None] - ramp) % 12
+    S = torch.cos(lag * torch.pi / 6) + 1e-7 * eye()  # eigenvalues 6 and 1e-7
+    K = inverse_root("circulant", S).to_dense()
+    torch.testing.assert_close(K @ K.mT @ S, eye(), rtol=0, atol=1e-5)
 
 
 def test_low_precision_is_computed_in_double():

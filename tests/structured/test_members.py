@@ -1,6 +1,7 @@
 """What a member does beside the laws: torch functions, NumPy, odd arguments, Kronecker products."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -88,6 +89,11 @@ def test_members_are_immutable():
         A.M = X
 
 
+def test_members_are_told_apart_by_identity():
+    assert A.clone() != A
+    assert len({A, A.clone()}) == 2
+
+
 def test_fields_agree():
     with pytest.raises(ValueError, match=r"expected last in torch.float32 .* got torch.float64"):
         type(parse("block_diagonal(2)")(3))(torch.zeros(1, 2, 2), torch.zeros(1, 1).double())
@@ -148,11 +154,15 @@ def test_kronecker(batch):
     assert torch.equal(X.mT @ P, X.mT @ dense)
     assert torch.equal(P.mT.to_dense(), dense.mT)
     assert torch.equal(P.apply_matrix(G), C @ G @ K.mT)
+    X = torch.arange(24.0 * max(math.prod(batch), 1), dtype=torch.float64).reshape(*batch, 6, 4)
+    assert torch.equal(P @ X, dense @ X)
     assert torch.equal(P.apply_matrix(G).flatten(-2), (dense @ G.flatten()[:, None])[..., 0])
 
 
 def test_kronecker_of_unlike_factors():
     with pytest.raises(ValueError, match="expected factors of one batch shape, dtype and device"):
         Kronecker(Diagonal.zeros(2), Diagonal.zeros(2, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"apply: expected shape \[\.\.\., 6, m\], got \[5, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"Kronecker\.apply: expected shape \[\.\.\., 6, m\], got \[5, 1\]"
+    ):
         kronecker() @ torch.zeros(5, 1, dtype=torch.float64)

@@ -50,10 +50,16 @@ def test_it_saves_loads_and_copies(spec):
 
 def test_static_tensors_move_along():
     Q = torch.linalg.qr(torch.randn(10, 10, dtype=torch.float64)).Q
-    K = StructuredParameter(Rotated.zeros(10, "diagonal", Q, dtype=torch.float64)).float()
+    A = Rotated.zeros(10, "diagonal", Q, dtype=torch.float64)
+    K = StructuredParameter(A).float()
     assert K.matrix.dtype == torch.float32
     assert K(torch.ones(10)).dtype == torch.float32
-    assert (K.matrix + K.matrix).dtype == torch.float32
+    assert (K.matrix + A.to(torch.float32)).dtype == torch.float32
+
+
+def test_it_prints_the_member():
+    K = StructuredParameter(member("tied(2, dense)"))
+    assert repr(K.matrix) in repr(K)
 
 
 def test_anything_else_is_refused():

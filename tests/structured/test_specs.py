@@ -1,0 +1,83 @@
+"""Specs: what a text names, and what is refused."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import structured
+from structured import Circulant, Dense, Diagonal, StructuredMatrix, Tied, parse
+
+
+@pytest.mark.parametrize("n", [-1, 2.0, "3"])
+def test_a_size_is_a_natural_number(n):
+    with pytest.raises(ValueError, match="dense: expected a size n >= 0, got"):
+        parse("dense")(n)
+
+
+def test_a_factory_gives_a_member():
+    with pytest.raises(TypeError, match="expected a StructuredMatrix, got Tensor"):
+        parse(lambda n, **opts: torch.zeros(n, n))(3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "error"),
+    [
+        (int, r"expected a subclass of StructuredMatrix, got int"),
+        (3, r"expected a spec, a class or a callable, got int 3"),
+        ("dense(", r"expected a call such as 'hierarchical\(15, 15\)'"),
+        ("3", r"expected the name of a structure, got 3"),
+        ("cosine", r"expected the name of a structure, got 'cosine'"),
+        ("dense + dense", r"expected names, numbers and calls, got 'dense \+ dense'"),
+        ("tied(True, dense)", r"expected names, numbers and calls, got 'True'"),
+        ("diagonl", r"unknown name 'diagonl', did you mean 'diagonal'\? Known: "),
+        ("block_diagonal", r"structure 'block_diagonal': .* missing 1 required positional"),
+        ("hierarchical(1)", r"structure 'hierarchical\(1\)': .* missing 1 required positional"),
+        ("block_diagonal(0)", r"block_diagonal\(k\): expected an integer k >= 1, got 0"),
+        ("block_diagonal(2.0)", r"block_diagonal\(k\): expected an integer k >= 1, got 2\.0"),
+        ("hierarchical(2, 0)", r"hierarchical\(k1, k2\): expected integers >= 1, got 0"),
+        ("hierarchical(1.5, 2)", r"hierarchical\(k1, k2\): expected integers >= 1, got 1\.5"),
+        ("direct_sum(dense, dense, 0.5)", r"split: expected an integer .* got 0\.5"),
+    ],
+)
+def test_what_is_no_spec(spec, error):
+    with pytest.raises((ValueError, TypeError), match=error):
+        parse(spec)
+
+
+def test_a_split_is_no_truth_value():
+    with pytest.raises(ValueError, match="split: expected an integer"):
+        structured.BlockUpper.zeros(3, "dense", "dense", True)
+
+
+def test_compositions_print_as_they_are_written():
+    structure = parse("hierarchical(1, 2)")
+    assert str(structure) == "hierarchical(1, 2)"
+    assert structure == parse("block_upper(dense, block_lower(diagonal, dense, -2), 1)")
+    assert structured.hierarchical(1, 2) == structure
+
+
+def test_parts_and_their_sizes():
+    A = parse("direct_sum(dense, circulant, 2)")(5)
+    assert (type(A.A), A.A.n, type(A.C), A.C.n) == (Dense, 2, Circulant, 3)
+    A = parse("block_upper(diagonal, dense, -2)")(5)
+    assert (type(A.A), A.A.n, type(A.C), A.C.n) == (Diagonal, 3, Dense, 2)
+    assert (
+        parse("low_rank_upper(0)")(5).layout == parse("block_upper(dense, diagonal, 0)")(5).layout
+    )
+    assert parse("tied(1, dense)")(5).layout == Tied(Dense.zeros(5), 1).layout
+
+
+def test_classes_without_a_name():
+    """A leading underscore hides a class, and one that cannot be made has no members."""
+
+    class _Hidden(Diagonal):
+        pass
+
+    class Halfway(StructuredMatrix):
+        d: Tensor
+
+    for word in ("_hidden", "halfway"):
+        with pytest.raises(ValueError, match=f"unknown name '{word}'"):
+            parse(word)
+    assert parse(_Hidden)(3).n == 3
+    assert Halfway.__abstractmethods__ == {"zeros", "to_dense"}
