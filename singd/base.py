@@ -33,6 +33,7 @@ from singd.options import (
     integer,
     one_of,
     parameter_of,
+    peak_lr,
 )
 from singd.passes import Passes
 from singd.plan import Plan, find_units, make_plan, owners_of
@@ -186,7 +187,8 @@ class KroneckerOptimizer(Optimizer):
         kronecker = [p for p in given if id(parameter_of(p)) in ours]
         others = [p for p in given if id(parameter_of(p)) not in ours]
         if kronecker or not given:
-            own = {**group, "params": kronecker, "rule": KRONECKER, "step": 0}
+            lr = group.get("lr", self.defaults["lr"])
+            own = {**group, "params": kronecker, "rule": KRONECKER, "step": 0, "peak_lr": lr}
             super().add_param_group(own)
         if others:
             shared = {k: v for k, v in group.items() if k in self._adamw.defaults}
@@ -451,6 +453,7 @@ class KroneckerOptimizer(Optimizer):
             for group in self.param_groups:
                 if group["rule"] == KRONECKER:
                     group["step"] += 1
+                    group["peak_lr"] = peak_lr(group)
         else:
             self.skipped += 1
             self._skipped_in_row += 1

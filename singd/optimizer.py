@@ -59,7 +59,8 @@ class SINGD(KroneckerOptimizer):
         normalize_lr_cov: Divide ``lr_cov`` by the largest entry of the factor's momentum where that
             exceeds 1.
         kl_clip: Bound ``kappa`` of every step: scaled down so that ``lr^2 <natural gradient,
-            gradient>`` does not exceed it. ``None`` for the paper's bare rule.
+            gradient>`` does not exceed it at the highest ``lr`` so far. Below that, steps are
+            shorter in proportion: schedules act. ``None`` for the paper's bare rule.
         factor_clip: Bound, in (0, 1], of ``||lr_cov m_K||_2`` at every update of K, and so of C:
             they stay invertible, and in range whatever the scale of inputs and gradients. ``None``
             for the paper's bare rule.

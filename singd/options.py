@@ -25,6 +25,12 @@ def given_group(group: Mapping[str, Any]) -> Group:
     return {**group, "params": [params] if isinstance(params, Tensor) else list(params)}
 
 
+def peak_lr(group: Group) -> float:
+    """The highest learning rate that a group has had."""
+    lr: float = max(group["lr"], group.get("peak_lr", 0.0))
+    return lr
+
+
 def in_range(name: str, value: Any, low: float, high: float, *, open_end: bool = False) -> None:
     """Raise unless ``low <= value <= high`` (or ``< high``, and where ``high`` is infinite)."""
     open_end = open_end or high == float("inf")

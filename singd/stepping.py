@@ -15,7 +15,7 @@ from singd.capture import Statistics, Unit
 from singd.descent import descend
 from singd.grafting import graft_
 from singd.grouping import Bucket, Members, gather, stack
-from singd.options import Group
+from singd.options import Group, peak_lr
 from singd.rounding import Rounding
 from singd.update import inner, residual, trust_region
 from structured import StructuredMatrix
@@ -234,7 +234,7 @@ class Step:
                 self.moments += graft_(natural, G, units, self.optimizer)
             naturals.append((units, natural))
             if units[0].group["kl_clip"] is not None:
-                quadratic.append(units[0].group["lr"] ** 2 * inner(natural, G))
+                quadratic.append(peak_lr(units[0].group) ** 2 * inner(natural, G))
             if self.report is not None:
                 for unit, N, g in zip(units, natural, G, strict=True):
                     norms = {"gradient_norm": g.norm(), "natural_norm": N.norm()}

@@ -413,6 +413,51 @@ def test_kl_clip_bounds_the_step(kl_clip: float) -> None:
             assert relative(move, nu * bare) < 1e-10
 
 
+def test_schedules_act_on_bounded_steps() -> None:
+    """A lower rate shortens a bounded step in proportion; a higher one does not lengthen it."""
+    moves = []
+    for factor in (1.0, 0.25, 4.0):
+        model = mlp()
+        optimizer = SINGD(model, lr=0.1, T=1, momentum=0.0, kl_clip=1e-6)
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step, factor=factor: factor)
+        X, y = batches(1)[0]
+        mean_loss(model(X), y).backward()
+        before = model[0].weight.detach().clone()
+        optimizer.step()
+        moves.append(model[0].weight.detach() - before)
+    assert relative(moves[1], 0.25 * moves[0]) < 1e-10
+    assert relative(moves[2], moves[0]) < 1e-10
+
+
+def test_the_highest_rate_is_remembered() -> None:
+    """A rate that rises and falls by hand is measured by its peak, in a resumed run too."""
+    model, rates = mlp(), (0.1, 0.4, 0.2)
+    optimizer = SINGD(model, lr=rates[0], T=1, momentum=0.0, kl_clip=1e-6)
+    for step, lr in enumerate(rates):
+        if step == len(rates) - 1:
+            saved, optimizer = optimizer.state_dict(), SINGD(model, T=1, momentum=0.0, kl_clip=1e-6)
+            optimizer.load_state_dict(saved)
+        optimizer.param_groups[0]["lr"] = lr
+        X, y = batches(1)[0]
+        optimizer.zero_grad()
+        mean_loss(model(X), y).backward()
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+        optimizer.step()
+    inner = sum(
+        float(((p.detach() - before[name]) * grads[name]).sum())
+        for name, p in model.named_parameters()
+    )
+    bare = 0.0
+    for m, name in ((model[0], "0"), (model[2], "2")):
+        G = torch.cat([grads[f"{name}.weight"], grads[f"{name}.bias"][:, None]], 1)
+        own = factors(optimizer, m.weight)
+        bare += float((own["C"] @ own["C"].T @ G @ own["K"] @ own["K"].T * G).sum())
+    nu = (1e-6 / (max(rates) ** 2 * bare)) ** 0.5
+    assert nu < 1
+    assert inner == pytest.approx(-rates[-1] * nu * bare, rel=1e-9)
+
+
 class NoSync(TorchDispatchMode):
     """Fails where a number is read off a tensor: on a device, that waits."""
 
