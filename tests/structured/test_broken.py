@@ -131,9 +131,15 @@ class MixesTheBatch(Diagonal):
 
 
 @fails("frobenius_norm")
-class NormOfTheEntries(LowerTriangular):
+class TwiceTheNorm(LowerTriangular):
     def frobenius_norm(self):
-        return self.max_abs()
+        return 2 * super().frobenius_norm()
+
+
+@fails("trace_product")
+class InnerProduct(Dense):
+    def trace_product(self, other):
+        return (self.M * other.M).sum((-2, -1))
 
 
 @fails("gradients")
