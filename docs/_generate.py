@@ -17,7 +17,7 @@ from sphinx.ext.napoleon import Config, GoogleDocstring
 
 import singd
 import structured
-from docs import catalogue, clock, costs, gpu, pictures, stages
+from docs import catalogue, clock, costs, gpu, pictures, stages, steps
 
 DOCS = Path(__file__).parent
 OUT = DOCS / "_generated"
@@ -39,6 +39,7 @@ def build() -> None:
         write(OUT / f"{name}.svg", pictures.growing(name))
     write(OUT / "costs.md", costs.markdown(rows) + "\n")
     write(OUT / "clock.md", clock.markdown() + "\n")
+    write(OUT / "step.md", steps.markdown() + "\n")
     write(OUT / "gpu.md", gpu.section())
     write(OUT / "stages.md", stages.markdown() + "\n")
     write(OUT / "structures.svg", pictures.overview())
