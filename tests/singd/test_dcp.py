@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -164,11 +165,17 @@ def worker(rank: int, folder: str) -> None:
     set_optimizer_state_dict(model, optimizer, full if rank == 0 else {}, options=whole)
     ended["broadcast"] = train(model, optimizer, data[3:])
     torch.save(ended, Path(folder, str(rank)))
+    del model, optimizer  # DistributedDataParallel must not outlive the group
+    dist.barrier()
     dist.destroy_process_group()
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+    ranks = multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2, join=False)
+    assert ranks is not None
+    deadline = time.monotonic() + 120
+    while not ranks.join(timeout=5):  # raises what a rank raised
+        assert time.monotonic() < deadline, "the ranks wait for each other"
     runs = [torch.load(tmp_path / str(rank)) for rank in range(2)]
     for ended in runs:
         assert same(ended["loaded"], ended["whole"])
