@@ -22,7 +22,6 @@ import csv
 import functools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -37,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from benchmarks.machine import machine
 from docs.costs import PRODUCTS, work
 from structured import parse
 
@@ -290,23 +290,12 @@ def save(path: Path, table: list[dict[str, str]]) -> list[dict[str, str]]:
 def describe(path: Path, roofs: dict[str, Roofline]) -> None:
     """Write what the table was measured on; rooflines of other runs are kept."""
     old = json.loads(path.read_text()) if path.exists() else {}
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     measured = {
         dtype: {"copy GB/s": round(r.bandwidth / 1e9, 1), "product GFLOP/s": round(r.rate / 1e9)}
         for dtype, r in roofs.items()
     }
-    machine = {
-        "cpu": models[0] if models else platform.processor(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "roofline": old.get("roofline", {}) | measured,
-    }
-    path.write_text(json.dumps(machine, indent=2) + "\n")
+    described = machine() | {"roofline": old.get("roofline", {}) | measured}
+    path.write_text(json.dumps(described, indent=2) + "\n")
 
 
 def plot(path: Path, table: list[dict[str, str]]) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import nets
+from benchmarks.machine import machine
 
 STRUCTURES = ("dense", "diagonal", "block30diagonal", "hierarchical15_15", "triltoeplitz")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -135,18 +135,6 @@ def rows(
     finally:
         for method in methods.values():
             method.close()
-
-
-def machine() -> dict[str, str]:
-    """What the times were measured on."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line]
-    return {
-        "processor": names[0].split(":")[1].strip() if names else platform.processor(),
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def main() -> None:
