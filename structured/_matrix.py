@@ -169,14 +169,27 @@ class StructuredMatrix(Stored, Operator):
         Raises:
             RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
         """
-        wide, missing = at_least_float32(self.dtype), len(self.batch_shape) + 2 - X.ndim
-        X = X[(None,) * missing]  # or a stack of vectors is seen where the shapes allow
-        return torch.linalg.solve(self.to_dense().to(wide), X.to(wide)).to(self.dtype)
+        return _solve(self.to_dense(), X)
 
     def logdet(self) -> Tensor:
         """``log |det A|``, ``[...]``."""
         wide = at_least_float32(self.dtype)
         return torch.linalg.slogdet(self.to_dense().to(wide)).logabsdet.to(self.dtype)
+
+    def outer(self) -> Operator | None:
+        """``A A^T`` as one operator, where its ``apply`` costs less than two of ours; or ``None``.
+
+        A structure closed under transposition holds it as a member.
+        """
+        return self.mT.gram() if self.closed_under_transpose else None
+
+    def _outer(self) -> Self:
+        """``Pi(A A^T)``; what the transpose is by that, see :mod:`structured.transposed`."""
+        return self.project_gram(self.to_dense())
+
+    def _solve_transpose(self, X: Tensor) -> Tensor:
+        """``A^{-T} X``."""
+        return _solve(self.to_dense().mT, X)
 
     def max_abs(self) -> Tensor:
         """Largest absolute entry, ``[...]``; zero for ``n = 0``."""
@@ -262,6 +275,13 @@ class StructuredMatrix(Stored, Operator):
             else:
                 parts.append(f"{name} = {part}")
         return f"{type(self).__name__}({self.n}; {', '.join(parts)})"
+
+
+def _solve(M: Tensor, X: Tensor) -> Tensor:
+    """``M^{-1} X`` in float32 at least."""
+    wide = at_least_float32(M.dtype)
+    X = X[(None,) * (M.ndim - X.ndim)]  # or a stack of vectors is seen where the shapes allow
+    return torch.linalg.solve(M.to(wide), X.to(wide)).to(M.dtype)
 
 
 check_arguments(StructuredMatrix)  # the defaults check as well

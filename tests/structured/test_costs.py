@@ -65,7 +65,7 @@ class Meter(TorchDispatchMode):
             if isinstance(t, torch.Tensor):
                 stored = t.untyped_storage().nbytes() // t.element_size()
                 self.largest = max(self.largest, stored)
-                inner = args[0].shape[-1] if "mm" in func.__name__ else 1
+                inner = args[-2].shape[-1] if "mm" in func.__name__ else 1
                 length = t.shape[-1] if "fft" in func.__name__ else 1
                 self.work += t.numel() * inner * max(1, math.log2(max(length, 1)))
         return result
