@@ -21,7 +21,7 @@ from singd import checkpoint, distributed, grafting
 from singd._layer import flatten_rows, square_sums
 from singd.amp import calling_scale
 from singd.capture import Statistics, Unit
-from singd.grouping import Bucket, Members, buckets
+from singd.grouping import Bucket, Members, Products, buckets
 from singd.hooks import Capture
 from singd.layers import OPTIONAL
 from singd.loss_scale import LossCheck
@@ -128,7 +128,7 @@ class KroneckerOptimizer(Optimizer):
         self,
         group: Group,
         old: Members,
-        products: Members,
+        products: Products,
         U_K: StructuredMatrix,
         U_C: StructuredMatrix,
     ) -> Members:
@@ -137,12 +137,12 @@ class KroneckerOptimizer(Optimizer):
         ``products`` are those of ``old``, if any are kept.
         """
 
-    def _products(self, group: Group, members: Members) -> Members:
+    def _products(self, group: Group, members: Members) -> Products:
         """Products worth keeping until the next update."""
         return {}
 
     @abstractmethod
-    def _precondition(self, members: Members, products: Members, G: Tensor) -> Tensor:
+    def _precondition(self, members: Members, products: Products, G: Tensor) -> Tensor:
         """The preconditioned gradient, a new tensor, for ``G [..., d_out, d_in]``."""
 
     def _structures(self, unit: Unit) -> tuple[Structure, ...]:

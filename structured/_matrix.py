@@ -229,34 +229,34 @@ class StructuredMatrix(Stored, Operator):
         if not isinstance(other, StructuredMatrix):
             return NotImplemented
         check_member(self, other, "+")
-        return self.map(torch.add, other)
+        return self._map(torch.add, other)
 
     def __sub__(self, other: Self) -> Self:
         """``A - B``, members of one structure."""
         if not isinstance(other, StructuredMatrix):
             return NotImplemented
         check_member(self, other, "-")
-        return self.map(torch.sub, other)
+        return self._map(torch.sub, other)
 
     def __neg__(self) -> Self:
         """``-A``."""
-        return self.map(torch.neg)
+        return self._map(torch.neg)
 
     def __mul__(self, c: Scalar) -> Self:
         """``c A`` for a number or a tensor of the batch shape; keeps the dtype of ``A``."""
         if not isinstance(c, Tensor):
-            return self.map(lambda t: t * c) if isinstance(c, Real) else NotImplemented
+            return self._map(lambda t: t * c) if isinstance(c, Real) else NotImplemented
         check_scalar(self, c, "*")
-        return self.map(lambda t: (t * trailing(c, t)).to(t.dtype))
+        return self._map(lambda t: (t * trailing(c, t)).to(t.dtype))
 
     __rmul__ = __mul__
 
     def __truediv__(self, c: Scalar) -> Self:
         """``A / c`` for a number or a tensor of the batch shape; keeps the dtype of ``A``."""
         if not isinstance(c, Tensor):
-            return self.map(lambda t: t / c) if isinstance(c, Real) else NotImplemented
+            return self._map(lambda t: t / c) if isinstance(c, Real) else NotImplemented
         check_scalar(self, c, "/")
-        return self.map(lambda t: (t / trailing(c, t)).to(t.dtype))
+        return self._map(lambda t: (t / trailing(c, t)).to(t.dtype))
 
     def __repr__(self) -> str:
         batch = f", batch {tuple(self.batch_shape)}" if self.batch_shape else ""

@@ -8,7 +8,7 @@
     . c c c c
     . c c c c
 
-Let ``V [k, n]`` be the full rows, the columns of ``J [n, k]`` those of the identity at their places,
+Let ``V [k, n]`` be the full rows, the columns of ``J [n, k]`` those of the identity at their places
 and ``D`` the diagonal, zero there. Then ``A = D + J V``. As ``D J = 0`` and ``J^T J = I``, every
 operation is one pass with the diagonal and products of width ``k = k1 + k2``:
 

@@ -166,3 +166,20 @@ def test_kronecker_of_unlike_factors():
         ValueError, match=r"Kronecker\.apply: expected shape \[\.\.\., 6, m\], got \[5, 1\]"
     ):
         kronecker() @ torch.zeros(5, 1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("spec", "wrong"),
+    [
+        ("dense", lambda t: None),
+        ("block_upper(dense, diagonal, 1)", lambda t: t.numpy()),
+        ("block_upper(dense, diagonal, 1)", lambda t: t.double() if t.ndim < 2 else t),
+        ("block_lower(diagonal, block_diagonal(2), 1)", lambda t: t.double() if len(t) else t),
+    ],
+)
+def test_what_a_function_makes_is_checked(spec, wrong):
+    member = parse(spec)(3)
+    with pytest.raises((TypeError, ValueError), match="expected"):
+        member.map(wrong)
+    with pytest.raises((TypeError, ValueError), match="expected"):
+        member.with_tensors([wrong(t) for t in member.tensors()])
