@@ -113,6 +113,8 @@ class Stored:
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Convert dtype or device, as :meth:`torch.Tensor.to`."""
+        if len(args) == 1 and args[0] is self.dtype and not kwargs and not self._static_tensors:
+            return self
         moved = self._map(lambda t: t.to(*args, **kwargs))
         return moved._with_static(lambda t: t.to(*args, **kwargs))
 
@@ -151,6 +153,14 @@ class Stored:
                 part._checked()
         self.__post_init__()
         return self
+
+    @property
+    def _static_tensors(self) -> bool:
+        """Whether there are tensors among the static fields, nested members' too."""
+        parts = (getattr(self, name) for name in self._fields)
+        statics = (getattr(self, name) for name in self._static)
+        nested = any(p._static_tensors for p in parts if isinstance(p, Stored))
+        return nested or any(isinstance(value, Tensor) for value in statics)
 
     def _with_static(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Apply ``function`` to the static tensors, nested members' too."""

@@ -110,9 +110,9 @@ class Hierarchical(StructuredMatrix):
     def _projected(self, d: Tensor, V: Tensor) -> Self:
         """``Pi`` of the symmetric matrix with this diagonal and these full rows."""
         k1, k2 = self._sizes
-        V = 2 * V
-        V[..., :k1, :k1] /= 2
-        V[..., k1:, V.shape[-1] - k2 :] /= 2
+        V = V + V
+        V[..., :k1, :k1].mul_(0.5)
+        V[..., k1:, V.shape[-1] - k2 :].mul_(0.5)
         return self._with(d, V)
 
     def matmul(self, other: Self) -> Self:
