@@ -77,6 +77,12 @@ class GramOfTheTranspose(Dense):
         return self._build([self.M @ self.M.mT])
 
 
+@fails("outer")
+class OuterOfTheTranspose(Dense):
+    def outer(self):
+        return self.gram()
+
+
 @fails("project", "project_gram", "gram", "stationarity")
 class WithoutFactorTwo(StructuredMatrix):
     L: Tensor
@@ -154,7 +160,7 @@ class Random(Diagonal):
         return super().apply(X) * (1 + 1e-14 * torch.rand_like(X))
 
 
-@fails("transpose_closure")
+@fails("transpose_closure", "outer")
 class ClaimsClosure(LowerTriangular):
     closed_under_transpose = True
 
