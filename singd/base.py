@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from singd import checkpoint, distributed, grafting
+from singd import checkpoint, cuda_graph, distributed, grafting
 from singd._layer import flatten_rows, square_sums
 from singd.amp import calling_scale
 from singd.capture import Statistics, Unit
@@ -436,6 +436,8 @@ class KroneckerOptimizer(Optimizer):
         self._run(descend=False, scale=None if scale is None else torch.as_tensor(scale))
 
     def _run(self, *, descend: bool, scale: Tensor | None = None) -> None:
+        if cuda_graph.capturing():
+            cuda_graph.check(self)
         scale = calling_scale() if scale is None else scale
         self._settle()
         if checkpoint.wants_state(self):
@@ -461,7 +463,8 @@ class KroneckerOptimizer(Optimizer):
             self.telemetry({"skipped": self.skipped, **step.report})
         if self.max_skipped is not None and self._skipped_in_row >= self.max_skipped > 0:
             raise FloatingPointError(
-                f"{bad}: gradient or statistics not finite in {self._skipped_in_row} steps in a row"
+                f"{bad}: gradient, statistics or factors not finite in {self._skipped_in_row} "
+                "steps in a row"
             )
 
     def _check_loss(self, check: LossCheck, scale: Tensor | None) -> None:
