@@ -21,7 +21,7 @@ from singd.amp import calling_scale
 from singd.capture import Statistics, Unit
 from singd.grouping import Members
 from singd.loss_scale import LossCheck
-from singd.options import Group, peak_lr
+from singd.options import Group, keep_peak
 from singd.plan import Plan, make_plan
 from singd.split import KRONECKER, SplitOptimizer
 from singd.stepping import Step
@@ -249,7 +249,7 @@ class KroneckerOptimizer(SplitOptimizer):
             for group in self.param_groups:
                 if group["rule"] == KRONECKER:
                     group["step"] += 1
-                    group["peak_lr"] = peak_lr(group)
+                    keep_peak(group)
         else:
             self.skipped += 1
             self._skipped_in_row += 1

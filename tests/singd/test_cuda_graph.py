@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,22 +45,26 @@ def iterate(model: nn.Module, optimizer: Any, x: Tensor) -> None:
 
 
 def replays(
-    model: nn.Module, optimizer: Any, inputs: list[Tensor], recorded: list[Graph]
+    model: nn.Module,
+    optimizer: Any,
+    inputs: list[Tensor],
+    recorded: list[Graph],
+    before: Callable[[int], Any] = lambda number: None,
 ) -> list[Graph]:
     """Warm up, record one step of each kind, then replay in turn."""
-    x = inputs[0].clone()
-    for data in inputs[:T]:
-        iterate(model, optimizer, x.copy_(data))
-    graphs = []
-    for data in inputs[T : 2 * T]:
+    x, graphs = inputs[0].clone(), list[Graph]()
+    for number, data in enumerate(inputs):
+        before(number)
         x.copy_(data)
-        recorded.append(Graph())
-        with recorded[0]:
+        if number < T:
             iterate(model, optimizer, x)
-        graphs.append(recorded.pop())
-    for number, data in enumerate(inputs[2 * T :]):
-        x.copy_(data)
-        graphs[number % T].replay()
+        elif number < 2 * T:
+            recorded.append(Graph())
+            with recorded[0]:
+                iterate(model, optimizer, x)
+            graphs.append(recorded.pop())
+        else:
+            graphs[number % T].replay()
     return graphs
 
 
@@ -88,6 +94,41 @@ def test_replays_are_steps(method: str, recorded: list[Graph]) -> None:
     for p, q in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
         assert not torch.equal(p, torch.zeros_like(p))
+
+
+def test_replays_follow_a_learning_rate_that_is_a_tensor(recorded: list[Graph]) -> None:
+    model, inputs = network(), list(torch.randn(9, 5, 2, 4, 4))
+    reference = copy.deepcopy(model)
+    plain = SINGD(reference, T=T, lr=0.1, max_skipped=None)
+    for number, x in enumerate(inputs):
+        for group in plain.param_groups:
+            group["lr"] = 0.1 / (1 + number)
+        iterate(reference, plain, x)
+    rate = torch.tensor(0.1)
+    optimizer = SINGD(model, T=T, lr=rate, adamw={"lr": rate}, max_skipped=None)
+    replays(model, optimizer, inputs, recorded, lambda i: rate.fill_(0.1 / (1 + i)))
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_a_learning_rate_that_is_a_tensor_is_saved(tmp_path: Path) -> None:
+    model, inputs = network(), list(torch.randn(6, 5, 2, 4, 4))
+    optimizer = SINGD(model, lr=torch.tensor(0.1))
+    for x in inputs[:3]:
+        iterate(model, optimizer, x)
+    optimizer.param_groups[0]["lr"].fill_(0.05)
+    torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "saved")
+    other = network()
+    resumed = SINGD(other, lr=torch.tensor(0.3))
+    saved = torch.load(tmp_path / "saved")
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    for x in inputs[3:]:
+        iterate(model, optimizer, x)
+        iterate(other, resumed, x)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert float(resumed.param_groups[0]["peak_lr"]) == pytest.approx(0.1)
 
 
 def test_replays_round_by_new_numbers(recorded: list[Graph]) -> None:
