@@ -11,7 +11,6 @@ from torch import Tensor
 
 from structured._numbers import at_least_float32
 
-
 _RUN = 1024  # numbers; a norm adds them up one after the other, which in the end loses digits
 
 
