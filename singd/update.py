@@ -28,7 +28,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from structured import Operator, StructuredMatrix
+from structured import Kronecker, Operator, StructuredMatrix
 
 
 def mean_trace(H: StructuredMatrix) -> Tensor:
@@ -158,6 +158,8 @@ def precondition(
 
     Half the cost where the products ``KK = K K^T`` and ``CC = C C^T`` are given.
     """
+    if KK is not None and CC is not None:
+        return precondition_products(KK, CC, G)
     X = G.mT
     GKK = (K.apply(K.apply_transpose(X)) if KK is None else KK.apply(X)).mT
     return C.apply(C.apply_transpose(GKK)) if CC is None else CC.apply(GKK)
@@ -165,7 +167,7 @@ def precondition(
 
 def precondition_products(KK: Operator, CC: Operator, G: Tensor) -> Tensor:
     """The same from the products alone."""
-    return CC.apply(KK.apply(G.mT).mT)
+    return Kronecker(CC, KK).apply_matrix(G)
 
 
 def inner(X: Tensor, Y: Tensor) -> Tensor:

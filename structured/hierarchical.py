@@ -248,12 +248,18 @@ class Arrow(Stored, Operator):
 
     def apply(self, X: Tensor) -> Tensor:
         """Rows by one product of width k, columns by another."""
+        return self._apply(X, own=False)
+
+    def _apply_to_own(self, X: Tensor) -> Tensor:
+        return self._apply(X, own=self._may_overwrite(X))
+
+    def _apply(self, X: Tensor, *, own: bool) -> Tensor:
         k1, (k, n) = self.first, self.W.shape[-2:]
-        Y, Z, middle = self.d[..., None] * X, self.W @ X, n - k
-        columns = self.W.narrow(-1, k1, middle).mT
-        add_product_(Y.narrow(-2, k1, middle), columns, _ends(X, k1, k - k1))
+        Z, ends, d = self.W @ X, _ends(X, k1, k - k1), self.d[..., None]
+        Y = X.mul_(d) if own else d * X
+        add_product_(Y.narrow(-2, k1, n - k), self.W.narrow(-1, k1, n - k).mT, ends)
         Y[..., :k1, :] = Z[..., :k1, :]
-        Y[..., k1 + middle :, :] = Z[..., k1:, :]
+        Y[..., n - k + k1 :, :] = Z[..., k1:, :]
         return Y
 
     def apply_transpose(self, X: Tensor) -> Tensor:

@@ -183,3 +183,25 @@ def test_what_a_function_makes_is_checked(spec, wrong):
         member.map(wrong)
     with pytest.raises((TypeError, ValueError), match="expected"):
         member.with_tensors([wrong(t) for t in member.tensors()])
+
+
+@pytest.mark.parametrize("spec", ["diagonal", "hierarchical(1, 1)", "dense"])
+@pytest.mark.parametrize("batch", [(), (2,), (1, 3)])
+def test_kronecker_products_in_one_memory(spec, batch):
+    """The second product overwrites the first, but never ``G``, and not where gradients are."""
+    C, K = (parse(spec)(n, batch_shape=batch, dtype=torch.float64) for n in (4, 3))
+    generator = torch.Generator().manual_seed(0)
+    C, K = (A.map(lambda t: torch.randn(t.shape, generator=generator).to(t)) for A in (C, K))
+    CC, KK = C.outer(), K.outer()
+    for shape in ((4, 3), (*batch, 4, 3), (5, *batch, 4, 3)):
+        G = torch.randn(shape, generator=generator, dtype=torch.float64)
+        expected = CC.to_dense() @ G @ KK.to_dense()
+        before = G.clone()
+        torch.testing.assert_close(Kronecker(CC, KK).apply_matrix(G), expected)
+        assert torch.equal(G, before)
+        leaf = G.clone().requires_grad_()
+        Kronecker(CC, KK).apply_matrix(leaf).sum().backward()
+        ones = torch.ones_like(expected)
+        torch.testing.assert_close(
+            leaf.grad, (CC.to_dense() @ ones @ KK.to_dense()).sum_to_size(shape)
+        )
