@@ -1,11 +1,20 @@
 """Specs: what a text names, and what is refused."""
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
 
 import structured
 from structured import Circulant, Dense, Diagonal, StructuredMatrix, Tied, parse
+from structured._spec import known, snake_case
+from tests.structured.specs import SPECS
+
+
+def test_every_structure_is_tested():
+    ours = {word for word in known() if word in map(snake_case, structured.__all__)}
+    assert ours <= {word for spec in SPECS for word in re.findall("[a-z_]+", spec)}
 
 
 @pytest.mark.parametrize("n", [-1, 2.0, "3"])
