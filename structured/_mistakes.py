@@ -58,6 +58,9 @@ def _mistakes(
         "dtype": A.to(torch.float32),
         "device": A.to("meta"),
     }
+    a_tensor: Any = S
+    for name in ("A.matmul(B)", "tr(A B)"):
+        yield f"{name} of a tensor", partial(_BINARY[name], A, a_tensor)
     if other.n != n:
         members["size"] = structure(other.n, batch_shape=batch, dtype=A.dtype)
     for what, member in members.items():
@@ -85,6 +88,7 @@ _OF_SQUARES = ("project", "orthogonal_project")
 _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "A @ B": operator.matmul,
     "A.matmul(B)": lambda A, B: A.matmul(B),
+    "tr(A B)": lambda A, B: A.trace_product(B),
     "A + B": operator.add,
     "A - B": operator.sub,
 }

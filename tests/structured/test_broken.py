@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from structured import Diagonal, parse
+from structured import Diagonal, StructuredMatrix, parse
 from structured._mistakes import _mistakes
 from structured.testing import LAWS, check
 from tests.structured.broken import Affine, GramOfTheTranspose, Traceless
@@ -60,6 +60,10 @@ def of_tensor(accepts):
     return lambda A, X: isinstance(X, Tensor) and accepts(A, X)
 
 
+def of_members(accepts):
+    return lambda A, B: isinstance(B, StructuredMatrix) and accepts(A, B)
+
+
 WRONG = {
     "one row more": of_tensor(lambda A, X: X.ndim == 2 and X.shape[0] == A.n + 1),
     "one dimension": of_tensor(lambda A, X: X.ndim == 1),
@@ -81,15 +85,16 @@ OF_TENSORS = {
 OF_MEMBERS = {
     "A @ B": "__matmul__",
     "A.matmul(B)": "matmul",
+    "tr(A B)": "trace_product",
     "A + B": "__add__",
     "A - B": "__sub__",
 }
 WRONG_MEMBERS = {
-    "batch shape": lambda A, B: B.batch_shape != A.batch_shape,
-    "structure": lambda A, B: type(B) is not type(A),
-    "dtype": lambda A, B: B.dtype != A.dtype,
-    "device": lambda A, B: B.device != A.device,
-    "size": lambda A, B: isinstance(B, Diagonal) and B.n != A.n,
+    "batch shape": of_members(lambda A, B: B.batch_shape != A.batch_shape),
+    "structure": of_members(lambda A, B: type(B) is not type(A)),
+    "dtype": of_members(lambda A, B: B.dtype != A.dtype),
+    "device": of_members(lambda A, B: B.device != A.device),
+    "size": of_members(lambda A, B: B.n != A.n),
 }
 OF_SCALARS = {"A * c": "__mul__", "A / c": "__truediv__", "A + c I": "add_scaled_identity"}
 WRONG_SCALARS = {
@@ -109,6 +114,8 @@ FORGIVEN = {
         for name, method in OF_SCALARS.items()
         for what, accepts in WRONG_SCALARS.items()
     },
+    "A.matmul(B) of a tensor": ("matmul", of_tensor(lambda A, B: True)),
+    "tr(A B) of a tensor": ("trace_product", of_tensor(lambda A, B: True)),
     "c * A, one c too many": ("__rmul__", WRONG_SCALARS["one c too many"]),
     "A + c I, c a list": ("add_scaled_identity", lambda A, c: isinstance(c, list)),
     "A + 1": ("__add__", lambda A, other: type(other) is int),
