@@ -131,9 +131,8 @@ def choose(mutant: Mutant, tests: dict[str, Test], on_import: frozenset[Line]) -
     """The tests that reach the mutant's lines, the quickest of each kind first."""
     lines = {(mutant.module, line) for line in mutant.lines}
     reach = {name for name, test in tests.items() if lines & test.reach}
-    if lines & on_import:  # and all that the module has a part in
-        part = mutant.module
-        reach |= {n for n, t in tests.items() if any(line[0] == part for line in t.reach)}
+    if lines & on_import:  # which is seen by any
+        reach = set(tests)
     if mutant.module != "interop":  # the tests of linear_operator: many, of the same few products
         reach = {name for name in reach if "test_linear_operator" not in name}
     rounds: collections.Counter[str] = collections.Counter()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from structured import parse, toeplitz
+from structured import circulant, parse, toeplitz
 from structured.testing import LAWS, check
 from tests.structured.specs import ALIASES, NESTINGS, SPECS
 
@@ -18,11 +18,14 @@ def test_law_of_nestings(law):
     check(NESTINGS, laws=[law], examples=3 if law == "compiled" else None)
 
 
-@pytest.mark.parametrize("spec", ["lower_toeplitz", "upper_toeplitz"])
+@pytest.mark.parametrize(
+    ("spec", "module"),
+    [("lower_toeplitz", toeplitz), ("upper_toeplitz", toeplitz), ("circulant", circulant)],
+)
 @pytest.mark.parametrize("law", [law for law in LAWS if law != "compiled"])
-def test_law_by_fft(law, spec, monkeypatch):
+def test_law_by_fft(law, spec, module, monkeypatch):
     """The way of large sizes, at small ones."""
-    monkeypatch.setattr(toeplitz, "_dense_is_faster", lambda n, m, dtype: False)
+    monkeypatch.setattr(module, "_dense_is_faster", lambda n, m, dtype: False)
     check(spec, laws=[law])
 
 

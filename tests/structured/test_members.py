@@ -121,6 +121,13 @@ def test_arrays():
         np.asarray(A, copy=False)
 
 
+def test_a_class_takes_no_keywords():
+    with pytest.raises(TypeError, match="takes no keyword arguments"):
+
+        class Odd(Diagonal, k=3):
+            pass
+
+
 def test_members_are_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         A.M = X

@@ -74,6 +74,7 @@ def test_parts_and_their_sizes():
         parse("low_rank_upper(0)")(5).layout == parse("block_upper(dense, diagonal, 0)")(5).layout
     )
     assert parse("tied(1, dense)")(5).layout == Tied(Dense.zeros(5), 1).layout
+    assert parse("block_circulant(1)")(5).blocks.shape == (5, 1, 1)
 
 
 def test_classes_without_a_name():
