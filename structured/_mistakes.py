@@ -78,6 +78,8 @@ def _mistakes(
         yield f"A * c, c {what}", partial(operator.mul, A, c)
         yield f"A / c, c {what}", partial(operator.truediv, A, c)
         yield f"A + c I, c {what}", partial(A.add_scaled_identity, c)
+    for dtype in (torch.int64, torch.complex64):
+        yield f"zeros in {dtype}", partial(structure, n, dtype=dtype)
     yield "A + 1", partial(operator.add, A, 1)
     yield "A * A", partial(operator.mul, A, A)
     yield "with_tensors, one too many", partial(A.with_tensors, [*A.tensors(), X])

@@ -156,6 +156,16 @@ class Unclear(Diagonal):
             raise ValueError("no") from None
 
 
+@fails("errors")
+class RoundsNothing(Diagonal):
+    """Takes integers for what they could be."""
+
+    @classmethod
+    def zeros(cls, n, *, batch_shape=(), dtype=None, device=None):
+        real = dtype if dtype is None or dtype.is_floating_point else torch.float64
+        return super().zeros(n, batch_shape=batch_shape, dtype=real, device=device)
+
+
 @fails("spec")
 class _Nameless(Diagonal):
     """No name that a spec could use."""

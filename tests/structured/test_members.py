@@ -18,6 +18,9 @@ from structured import (
     parse,
     static,
 )
+from structured._operations import OPERATIONS, dense_of
+from structured._strategies import Operands
+from tests.structured.specs import SPECS
 
 A = Dense(torch.tensor([[1.0, 2.0, 0.0], [-1.0, 3.0, 1.0], [2.0, 0.0, -2.0]]))
 X = torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, -1.0], [2.0, 2.0, 1.0]])
@@ -119,6 +122,30 @@ def test_arrays():
     assert np.asarray(A, dtype=np.float16).dtype == np.float16
     with pytest.raises(ValueError, match="must be written out"):
         np.asarray(A, copy=False)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_expanded_tensors(spec):
+    """One number in memory for all of a tensor: strides of 0, where views and writes would show."""
+    zero = parse(spec)(6, batch_shape=(2,), dtype=torch.float64)
+    numbers = iter(range(1, 99))
+
+    def expanded(t):
+        return torch.tensor(float(next(numbers)), dtype=t.dtype).expand(t.shape)
+
+    S = expanded(torch.empty(2, 6, 6, dtype=torch.float64))
+    A, B = zero.map(expanded), zero.map(expanded)
+    K = A.map(lambda t: t / 64).add_scaled_identity(32.0)
+    operands = Operands(A, B, K, S[..., :3], S)
+    alike = operands.map(lambda t: t.clone(memory_format=torch.contiguous_format))
+    for name, operation in OPERATIONS.items():
+        found, expected = dense_of(operation.compute(operands)), dense_of(operation.compute(alike))
+        torch.testing.assert_close(found, expected, msg=name)
+
+
+def test_numbers_are_real():
+    with pytest.raises(ValueError, match=r"Dense: expected real floating-point numbers, got torch"):
+        Dense(torch.eye(3, dtype=torch.int64))
 
 
 def test_a_class_takes_no_keywords():
