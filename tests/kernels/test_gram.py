@@ -54,6 +54,9 @@ CASES = pytest.mark.parametrize(
         ((2, 1, 2, 2, 5, 9), "columns"),
         ((20, 5000), "rows"),
         ((20, 5000), "columns"),
+        ((2, 2, 2, 5, 9), "rows"),
+        ((3, 9000), "rows"),
+        ((4, 300), "columns"),
     ],
 )
 
