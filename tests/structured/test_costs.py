@@ -133,6 +133,20 @@ def test_dense_products_where_they_are_faster(faster, n, columns, dtype, expecte
     assert faster(n, columns, dtype) is expected
 
 
+@pytest.mark.parametrize(
+    ("n", "dtype", "size"),
+    [
+        (0, torch.float32, 1),
+        (300, torch.float32, 300),
+        (1000, torch.float32, 143),
+        (1024, torch.float64, 128),
+        (1024, torch.bfloat16, 1024),
+    ],
+)
+def test_blocks_of_toeplitz_products(n, dtype, size):
+    assert toeplitz._block_size(n, dtype) == size
+
+
 def test_the_meter_sees_a_square():
     """Dense and triangular matrices are what the others avoid."""
     for operation in ("apply", "matmul", "gram"):
