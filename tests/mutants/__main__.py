@@ -1,10 +1,11 @@
 """How many faults in ``structured/`` the tests see: ``python -m tests.mutants --sample 20``.
 
 A mutant is the package with one small fault; it is killed if a test fails or takes too long. The
-tests are those of ``tests/structured``, with fewer examples for each law. They first run once
-without a fault, which says how long each takes and which lines it reaches. A mutant then runs, in a
-fork of a process that has PyTorch imported, the tests that reach its statement, the quickest of
-each kind first, until one fails. Not mutated: annotations, docstrings, messages of errors,
+tests are those of ``tests/structured``, with fewer examples for each law, and those of its kernels,
+which Triton interprets. They first run once without a fault, which says how long each takes and
+which lines it reaches. A mutant then runs, in a fork of a process that has PyTorch imported, the
+tests that reach its statement, the quickest of each kind first, until one fails. What only a GPU
+runs survives, and is listed. Not mutated: annotations, docstrings, messages of errors,
 ``__repr__``, decorators, and the kit that states the laws (``tests/structured/test_broken`` is what
 watches the watchmen).
 
