@@ -57,6 +57,8 @@ def zeros(structure: Structure, A: StructuredMatrix, dtype: torch.dtype) -> None
     """``zeros`` and ``zeros_like`` are zero, with the size, batch shape and dtype asked for."""
     zero = structure(A.n, batch_shape=A.batch_shape, dtype=dtype)
     assert_close(zero, torch.zeros(A.shape, dtype=dtype), "zeros")
+    like = structure(A.n, batch_shape=A.batch_shape, dtype=A.dtype)
+    assert like.layout == A.layout, f"zeros: {like!r}, but with other tensors {A!r}"
     assert_close(A.zeros_like(), torch.zeros(A.shape, dtype=A.dtype), "zeros_like")
     assert A.zeros_like().layout == A.layout, f"zeros_like: {A.zeros_like()!r}, expected {A!r}"
 

@@ -54,6 +54,10 @@ class Stored:
                     f"{type(self).__name__}: expected {name} in {parts[0].dtype} on "
                     f"{parts[0].device} as {self._fields[0]}, got {part.dtype} on {part.device}"
                 )
+        if not parts[0].dtype.is_floating_point:
+            raise ValueError(
+                f"{type(self).__name__}: expected real floating-point numbers, got {parts[0].dtype}"
+            )
 
     @property
     def dtype(self) -> torch.dtype:

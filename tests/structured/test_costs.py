@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from structured import parse
+from structured import circulant, parse, toeplitz
 from tests.structured.specs import SPECS
 
 SIZE, COLUMNS = 4096, 4
@@ -104,6 +104,49 @@ def test_storage(spec):
 def test_projection_of_a_matrix(spec):
     """``project`` reads n^2 numbers; nothing that it writes is much larger."""
     assert measure(spec, "project", SIZE).largest <= 2.1 * SIZE**2
+
+
+@pytest.mark.parametrize(
+    ("faster", "n", "columns", "dtype", "expected"),
+    [
+        (toeplitz._dense_is_faster, 64, 1, torch.float32, True),
+        (toeplitz._dense_is_faster, 900, 900, torch.float32, True),
+        (toeplitz._dense_is_faster, 900, 250, torch.float32, False),
+        (toeplitz._dense_is_faster, 900, 250, torch.bfloat16, True),
+        (toeplitz._dense_is_faster, 1800, 1800, torch.float32, False),
+        (toeplitz._dense_is_faster, 1800, 1800, torch.bfloat16, True),
+        (toeplitz._dense_is_faster, 1800, 100, torch.bfloat16, False),
+        (toeplitz._dense_is_faster, 4096, 99999, torch.bfloat16, False),
+        *(
+            (function, *case)
+            for function in (toeplitz._gram_is_faster, circulant._dense_is_faster)
+            for case in [
+                (32, 1, torch.float32, True),
+                (512, 4096, torch.float32, False),
+                (512, 1024, torch.bfloat16, True),
+                (512, 64, torch.bfloat16, False),
+                (4096, 99999, torch.bfloat16, False),
+            ]
+        ),
+    ],
+)
+def test_dense_products_where_they_are_faster(faster, n, columns, dtype, expected):
+    """At small sizes, for many columns and in 16 bits, as measured."""
+    assert faster(n, columns, dtype) is expected
+
+
+@pytest.mark.parametrize(
+    ("n", "dtype", "size"),
+    [
+        (0, torch.float32, 1),
+        (300, torch.float32, 300),
+        (1000, torch.float32, 143),
+        (1024, torch.float64, 128),
+        (1024, torch.bfloat16, 1024),
+    ],
+)
+def test_blocks_of_toeplitz_products(n, dtype, size):
+    assert toeplitz._block_size(n, dtype) == size
 
 
 def test_the_meter_sees_a_square():

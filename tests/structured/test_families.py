@@ -10,6 +10,7 @@ import torch
 
 from structured import Dense, Rotated, StructuredMatrix, Tied, parse
 from structured.testing import check
+from structured.toeplitz import fft_length
 
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -317,6 +318,12 @@ def test_fast_bases_against_scipy(n):
 
 
 # Particular to one structure --------------------------------------------------------------------
+
+
+def test_an_fft_has_the_least_smooth_length():
+    smooth = {2**a * 3**b * 5**c for a in range(8) for b in range(6) for c in range(5)}
+    for n in range(64):
+        assert fft_length(n) == min(k for k in smooth if k >= 2 * n - 1)
 
 
 def test_circulants_commute():
