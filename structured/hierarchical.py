@@ -176,9 +176,9 @@ class Hierarchical(StructuredMatrix):
 
     def trace(self) -> Tensor:
         """``tr(V J)`` and the sum of ``d``."""
-        first = self.top.diagonal(dim1=-2, dim2=-1).sum(-1)
-        last = self.bottom.diagonal(self.d.shape[-1], -2, -1).sum(-1)
-        return first + self.d.sum(-1) + last
+        first = self.top.diagonal(dim1=-2, dim2=-1)
+        last = self.bottom.diagonal(self.d.shape[-1], -2, -1)
+        return torch.cat([first, self.d, last], -1).sum(-1)
 
     def add_scaled_identity(self, alpha: Scalar) -> Self:
         """Add to the diagonal."""
