@@ -23,7 +23,7 @@ def check_columns(A: Operator, X: Any, operation: str) -> None:
     for mine, its in zip(reversed(ours), reversed(theirs), strict=False):
         if mine != its and mine != 1 and its != 1:
             raise ValueError(
-                f"{type(A).__name__}.{operation}: expected a batch shape that broadcasts with "
+                f"{_name(A, operation)}: expected a batch shape that broadcasts with "
                 f"{list(ours)}, got {list(theirs)}"
             )
 
@@ -51,7 +51,7 @@ def check_member(A: StructuredMatrix, B: Any, operation: str) -> None:
     layout = getattr(B, "layout", None)
     if not isinstance(layout, tuple):  # tensors have a layout of another kind
         raise TypeError(
-            f"{type(A).__name__} {operation}: expected a member of the same structure, "
+            f"{_name(A, operation)}: expected a member of the same structure, "
             f"got {type(B).__name__}"
         )
     if A.layout != layout:
@@ -61,7 +61,7 @@ def check_member(A: StructuredMatrix, B: Any, operation: str) -> None:
 
 def check_scalar(A: StructuredMatrix, c: Any, operation: str) -> None:
     """Raise unless ``c`` is a number, or a tensor of our device, scalar or of the batch shape."""
-    name = f"{type(A).__name__} {operation}"
+    name = _name(A, operation)
     if not isinstance(c, Tensor):
         if not isinstance(c, Real):
             raise TypeError(f"{name}: expected a number or a tensor, got {type(c).__name__}")
@@ -80,19 +80,23 @@ def _check_kind(A: Operator, other: Tensor | Operator, operation: str) -> None:
     """Raise unless dtype and device are ours."""
     if other.dtype != A.dtype or other.device != A.device:
         raise ValueError(
-            f"{type(A).__name__}.{operation}: expected {A.dtype} on {A.device}, got {other.dtype} "
+            f"{_name(A, operation)}: expected {A.dtype} on {A.device}, got {other.dtype} "
             f"on {other.device}"
         )
 
 
+def _name(A: Operator, operation: str) -> str:
+    """``Dense.apply``, ``Dense *``."""
+    return f"{type(A).__name__}{'.' if operation.isidentifier() else ' '}{operation}"
+
+
 def _raise_type(A: Operator, X: Any, operation: str) -> NoReturn:
-    raise TypeError(f"{type(A).__name__}.{operation}: expected a tensor, got {type(X).__name__}")
+    raise TypeError(f"{_name(A, operation)}: expected a tensor, got {type(X).__name__}")
 
 
 def _raise_shape(A: Operator, X: Tensor, operation: str, columns: int | str) -> NoReturn:
     raise ValueError(
-        f"{type(A).__name__}.{operation}: expected shape [..., {A.n}, {columns}], got "
-        f"{list(X.shape)}"
+        f"{_name(A, operation)}: expected shape [..., {A.n}, {columns}], got {list(X.shape)}"
     )
 
 

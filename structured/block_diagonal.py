@@ -81,7 +81,8 @@ class BlockDiagonal(StructuredMatrix):
     def _join(head: Tensor, last: Tensor) -> Tensor:
         """Inverse of :meth:`_split`."""
         head = head.flatten(-3, -2)
-        return torch.cat([head, last], -2) if last.shape[-2] else head
+        needed = last.shape[-2] or last.requires_grad  # so that it has a gradient, if an empty one
+        return torch.cat([head, last], -2) if needed else head
 
     @property
     def mT(self) -> BlockDiagonal:

@@ -77,8 +77,8 @@ def test_no_meaning_is_a_type_error(function):
     [
         (lambda: A @ X.double(), "Dense.apply: expected torch.float32 on cpu, got torch.float64"),
         (lambda: A.project(X.double()), "Dense.project: expected torch.float32 on cpu, got"),
-        (lambda: A.matmul(A.to(torch.float64)), "Dense matmul: expected torch.float32 on cpu, got"),
-        (lambda: A.matmul(X), "Dense matmul: expected a member of the same structure, got Tensor"),
+        (lambda: A.matmul(A.to(torch.float64)), "Dense.matmul: expected torch.float32 on cpu, got"),
+        (lambda: A.matmul(X), "Dense.matmul: expected a member of the same structure, got Tensor"),
         (lambda: A + LowerTriangular.identity(3), r"^\+: .* got Dense.* and LowerTriangular"),
         (lambda: A - LowerTriangular.identity(3), "^-: .* got Dense.* and LowerTriangular"),
         (lambda: A * torch.ones(3), r"^Dense \*: expected a scalar or shape \[\], got \[3\]"),
