@@ -16,6 +16,7 @@ from torch import Tensor
 from singd import cuda_graph
 
 _MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
+_PIECE = 1 << 16  # numbers at a time, in the processor's caches
 
 
 def stochastic_round(
@@ -31,11 +32,20 @@ def stochastic_round(
     """
     if dtype not in _MANTISSA_BITS:
         return x.to(dtype)
-    dropped = 1 << (23 - _MANTISSA_BITS[dtype])
-    x = x.to(torch.float32)
-    noise = torch.randint(dropped, x.shape, dtype=torch.int32, device=x.device, generator=generator)
-    rounded = ((x.view(torch.int32) + noise) & -dropped).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x).to(dtype)  # noise may carry a NaN into the sign
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    size = _PIECE if x.is_cpu else max(1, x.numel())
+    for piece, place in zip(x.flatten().split(size), out.view(-1).split(size), strict=True):
+        place.copy_(_rounded(piece.to(torch.float32), 23 - _MANTISSA_BITS[dtype], generator))
+    return out
+
+
+def _rounded(x: Tensor, dropped: int, generator: torch.Generator | None) -> Tensor:
+    """``x [n]`` without so many of its last bits, a multiple of them up or down."""
+    words = torch.empty(-(-len(x) // 4), dtype=torch.int64, device=x.device)
+    noise = words.random_(-(1 << 63), None, generator=generator).view(torch.int16)[: len(x)]
+    bits = x.view(torch.int32) + (noise >> (16 - dropped))  # from [-half, half)
+    bits.add_(1 << (dropped - 1)).bitwise_and_(-1 << dropped)
+    return torch.where(x.isfinite(), bits.view(torch.float32), x)  # a carry may reach NaN's sign
 
 
 def leading(alpha: Tensor, t: Tensor) -> Tensor:
