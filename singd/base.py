@@ -19,7 +19,7 @@ from singd import checkpoint, cuda_graph, distributed
 from singd._layer import flatten_rows, square_sums
 from singd.amp import calling_scale
 from singd.capture import Statistics, Unit
-from singd.grouping import Members
+from singd.grouping import Members, Products
 from singd.loss_scale import LossCheck
 from singd.options import Group, keep_peak
 from singd.plan import Plan, make_plan
@@ -64,7 +64,7 @@ class KroneckerOptimizer(SplitOptimizer):
         self,
         group: Group,
         old: Members,
-        products: Members,
+        products: Products,
         U_K: StructuredMatrix,
         U_C: StructuredMatrix,
     ) -> Members:
@@ -73,12 +73,12 @@ class KroneckerOptimizer(SplitOptimizer):
         ``products`` are those of ``old``, if any are kept.
         """
 
-    def _products(self, group: Group, members: Members) -> Members:
+    def _products(self, group: Group, members: Members) -> Products:
         """Products worth keeping until the next update."""
         return {}
 
     @abstractmethod
-    def _precondition(self, members: Members, products: Members, G: Tensor) -> Tensor:
+    def _precondition(self, members: Members, products: Products, G: Tensor) -> Tensor:
         """The preconditioned gradient, a new tensor, for ``G [..., d_out, d_in]``."""
 
     def plan(self) -> Plan:

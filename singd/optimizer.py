@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from singd import update
 from singd.base import KroneckerOptimizer
 from singd.capture import Unit
-from singd.grouping import Members
+from singd.grouping import Members, Products
 from singd.options import Group, by_name, floating, in_range, integer, one_of, pair
 from structured import Structure, StructuredMatrix, StructureLike, parse
 
@@ -217,12 +217,13 @@ class SINGD(KroneckerOptimizer):
         self,
         group: Group,
         old: Members,
-        products: Members,
+        products: Products,
         U_K: StructuredMatrix,
         U_C: StructuredMatrix,
     ) -> Members:
         K, C = _wide(old["K"], U_K), _wide(old["C"], U_C)
-        if products and "m_K" not in old and not group["normalize_lr_cov"]:
+        closed = K.closed_under_transpose and C.closed_under_transpose
+        if closed and products and "m_K" not in old and not group["normalize_lr_cov"]:
             return self._update_by_products(group, K, C, products, U_K, U_C)
         H_K, H_C = update.curvature(K, U_K.to(K.dtype)), update.curvature(C, U_C.to(C.dtype))
         if group["kfac_like"]:
@@ -240,7 +241,7 @@ class SINGD(KroneckerOptimizer):
         group: Group,
         K: StructuredMatrix,
         C: StructuredMatrix,
-        products: Members,
+        products: Products,
         U_K: StructuredMatrix,
         U_C: StructuredMatrix,
     ) -> Members:
@@ -289,20 +290,17 @@ class SINGD(KroneckerOptimizer):
         new[side] = update.factor_step(K, m_K, lr_cov)
         return new
 
-    def _products(self, group: Group, members: Members) -> Members:
-        K, C = members["K"], members["C"]
-        if not (group["keep_products"] and K.closed_under_transpose and C.closed_under_transpose):
+    def _products(self, group: Group, members: Members) -> Products:
+        if not group["keep_products"]:
             return {}
-        return {"KK": K.mT.gram(), "CC": C.mT.gram()}
+        found = {"KK": members["K"].outer(), "CC": members["C"].outer()}
+        return {name: product for name, product in found.items() if product is not None}
 
-    def _precondition(self, members: Members, products: Members, G: Tensor) -> Tensor:
+    def _precondition(self, members: Members, products: Products, G: Tensor) -> Tensor:
         K, C = members["K"], members["C"]
         wide = torch.promote_types(K.dtype, C.dtype)
-        if products:
-            KK, CC = products["KK"].to(wide), products["CC"].to(wide)
-            natural = update.precondition_products(KK, CC, G.to(wide))
-        else:
-            natural = update.precondition(K.to(wide), C.to(wide), G.to(wide))
+        kept = {name: product.to(wide) for name, product in products.items()}
+        natural = update.precondition(K.to(wide), C.to(wide), G.to(wide), **kept)
         return natural.to(G.dtype)
 
 

@@ -14,7 +14,7 @@ from singd import distributed
 from singd.capture import Statistics, Unit
 from singd.descent import descend
 from singd.grafting import graft_
-from singd.grouping import Bucket, Members, gather, stack
+from singd.grouping import Bucket, Members, Products, gather, stack
 from singd.options import Group, peak_lr
 from singd.rounding import Rounding
 from singd.update import inner, residual, trust_region
@@ -32,7 +32,7 @@ class Proposal:
 
     bucket: Bucket
     members: Members
-    products: Members
+    products: Products
     updated: list[Unit]  # the units whose factors are new
 
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from structured import StructuredMatrix
+from structured import Kronecker, Operator, StructuredMatrix
 
 
 def mean_trace(H: StructuredMatrix) -> Tensor:
@@ -147,15 +147,27 @@ def product_factor_step(
     return (1 + 0.5 * lr_cov) * K - (0.5 * lr_cov) * W.matmul(K)
 
 
-def precondition(K: StructuredMatrix, C: StructuredMatrix, G: Tensor) -> Tensor:
-    """The natural gradient ``C C^T G K K^T`` for ``G [..., d_out, d_in]``."""
-    GKK = K.apply(K.apply_transpose(G.mT)).mT
-    return C.apply(C.apply_transpose(GKK))
+def precondition(
+    K: StructuredMatrix,
+    C: StructuredMatrix,
+    G: Tensor,
+    KK: Operator | None = None,
+    CC: Operator | None = None,
+) -> Tensor:
+    """The natural gradient ``C C^T G K K^T`` for ``G [..., d_out, d_in]``.
+
+    Half the cost where the products ``KK = K K^T`` and ``CC = C C^T`` are given.
+    """
+    if KK is not None and CC is not None:
+        return precondition_products(KK, CC, G)
+    X = G.mT
+    GKK = (K.apply(K.apply_transpose(X)) if KK is None else KK.apply(X)).mT
+    return C.apply(C.apply_transpose(GKK)) if CC is None else CC.apply(GKK)
 
 
-def precondition_products(KK: StructuredMatrix, CC: StructuredMatrix, G: Tensor) -> Tensor:
-    """The same from the products ``K K^T`` and ``C C^T``: half the cost."""
-    return CC.apply(KK.apply(G.mT).mT)
+def precondition_products(KK: Operator, CC: Operator, G: Tensor) -> Tensor:
+    """The same from the products alone."""
+    return Kronecker(CC, KK).apply_matrix(G)
 
 
 def inner(X: Tensor, Y: Tensor) -> Tensor:

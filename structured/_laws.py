@@ -151,6 +151,19 @@ def gram(A: StructuredMatrix) -> None:
     assert_close(A.gram(), _definition.projection(A, dense.mT @ dense), "Pi(A^T A)")
 
 
+def outer(A: StructuredMatrix, X: Tensor) -> None:
+    """``A A^T`` as one operator, where there is one."""
+    product = A.outer()
+    if product is None:
+        return
+    expected = A.to_dense() @ A.to_dense().mT
+    assert product.shape == A.shape, f"outer: shape {product.shape}, expected {A.shape}"
+    assert_close(product.to_dense(), expected, "outer")
+    assert_close(product.apply(X), expected @ X, "outer, applied")
+    assert_close(product.apply_transpose(X), expected @ X, "outer, transposed and applied")
+    assert_close(product.mT.to_dense(), expected, "outer, transposed")
+
+
 def stationarity(K: StructuredMatrix, B: StructuredMatrix, M: Tensor) -> None:
     """``r = Pi(K^T S K) - I`` is the Riemannian gradient of ``f = tr(K^T S K) - 2 log|det K|``.
 
@@ -247,6 +260,7 @@ ALGEBRA = (
     project_trace,
     project_gram,
     gram,
+    outer,
     stationarity,
     trace,
     trace_product,

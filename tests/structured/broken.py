@@ -103,7 +103,7 @@ class ReturnsItsBase(Diagonal):
         return Diagonal(super().add_scaled_identity(alpha).d)
 
 
-@fails("zeros")
+@fails("zeros", "errors")
 class AlwaysInDouble(Diagonal):
     @classmethod
     def zeros(cls, n, *, batch_shape=(), dtype=None, device=None):
@@ -161,6 +161,12 @@ class GramOfTheTranspose(Dense):
         return self._build([self.M @ self.M.mT])
 
 
+@fails("outer")
+class OuterOfTheTranspose(Dense):
+    def outer(self):
+        return self.gram()
+
+
 @fails("project", "project_gram", "gram", "stationarity")
 class WithoutFactorTwo(StructuredMatrix):
     L: Tensor
@@ -215,7 +221,7 @@ class TwiceTheNorm(LowerTriangular):
         return 2 * super().frobenius_norm()
 
 
-@fails("transpose_closure")
+@fails("transpose_closure", "outer")
 class ClaimsClosure(LowerTriangular):
     closed_under_transpose = True
 

@@ -24,6 +24,7 @@ EXPONENTS = {
     "low_rank_lower(2)": LINEAR,
     "low_rank_lower(-2)": LINEAR,
     "transposed(low_rank_lower(2))": LINEAR,
+    "transposed(hierarchical(2, 3))": LINEAR,
     "lower_toeplitz": LOGARITHMIC,
     "upper_toeplitz": LOGARITHMIC,
     "circulant": LOGARITHMIC,
@@ -42,6 +43,7 @@ OPERATIONS = {
     "matmul": lambda A, X, S: A.matmul(A),
     "project_gram": lambda A, X, S: A.project_gram(X),
     "gram": lambda A, X, S: A.gram(),
+    "outer": lambda A, X, S: (A.outer() or A).apply(X),
     "trace": lambda A, X, S: A.trace(),
     "add_scaled_identity": lambda A, X, S: A.add_scaled_identity(1.0),
     "solve": lambda A, X, S: A.solve(X),
@@ -65,7 +67,7 @@ class Meter(TorchDispatchMode):
             if isinstance(t, torch.Tensor):
                 stored = t.untyped_storage().nbytes() // t.element_size()
                 self.largest = max(self.largest, stored)
-                inner = args[0].shape[-1] if "mm" in func.__name__ else 1
+                inner = args[-2].shape[-1] if "mm" in func.__name__ else 1
                 length = t.shape[-1] if "fft" in func.__name__ else 1
                 self.work += t.numel() * inner * max(1, math.log2(max(length, 1)))
         return result

@@ -411,3 +411,25 @@ def test_no_square_intermediate(spec):
     torch.testing.assert_close(A.project_gram(X).trace(), torch.tensor(float(A.n)))
     torch.testing.assert_close(A.logdet() / A.n, torch.tensor(0.0))
     torch.testing.assert_close(A.frobenius_norm(), torch.tensor(1024.0))
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("n", SIZES)
+def test_hierarchical_is_a_composition(n, batch):
+    """The same space, numbers and operations as of the nested block-triangular structures."""
+    A, B = (draw("hierarchical(2, 3)", n, batch, seed) for seed in (0, 1))
+    nested = parse("block_upper(dense, block_lower(diagonal, dense, -3), 2)")(n, batch_shape=batch)
+    a, b = (nested.to(A.dtype).orthogonal_project(M.to_dense()) for M in (A, B))
+    X, S = integers(*batch, n, 3), integers(*batch, n, n)
+    assert sum(t.numel() for t in A.tensors()) == sum(t.numel() for t in a.tensors())
+    for ours, theirs in (
+        (A, a),
+        (A.matmul(B), a.matmul(b)),
+        (A.project(S + S.mT), a.project(S + S.mT)),
+        (A.project_gram(X), a.project_gram(X)),
+        (A.gram(), a.gram()),
+        (A.mT.gram().mT, a.mT.gram().mT),
+    ):
+        same(ours.to_dense(), theirs.to_dense())
+    same(A.apply(X), a.apply(X))
+    same(A.apply_transpose(X), a.apply_transpose(X))

@@ -77,8 +77,8 @@ def test_no_meaning_is_a_type_error(function):
     [
         (lambda: A @ X.double(), "Dense.apply: expected torch.float32 on cpu, got torch.float64"),
         (lambda: A.project(X.double()), "Dense.project: expected torch.float32 on cpu, got"),
-        (lambda: A.matmul(A.to(torch.float64)), "Dense matmul: expected torch.float32 on cpu, got"),
-        (lambda: A.matmul(X), "Dense matmul: expected a member of the same structure, got Tensor"),
+        (lambda: A.matmul(A.to(torch.float64)), "Dense.matmul: expected torch.float32 on cpu, got"),
+        (lambda: A.matmul(X), "Dense.matmul: expected a member of the same structure, got Tensor"),
         (lambda: A + LowerTriangular.identity(3), r"^\+: .* got Dense.* and LowerTriangular"),
         (lambda: A - LowerTriangular.identity(3), "^-: .* got Dense.* and LowerTriangular"),
         (lambda: A * torch.ones(3), r"^Dense \*: expected a scalar or shape \[\], got \[3\]"),
@@ -238,3 +238,42 @@ def test_kronecker_of_unlike_factors():
         ValueError, match=r"Kronecker\.apply: expected shape \[\.\.\., 6, m\], got \[5, 1\]"
     ):
         kronecker() @ torch.zeros(5, 1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("spec", "wrong"),
+    [
+        ("dense", lambda t: None),
+        ("block_upper(dense, diagonal, 1)", lambda t: t.numpy()),
+        ("block_upper(dense, diagonal, 1)", lambda t: t.double() if t.ndim < 2 else t),
+        ("block_lower(diagonal, block_diagonal(2), 1)", lambda t: t.double() if len(t) else t),
+    ],
+)
+def test_what_a_function_makes_is_checked(spec, wrong):
+    member = parse(spec)(3)
+    with pytest.raises((TypeError, ValueError), match="expected"):
+        member.map(wrong)
+    with pytest.raises((TypeError, ValueError), match="expected"):
+        member.with_tensors([wrong(t) for t in member.tensors()])
+
+
+@pytest.mark.parametrize("spec", ["diagonal", "hierarchical(1, 1)", "dense"])
+@pytest.mark.parametrize("batch", [(), (2,), (1, 3)])
+def test_kronecker_products_in_one_memory(spec, batch):
+    """The second product overwrites the first, but never ``G``, and not where gradients are."""
+    C, K = (parse(spec)(n, batch_shape=batch, dtype=torch.float64) for n in (4, 3))
+    generator = torch.Generator().manual_seed(0)
+    C, K = (A.map(lambda t: torch.randn(t.shape, generator=generator).to(t)) for A in (C, K))
+    CC, KK = C.outer(), K.outer()
+    for shape in ((4, 3), (*batch, 4, 3), (5, *batch, 4, 3)):
+        G = torch.randn(shape, generator=generator, dtype=torch.float64)
+        expected = CC.to_dense() @ G @ KK.to_dense()
+        before = G.clone()
+        torch.testing.assert_close(Kronecker(CC, KK).apply_matrix(G), expected)
+        assert torch.equal(G, before)
+        leaf = G.clone().requires_grad_()
+        Kronecker(CC, KK).apply_matrix(leaf).sum().backward()
+        ones = torch.ones_like(expected)
+        torch.testing.assert_close(
+            leaf.grad, (CC.to_dense() @ ones @ KK.to_dense()).sum_to_size(shape)
+        )

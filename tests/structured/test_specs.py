@@ -59,10 +59,10 @@ def test_a_split_is_no_truth_value():
 
 
 def test_compositions_print_as_they_are_written():
-    structure = parse("hierarchical(1, 2)")
-    assert str(structure) == "hierarchical(1, 2)"
-    assert structure == parse("block_upper(dense, block_lower(diagonal, dense, -2), 1)")
-    assert structured.hierarchical(1, 2) == structure
+    structure = parse("low_rank_upper(2)")
+    assert str(structure) == "low_rank_upper(2)"
+    assert structure == parse("block_upper(dense, diagonal, 2)")
+    assert structured.low_rank_upper(2) == structure
 
 
 def test_parts_and_their_sizes():
