@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from structured import Dense, Diagonal, _dispatch, _gram
+from structured import Dense, Diagonal, _dispatch, _gram, kernels
 
 pytest.importorskip("triton")
 from structured.kernels import _layout
@@ -56,6 +56,7 @@ CASES = pytest.mark.parametrize(
         ((20, 5000), "columns"),
         ((2, 2, 2, 5, 9), "rows"),
         ((3, 9000), "rows"),
+        ((2, 3, 5000), "rows"),
         ((4, 300), "columns"),
     ],
 )
@@ -66,6 +67,7 @@ CASES = pytest.mark.parametrize(
 def test_sums_of_squares(shape, layout, dtype):
     X = matrix(shape, dtype, layout)
     found = squares.launch(X)
+    assert found.dtype == dtype
     assert_sum(found, X.double().square().sum(-1))
 
 
@@ -74,7 +76,9 @@ def test_sums_of_squares(shape, layout, dtype):
 @CASES
 def test_symmetric_product(shape, layout, cut, dtype):
     X = matrix(shape, dtype, layout)
-    assert_sum(product.launch(X, cut), X.double() @ X.double().mT)
+    found = product.launch(X, cut)
+    assert found.dtype == dtype
+    assert_sum(found, X.double() @ X.double().mT)
 
 
 @pytest.mark.parametrize("shape", [(33, 20), (3, 17, 40), (20, 5000)])
@@ -154,10 +158,13 @@ def test_opcheck_in_place():
 def test_on_cuda_the_operators_are_called():
     """Seen by the dispatcher alone, on a device that need not exist."""
     seen: list[str] = []
+    shapes: list[torch.Size] = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             seen.append(func.name())
+            if seen[-1].startswith("structured"):
+                shapes.append(args[0].shape)
             return func(*args, **(kwargs or {}))
 
     with FakeTensorMode(), Watch():
@@ -169,6 +176,14 @@ def test_on_cuda_the_operators_are_called():
     names = [name.removeprefix("structured::") for name in seen if name.startswith("structured")]
     expected = ["sums_of_squares", *2 * ["symmetric_product"], "add_symmetric_product_"]
     assert names == expected
+    assert shapes[-1] == (6, 6)
+
+
+def test_what_the_kernels_serve():
+    assert kernels._is_served(torch.ones(1, 1))
+    assert not kernels._is_served(torch.ones(3, 0))
+    assert not kernels._is_served(torch.ones(1, 1, dtype=torch.float64))
+    assert kernels._triton_is_installed()
 
 
 def test_on_the_cpu_no_operator_is_called():

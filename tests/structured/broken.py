@@ -1,11 +1,13 @@
 """Structures broken on purpose, by the law of the algebra that each breaks: ``BROKEN``."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from structured import Dense, Diagonal, LowerTriangular, StructuredMatrix, UpperTriangular
 
-BROKEN: dict[type[StructuredMatrix], set[str]] = {}
+BROKEN: dict[Callable[..., StructuredMatrix], set[str]] = {}
 
 
 def fails(*laws):

@@ -1,5 +1,7 @@
 """Structures of bad conduct, by the laws that each breaks: noted in ``BROKEN`` as well."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -188,6 +190,28 @@ class AnotherEveryTime(StructuredMatrix):
 
     def to_dense(self):
         return self.Q @ (self.d[..., None] * self.Q.mT)
+
+
+@fails("zeros", "spec")
+class NumbersItsZeros(Diagonal):
+    """The same numbers, in a structure of its own each time."""
+
+    number: int = static()
+
+    @classmethod
+    def zeros(cls, n, *, batch_shape=(), **opts):
+        return cls(torch.zeros(*batch_shape, n, **opts), number=next(_NUMBERS))
+
+
+_NUMBERS = itertools.count()
+
+
+def dense(n, **opts):
+    """The members of another, and its name."""
+    return Dense.zeros(n, **opts)
+
+
+BROKEN[dense] = {"spec"}
 
 
 def _diagonal():
