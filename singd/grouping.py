@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,23 +106,67 @@ def stack(members: Sequence[StructuredMatrix]) -> StructuredMatrix:
     return first.map(lambda *ts: torch.stack(ts), *members[1:])
 
 
-def gather(units: Sequence[Unit]) -> Tensor:
-    """Gradients of the units as matrices, ``[units, ..., d_out, d_in]``; zero where there is none.
+class Columns(NamedTuple):
+    """Some columns of the weight matrices of units: those of weights, of biases, or of both."""
 
-    May share memory with a gradient.
-    """
-    first = units[0]
-    if len(units) == 1 and first.bias is None and first.weight.grad is not None:
-        return first.layer.to_matrix(first.module, first.weight.grad)[None]
-    out = first.weight.new_empty((len(units), *first.shape))
-    for slot, unit in zip(out, units, strict=True):
-        weight, bias = unit.weight.grad, None if unit.bias is None else unit.bias.grad
-        inputs = slot.shape[-1] - (unit.bias is not None)
-        if weight is None:
-            slot[..., :inputs].zero_()
-        else:
-            slot[..., :inputs].copy_(unit.layer.to_matrix(unit.module, weight))
-        if unit.bias is not None:
-            column = slot[..., inputs]
-            column.zero_() if bias is None else column.copy_(bias.reshape(column.shape))
-    return out
+    units: Sequence[Unit]
+    weights: bool = True
+    biases: bool = True
+
+    @property
+    def where(self) -> slice:
+        """Their places among all columns."""
+        if self.units[0].bias is None or (self.weights and self.biases):
+            return slice(None)
+        return slice(None, -1) if self.weights else slice(-1, None)
+
+    def gradients(self) -> Tensor:
+        """As matrices, ``[units, ..., d_out, columns]``; zero where there is no gradient.
+
+        May share memory with a gradient.
+        """
+        *rows, d_out, d_in = self.units[0].shape
+        weights, biases = [], []
+        for unit in self.units:
+            if self.weights:
+                grad = unit.weight.grad
+                grad = torch.zeros_like(unit.weight) if grad is None else grad
+                weights.append(unit.layer.to_matrix(unit.module, grad))
+            if self.biases and unit.bias is not None:
+                grad = unit.bias.grad
+                grad = torch.zeros_like(unit.bias) if grad is None else grad
+                biases.append(grad.reshape(*rows, d_out, 1))
+        if not weights or not biases:
+            alone = weights or biases
+            return alone[0][None] if len(alone) == 1 else torch.stack(alone)
+        out = weights[0].new_empty((len(weights), *rows, d_out, d_in))
+        slots = (*out[..., :-1].unbind(), *out[..., -1:].unbind())
+        torch._foreach_copy_(slots, [*weights, *biases])
+        return out
+
+    def moves(self, matrices: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """Every parameter with its part of such matrices."""
+        for unit, matrix in zip(self.units, matrices.unbind(), strict=True):
+            if self.weights and self.biases:
+                yield from zip(unit.parameters, unit.split(matrix), strict=True)
+            elif self.weights:
+                yield unit.weight, unit.layer.from_matrix(unit.module, matrix)
+            elif unit.bias is not None:
+                yield unit.bias, matrix.reshape(unit.bias.shape)
+
+
+def at_columns(members: Members, where: slice) -> Members:
+    """Of diagonal factors of the columns, K and its kin, what belongs to some columns."""
+    if where == slice(None):
+        return members
+    return {
+        name: m.map(lambda d: d[..., where]) if name.endswith("K") else m
+        for name, m in members.items()
+    }
+
+
+def columns(units: Sequence[Unit], apart: bool) -> list[Columns]:
+    """Weights and biases of units, together, or apart where there are biases."""
+    if apart and units[0].bias is not None:
+        return [Columns(units, biases=False), Columns(units, weights=False)]
+    return [Columns(units)]

@@ -194,7 +194,9 @@ class SplitOptimizer(Optimizer):
                     f"got {list(p.shape)}: make a new optimizer"
                 )
             for option, value in self.state.get(p, {}).items():
-                if isinstance(value, Tensor) and option != "step":
+                if not isinstance(value, Tensor) or option == "step":
+                    continue
+                if value.dtype != p.dtype or value.device != p.device:
                     self.state[p][option] = value.to(p)
         for unit in self._units:
             if unit.layout != self._layout(unit):

@@ -14,16 +14,16 @@ from singd import distributed
 from singd.capture import Statistics, Unit
 from singd.descent import descend
 from singd.grafting import graft_
-from singd.grouping import Bucket, Members, gather, stack
+from singd.grouping import Bucket, Columns, Members, at_columns, columns, stack
 from singd.options import Group, peak_lr
 from singd.rounding import Rounding
 from singd.update import inner, residual, trust_region
-from structured import StructuredMatrix
+from structured import Diagonal, StructuredMatrix
 
 if TYPE_CHECKING:
     from singd.base import KroneckerOptimizer
 
-Naturals = list[tuple[list[Unit], Tensor]]
+Naturals = list[tuple[Columns, Tensor]]
 
 
 @dataclass
@@ -49,6 +49,7 @@ class Step:
         self.foreign = self._foreign()
         self.buckets = optimizer._buckets
         self.moments: list[tuple[Tensor, dict[str, Tensor]]] = []  # of grafting, if it is taken
+        self.bounds: dict[int, Tensor] = {}  # of a group's step, by its id: what scales it
         self.report: dict[str, Any] | None = None if optimizer.telemetry is None else {}
 
     def run(self, *, descend: bool = True) -> str | None:
@@ -96,7 +97,8 @@ class Step:
         else:
             for p, direction in _moves(naturals):
                 if p.grad is not None:
-                    p.grad.copy_(direction)
+                    nu = self.bounds.get(id(self.optimizer._groups[id(p)]))
+                    p.grad.copy_(direction if nu is None else direction * nu.to(direction))
         return None
 
     # What there is to do ------------------------------------------------------------------------
@@ -147,10 +149,10 @@ class Step:
                     finite = t.isfinite().flatten(1).all(1).tolist()
                     if not all(finite):
                         return proposal.bucket.units[finite.index(False)].name
-        for units, natural in naturals:
+        for of, natural in naturals:
             finite = natural.isfinite().flatten(1).all(1).tolist()
             if not all(finite):
-                return units[finite.index(False)].name
+                return of.units[finite.index(False)].name
         return None
 
     def _foreign(self) -> list[Group]:
@@ -215,9 +217,9 @@ class Step:
     # Parameters ---------------------------------------------------------------------------------
 
     def _naturals(self, proposals: Sequence[Proposal]) -> tuple[Naturals, Tensor | None]:
-        """Preconditioned gradients of all units that have any, bounded together.
+        """Preconditioned gradients of all units that have any, and the bounds of their steps.
 
-        Also returns the sum that the bound goes by, if it saw all of them.
+        Also returns the sum that the bounds go by, if it saw all of them.
         """
         naturals: Naturals = []
         quadratic: list[Tensor] = []
@@ -228,28 +230,35 @@ class Step:
             if not units:
                 continue
             members, products = proposal.bucket.select(units, proposal.members, proposal.products)
-            G = gather(units)
-            natural = self.optimizer._precondition(members, products, G)
-            if units[0].group["graft"] is not None:
-                self.moments += graft_(natural, G, units, self.optimizer)
-            naturals.append((units, natural))
-            if units[0].group["kl_clip"] is not None:
-                quadratic.append(peak_lr(units[0].group) ** 2 * inner(natural, G))
-            if self.report is not None:
-                for unit, N, g in zip(units, natural, G, strict=True):
-                    norms = {"gradient_norm": g.norm(), "natural_norm": N.norm()}
-                    self.report.setdefault(unit.name, {}).update(norms)
+            group = units[0].group
+            for of in columns(units, self._apart(group, members)):
+                G = of.gradients()
+                natural = self.optimizer._precondition(
+                    at_columns(members, of.where), at_columns(products, of.where), G
+                )
+                if group["graft"] is not None:
+                    self.moments += graft_(natural, G, units, self.optimizer)
+                naturals.append((of, natural))
+                if group["kl_clip"] is not None:
+                    quadratic.append(peak_lr(group) ** 2 * inner(natural, G))
+                if self.report is not None:
+                    for unit, N, g in zip(units, natural, G, strict=True):
+                        norms = {"gradient_norm": g.norm(), "natural_norm": N.norm()}
+                        self.report.setdefault(unit.name, {}).update(norms)
         if not quadratic:
             return naturals, None
         total = torch.stack([q.to(quadratic[0].device) for q in quadratic]).sum()
-        for units, natural in naturals:
-            kl_clip = units[0].group["kl_clip"]
-            if kl_clip is not None:
-                nu = trust_region(kl_clip, total)
-                natural.mul_(nu.to(natural))
+        for group in {id(of.units[0].group): of.units[0].group for of, _ in naturals}.values():
+            if group["kl_clip"] is not None:
+                self.bounds[id(group)] = nu = trust_region(group["kl_clip"], total)
                 if self.report is not None:
                     self.report["trust_region"] = nu
         return naturals, total if len(quadratic) == len(naturals) else None
+
+    def _apart(self, group: Group, members: Members) -> bool:
+        """Whether weights and biases are preconditioned apart, which spares a copy of both."""
+        alone = isinstance(members[self.optimizer._sides[0]], Diagonal)
+        return alone and group["graft"] is None and self.report is None
 
     def _descend(self, naturals: Naturals) -> None:
         """Move every parameter of the units along its preconditioned gradient."""
@@ -276,6 +285,7 @@ class Step:
                 momentum=group["momentum"],
                 weight_decay=group["weight_decay"],
                 rounding=rounding,
+                scale=self.bounds.get(id(group)),
             )
 
     def _momentum_buffer(self, p: Tensor) -> Tensor:
@@ -294,9 +304,8 @@ def _join(unit: Unit, average: Callable[[Statistics, Unit], StructuredMatrix]) -
 
 def _moves(naturals: Naturals) -> Iterable[tuple[Tensor, Tensor]]:
     """Every parameter of the units with its direction."""
-    for units, natural in naturals:
-        for unit, matrix in zip(units, natural, strict=True):
-            yield from zip(unit.parameters, unit.split(matrix), strict=True)
+    for of, natural in naturals:
+        yield from of.moves(natural)
 
 
 def fused(group: Group) -> Group:
