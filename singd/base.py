@@ -15,13 +15,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from singd import checkpoint, distributed
+from singd import checkpoint, cuda_graph, distributed
 from singd._layer import flatten_rows, square_sums
 from singd.amp import calling_scale
 from singd.capture import Statistics, Unit
 from singd.grouping import Members
 from singd.loss_scale import LossCheck
-from singd.options import Group, peak_lr
+from singd.options import Group, keep_peak
 from singd.plan import Plan, make_plan
 from singd.split import KRONECKER, SplitOptimizer
 from singd.stepping import Step
@@ -230,6 +230,8 @@ class KroneckerOptimizer(SplitOptimizer):
         self._run(descend=False, scale=None if scale is None else torch.as_tensor(scale))
 
     def _run(self, *, descend: bool, scale: Tensor | None = None) -> None:
+        if cuda_graph.capturing():
+            cuda_graph.check(self)
         scale = calling_scale() if scale is None else scale
         self._settle()
         if checkpoint.wants_state(self):
@@ -247,7 +249,7 @@ class KroneckerOptimizer(SplitOptimizer):
             for group in self.param_groups:
                 if group["rule"] == KRONECKER:
                     group["step"] += 1
-                    group["peak_lr"] = peak_lr(group)
+                    keep_peak(group)
         else:
             self.skipped += 1
             self._skipped_in_row += 1
@@ -255,7 +257,8 @@ class KroneckerOptimizer(SplitOptimizer):
             self.telemetry({"skipped": self.skipped, **step.report})
         if self.max_skipped is not None and self._skipped_in_row >= self.max_skipped > 0:
             raise FloatingPointError(
-                f"{bad}: gradient or statistics not finite in {self._skipped_in_row} steps in a row"
+                f"{bad}: gradient, statistics or factors not finite in {self._skipped_in_row} "
+                "steps in a row"
             )
 
     def _check_loss(self, check: LossCheck, scale: Tensor | None) -> None:

@@ -22,7 +22,7 @@ def descend(
     directions: Sequence[Tensor],
     buffers: Sequence[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     momentum: float,
     weight_decay: float,
     rounding: Rounding,
@@ -36,7 +36,7 @@ def descend(
         params: The parameters ``p``, all on one device.
         directions: What they move along, ``d``; of no use afterwards if there is a ``scale``.
         buffers: Their momenta ``b``, like ``params``; empty for no momentum.
-        lr: Of the step.
+        lr: Of the step; a tensor, which a CUDA graph reads anew, costs one more pass.
         momentum: In [0, 1).
         weight_decay: Not negative.
         rounding: Of this step.
@@ -44,7 +44,7 @@ def descend(
     """
     if not params:
         return
-    served = _is_served(params, buffers)
+    served = not isinstance(lr, Tensor) and _is_served(params, buffers)
     if scale is not None and not (served and all(p.dtype == torch.float32 for p in params)):
         directions = list(directions)
         torch._foreach_mul_(directions, scale.to(directions[0]))
@@ -64,7 +64,8 @@ def descend(
             maximize=False,
         )
         return
-    if params[0].is_cuda and (kernels := rounding.kernels()) is not None:
+    fast = params[0].is_cuda and not isinstance(lr, Tensor)
+    if fast and (kernels := rounding.kernels()) is not None:
         served = all(
             p.is_contiguous() and p.dtype != torch.float64 and d.dtype != torch.float64
             for p, d in zip(params, directions, strict=True)
@@ -94,7 +95,7 @@ def plain(
     params: Sequence[Tensor],
     directions: Sequence[Tensor],
     buffers: Sequence[Tensor],
-    lr: float,
+    lr: float | Tensor,
     momentum: float,
     weight_decay: float,
     rounded: Callable[[Tensor, torch.dtype], Tensor],
@@ -117,7 +118,10 @@ def plain(
         torch._foreach_add_(kept, moves)
         torch._foreach_copy_(list(buffers), kept)
         moves = kept
-    torch._foreach_add_(wide, moves, alpha=-lr)
+    if isinstance(lr, Tensor):
+        torch._foreach_sub_(wide, torch._foreach_mul(moves, lr.to(wide[0])))
+    else:
+        torch._foreach_add_(wide, moves, alpha=-lr)
     if not exact:
         for p, value in zip(params, wide, strict=True):
             p.copy_(rounded(value, p.dtype))

@@ -135,7 +135,8 @@ class SplitOptimizer(Optimizer):
         others = [p for p in given if id(parameter_of(p)) not in ours]
         if kronecker or not given:
             lr = group.get("lr", self.defaults["lr"])
-            own = {**group, "params": kronecker, "rule": KRONECKER, "step": 0, "peak_lr": lr}
+            peak = lr.clone() if isinstance(lr, Tensor) else lr
+            own = {**group, "params": kronecker, "rule": KRONECKER, "step": 0, "peak_lr": peak}
             super().add_param_group(own)
         if others:
             shared = {k: v for k, v in group.items() if k in self._adamw.defaults}
