@@ -7,6 +7,7 @@ elsewhere PyTorch's ``foreach`` operations.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,19 +45,20 @@ def descend(
     """
     if not params:
         return
-    served = not isinstance(lr, Tensor) and _is_served(params, buffers)
+    served = _is_served(params, buffers)
     if scale is not None and not (served and all(p.dtype == torch.float32 for p in params)):
         directions = list(directions)
         torch._foreach_mul_(directions, scale.to(directions[0]))
         scale = None
     if served:
+        rate: Any = lr  # a tensor is none of the stub's types
         sgd(
             list(params),
             [d.to(p.dtype).contiguous() for p, d in zip(params, directions, strict=True)],
             list(buffers) or [None] * len(params),
             fused=True,
             grad_scale=None if scale is None else 1.0 / scale.to(params[0]),  # it divides by that
-            lr=lr,
+            lr=rate,
             momentum=momentum,
             weight_decay=weight_decay,
             dampening=0.0,

@@ -33,7 +33,7 @@ class Bucket:
         self.products: Members = {}  # worth keeping between two updates, not part of the state
         self.indices: dict[tuple[int, ...], Tensor] = {}
         for index, unit in enumerate(self.units):
-            own = state[unit.weight]
+            own, unit.bucket = state[unit.weight], self
             for name, member in fresh.items():
                 views = [t[index] for t in member.tensors()]
                 if name in own:
@@ -72,6 +72,11 @@ class Bucket:
                 copy_(self.products[name], product)
         else:
             self.products = products
+
+    def product(self, unit: Unit, name: str, part: int) -> StructuredMatrix:
+        """A product of one unit, of one part of its layer."""
+        own = self.products[name].map(lambda t: t[self.units.index(unit)])
+        return own if unit.layer.parts == 1 else own.map(lambda t: t[part])
 
     def select(self, units: Sequence[Unit], *members: Members) -> tuple[Members, ...]:
         """What belongs to some of the units; copies, unless it is all of them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -92,6 +92,7 @@ class KFAC(KroneckerOptimizer):
         products: Members,
         U_K: StructuredMatrix,
         U_C: StructuredMatrix,
+        multiplied: Collection[str] = (),
     ) -> Members:
         new: Members = {}
         for side, U in (("K", U_K), ("C", U_C)):

@@ -211,7 +211,7 @@ class SplitOptimizer(Optimizer):
         state = self.state.get(unit.weight, {})
         for name in [k for k, v in state.items() if isinstance(v, list) and k not in kept]:
             del state[name]
-        if unit.structures != before:
+        if unit.structures != before or any(unit.multiplied.values()):
             unit.discard()
 
     def _layout(self, unit: Unit) -> tuple[Any, ...]:

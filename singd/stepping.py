@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -188,16 +188,17 @@ class Step:
         if not units or not optimizer._due(units[0]):
             products = products or optimizer._products(group, members)
             return Proposal(bucket, members, products, [])
-        U_K = stack([_join(u, lambda s, _: (1.0 / s.rows) * s.U_K) for u in units])
-        U_C = stack([_join(u, lambda s, u: self._terms(s, u) * s.U_C) for u in units])
         old, kept = bucket.select(units, members, products or optimizer._products(group, members))
-        if self.report is not None and "K" in old:
+        multiplied = {side for side in "KC" if any(u.multiplied.get(side) for u in units)}
+        U_K = _joined(units, "K", kept, multiplied, lambda s, _: (1.0 / s.rows) * s.U_K)
+        U_C = _joined(units, "C", kept, multiplied, lambda s, u: self._terms(s, u) * s.U_C)
+        if self.report is not None and "K" in old and not multiplied:
             for side, U in (("K", U_K), ("C", U_C)):
                 norms = residual(old[side].to(U.dtype), U, group["damping"])
                 for unit, norm in zip(units, norms, strict=True):
                     self.report.setdefault(unit.name, {})[f"residual_{side}"] = norm
         rounding = Rounding(group["seed"], group["step"], stream)
-        new = optimizer._update(group, old, kept, U_K, U_C)
+        new = optimizer._update(group, old, kept, U_K, U_C, multiplied)
         members = bucket.replaced(units, new, rounding)
         return Proposal(bucket, members, optimizer._products(group, members), units)
 
@@ -292,10 +293,23 @@ class Step:
         return buffer
 
 
-def _join(unit: Unit, average: Callable[[Statistics, Unit], StructuredMatrix]) -> StructuredMatrix:
-    """The averages of a unit; the parts of its layer, if any, side by side."""
-    averages = [average(seen, unit) for _, seen in sorted(unit.statistics.items())]
-    return averages[0] if unit.layer.parts == 1 else stack(averages)
+def _joined(
+    units: Sequence[Unit],
+    side: str,
+    products: Members,
+    multiplied: Collection[str],
+    average: Callable[[Statistics, Unit], StructuredMatrix],
+) -> StructuredMatrix:
+    """The averages of units side by side, and so the parts of their layers, if there are any."""
+    joined = []
+    for index, unit in enumerate(units):
+        parts = [average(seen, unit) for _, seen in sorted(unit.statistics.items())]
+        U = parts[0] if unit.layer.parts == 1 else stack(parts)
+        if side in multiplied and not unit.multiplied.get(side):
+            P = products[2 * side].map(lambda t: t[index])  # noqa: B023  # called at once
+            U = P.matmul(U.to(P.dtype))
+        joined.append(U)
+    return stack(joined)
 
 
 def _moves(naturals: Naturals) -> Iterable[tuple[Tensor, Tensor]]:

@@ -107,29 +107,35 @@ def clipped(lr_cov: float | Tensor, m_K: StructuredMatrix, bound: float) -> Tens
 # The same step on the products P_K = K K^T and P_C = C C^T, where they are kept: K m_K needs no
 # product but W K, with W = P_K (a S_K + c I), since tr(H_K) = tr(P_K S_K) and W is similar to
 # H = K^T (a S_K + c I) K. Three products of size n in place of six, for structures closed under
-# transposition.
+# transposition. What goes in is V = P S; where rows are few it is summed in place of S, and then
+# there are two.
+
+
+def product_statistic(P: StructuredMatrix, A: Tensor) -> StructuredMatrix:
+    """``V = P A A^T`` of ``A [..., n, R]``, dense: ``2 n^2 R`` and no product of size n."""
+    return P.with_tensors([P.apply(A) @ A.mT])
 
 
 def singd_weights(
     P_K: StructuredMatrix,
     P_C: StructuredMatrix,
-    U_K: StructuredMatrix,
-    U_C: StructuredMatrix,
+    V_K: StructuredMatrix,
+    V_C: StructuredMatrix,
     damping: float | Tensor,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """``(a, c)`` of K and of C in INGD and SINGD: ``tr(H_C)/d_out`` and ``lambda tr(C^T C)/d_out``.
 
     In IKFAC they are 1 and lambda.
     """
-    a_K, a_C = P_C.trace_product(U_C) / max(P_C.n, 1), P_K.trace_product(U_K) / max(P_K.n, 1)
+    a_K, a_C = mean_trace(V_C), mean_trace(V_K)
     return (a_K, damping * mean_trace(P_C)), (a_C, damping * mean_trace(P_K))
 
 
 def product_curvature(
-    P: StructuredMatrix, U: StructuredMatrix, a: float | Tensor, c: float | Tensor
+    P: StructuredMatrix, V: StructuredMatrix, a: float | Tensor, c: float | Tensor
 ) -> StructuredMatrix:
     """``W = P (a S + c I)``, similar to ``H = K^T (a S + c I) K``."""
-    return P.matmul((a * U).add_scaled_identity(c))
+    return a * V + c * P
 
 
 def product_clipped(lr_cov: float, W: StructuredMatrix, bound: float) -> Tensor:
@@ -143,8 +149,8 @@ def product_clipped(lr_cov: float, W: StructuredMatrix, bound: float) -> Tensor:
 def product_factor_step(
     K: StructuredMatrix, W: StructuredMatrix, lr_cov: float | Tensor
 ) -> StructuredMatrix:
-    """``K (I - beta_1 m_K) = (1 + beta_1 / 2) K - beta_1 / 2 W K``."""
-    return (1 + 0.5 * lr_cov) * K - (0.5 * lr_cov) * W.matmul(K)
+    """``K (I - beta_1 m_K) = ((1 + beta_1 / 2) I - beta_1 / 2 W) K``."""
+    return ((-0.5 * lr_cov) * W).add_scaled_identity(1 + 0.5 * lr_cov).matmul(K)
 
 
 def precondition(K: StructuredMatrix, C: StructuredMatrix, G: Tensor) -> Tensor:
