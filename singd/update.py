@@ -28,6 +28,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from singd.rounding import leading
 from structured import Diagonal, StructuredMatrix
 
 
@@ -134,8 +135,8 @@ def singd_weights(
 def product_curvature(
     P: StructuredMatrix, V: StructuredMatrix, a: float | Tensor, c: float | Tensor
 ) -> StructuredMatrix:
-    """``W = P (a S + c I)``, similar to ``H = K^T (a S + c I) K``."""
-    return a * V + c * P
+    """``W = P (a S + c I)``, similar to ``H = K^T (a S + c I) K``; in the memory of ``V = P S``."""
+    return _weighted_sum_(a, V, c, P)
 
 
 def product_clipped(lr_cov: float, W: StructuredMatrix, bound: float) -> Tensor:
@@ -149,8 +150,20 @@ def product_clipped(lr_cov: float, W: StructuredMatrix, bound: float) -> Tensor:
 def product_factor_step(
     K: StructuredMatrix, W: StructuredMatrix, lr_cov: float | Tensor
 ) -> StructuredMatrix:
-    """``K (I - beta_1 m_K) = ((1 + beta_1 / 2) I - beta_1 / 2 W) K``."""
-    return ((-0.5 * lr_cov) * W).add_scaled_identity(1 + 0.5 * lr_cov).matmul(K)
+    """``K (I - beta_1 m_K) = (1 + beta_1 / 2) K - beta_1 / 2 W K``."""
+    return _weighted_sum_(-0.5 * lr_cov, W.matmul(K), 1 + 0.5 * lr_cov, K)
+
+
+def _weighted_sum_(
+    a: float | Tensor, X: StructuredMatrix, b: float | Tensor, Y: StructuredMatrix
+) -> StructuredMatrix:
+    """``a X + b Y`` in the memory of X: fresh memory takes longer than the sum."""
+
+    def sum_(x: Tensor, y: Tensor) -> Tensor:
+        x.mul_(leading(a, x) if isinstance(a, Tensor) else a)
+        return x.addcmul_(y, leading(b, y)) if isinstance(b, Tensor) else x.add_(y, alpha=b)
+
+    return X.map(sum_, Y)
 
 
 def precondition(K: StructuredMatrix, C: StructuredMatrix, G: Tensor) -> Tensor:
