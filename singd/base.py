@@ -82,6 +82,12 @@ class KroneckerOptimizer(SplitOptimizer):
         """Products worth keeping until the next update."""
         return {}
 
+    def _pair(
+        self, members: Members, products: Members
+    ) -> tuple[StructuredMatrix, StructuredMatrix] | None:
+        """``K K^T`` and ``C C^T`` where they are at hand, in one precision."""
+        return None
+
     @abstractmethod
     def _precondition(self, members: Members, products: Members, G: Tensor) -> Tensor:
         """The preconditioned gradient, a new tensor, for ``G [..., d_out, d_in]``."""

@@ -131,13 +131,6 @@ class Columns(NamedTuple):
     weights: bool = True
     biases: bool = True
 
-    @property
-    def where(self) -> slice:
-        """Their places among all columns."""
-        if self.units[0].bias is None or (self.weights and self.biases):
-            return slice(None)
-        return slice(None, -1) if self.weights else slice(-1, None)
-
     def gradients(self) -> Tensor:
         """As matrices, ``[units, ..., d_out, columns]``; zero where there is no gradient.
 
@@ -171,20 +164,3 @@ class Columns(NamedTuple):
                 yield unit.weight, unit.layer.from_matrix(unit.module, matrix)
             elif unit.bias is not None:
                 yield unit.bias, matrix.reshape(unit.bias.shape)
-
-
-def at_columns(members: Members, where: slice) -> Members:
-    """Of diagonal factors of the columns, K and its kin, what belongs to some columns."""
-    if where == slice(None):
-        return members
-    return {
-        name: m.map(lambda d: d[..., where]) if name.endswith("K") else m
-        for name, m in members.items()
-    }
-
-
-def columns(units: Sequence[Unit], apart: bool) -> list[Columns]:
-    """Weights and biases of units, together, or apart where there are biases."""
-    if apart and units[0].bias is not None:
-        return [Columns(units, biases=False), Columns(units, weights=False)]
-    return [Columns(units)]

@@ -101,6 +101,11 @@ class KFAC(KroneckerOptimizer):
             new |= {f"S_{side}": S, f"inverse_{side}": Dense(inverse)}
         return new
 
+    def _pair(
+        self, members: Members, products: Members
+    ) -> tuple[StructuredMatrix, StructuredMatrix]:
+        return members["inverse_K"], members["inverse_C"]
+
     def _precondition(self, members: Members, products: Members, G: Tensor) -> Tensor:
-        K, C = members["inverse_K"], members["inverse_C"]
+        K, C = self._pair(members, products)
         return update.precondition_products(K, C, G.to(K.dtype)).to(G.dtype)

@@ -221,7 +221,7 @@ class SINGD(KroneckerOptimizer):
         exact = K.dtype in (torch.float32, torch.float64) and X.dtype == K.dtype
         dense = all(isinstance(unit.members[side], Dense) for side in self._sides)
         few = 2 * X.shape[-1] <= K.n
-        alone = self.telemetry is None and distributed.size(self._process_group) == 1
+        alone = distributed.size(self._process_group) == 1
         bucket = unit.bucket
         if not (few and dense and exact and alone and bucket and self._by_products(unit.group)):
             return False
@@ -319,12 +319,19 @@ class SINGD(KroneckerOptimizer):
             return {}
         return {"KK": K.mT.gram(), "CC": C.mT.gram()}
 
+    def _pair(
+        self, members: Members, products: Members
+    ) -> tuple[StructuredMatrix, StructuredMatrix] | None:
+        if not products:
+            return None
+        wide = torch.promote_types(members["K"].dtype, members["C"].dtype)
+        return products["KK"].to(wide), products["CC"].to(wide)
+
     def _precondition(self, members: Members, products: Members, G: Tensor) -> Tensor:
-        K, C = members["K"], members["C"]
+        K, C, pair = members["K"], members["C"], self._pair(members, products)
         wide = torch.promote_types(K.dtype, C.dtype)
-        if products:
-            KK, CC = products["KK"].to(wide), products["CC"].to(wide)
-            natural = update.precondition_products(KK, CC, G.to(wide))
+        if pair is not None:
+            natural = update.precondition_products(*pair, G.to(wide))
         else:
             natural = update.precondition(K.to(wide), C.to(wide), G.to(wide))
         return natural.to(G.dtype)

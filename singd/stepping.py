@@ -14,11 +14,11 @@ from singd import distributed
 from singd.capture import Statistics, Unit
 from singd.descent import descend
 from singd.grafting import graft_
-from singd.grouping import Bucket, Columns, Members, at_columns, columns, stack
+from singd.grouping import Bucket, Columns, Members, stack
 from singd.options import Group, peak_lr
 from singd.rounding import Rounding
-from singd.update import inner, residual, trust_region
-from structured import Diagonal, StructuredMatrix
+from singd.update import inner, precondition_apart, product_residual, residual, trust_region
+from structured import Dense, Diagonal, StructuredMatrix
 
 if TYPE_CHECKING:
     from singd.base import KroneckerOptimizer
@@ -192,9 +192,12 @@ class Step:
         multiplied = {side for side in "KC" if any(u.multiplied.get(side) for u in units)}
         U_K = _joined(units, "K", kept, multiplied, lambda s, _: (1.0 / s.rows) * s.U_K)
         U_C = _joined(units, "C", kept, multiplied, lambda s, u: self._terms(s, u) * s.U_C)
-        if self.report is not None and "K" in old and not multiplied:
+        if self.report is not None and "K" in old:
             for side, U in (("K", U_K), ("C", U_C)):
-                norms = residual(old[side].to(U.dtype), U, group["damping"])
+                if side in multiplied:
+                    norms = product_residual(kept[2 * side], U, group["damping"])
+                else:
+                    norms = residual(old[side].to(U.dtype), U, group["damping"])
                 for unit, norm in zip(units, norms, strict=True):
                     self.report.setdefault(unit.name, {})[f"residual_{side}"] = norm
         rounding = Rounding(group["seed"], group["step"], stream)
@@ -228,11 +231,7 @@ class Step:
                 continue
             members, products = proposal.bucket.select(units, proposal.members, proposal.products)
             group = units[0].group
-            for of in columns(units, self._apart(group, members)):
-                G = of.gradients()
-                natural = self.optimizer._precondition(
-                    at_columns(members, of.where), at_columns(products, of.where), G
-                )
+            for of, natural, G in self._preconditioned(units, members, products):
                 if group["graft"] is not None:
                     self.moments += graft_(natural, G, units, self.optimizer)
                 naturals.append((of, natural))
@@ -240,8 +239,9 @@ class Step:
                     quadratic.append(peak_lr(group) ** 2 * inner(natural, G))
                 if self.report is not None:
                     for unit, N, g in zip(units, natural, G, strict=True):
-                        norms = {"gradient_norm": g.norm(), "natural_norm": N.norm()}
-                        self.report.setdefault(unit.name, {}).update(norms)
+                        own = self.report.setdefault(unit.name, {})
+                        for name, norm in (("gradient_norm", g.norm()), ("natural_norm", N.norm())):
+                            own[name] = norm if name not in own else torch.hypot(own[name], norm)
         if not quadratic:
             return naturals, None
         total = torch.stack([q.to(quadratic[0].device) for q in quadratic]).sum()
@@ -252,10 +252,26 @@ class Step:
                     self.report["trust_region"] = nu
         return naturals, total if len(quadratic) == len(naturals) else None
 
-    def _apart(self, group: Group, members: Members) -> bool:
-        """Whether weights and biases are preconditioned apart, which spares a copy of both."""
-        alone = isinstance(members[self.optimizer._sides[0]], Diagonal)
-        return alone and group["graft"] is None and self.report is None
+    def _preconditioned(
+        self, units: Sequence[Unit], members: Members, products: Members
+    ) -> list[tuple[Columns, Tensor, Tensor]]:
+        """Preconditioned and plain gradients of equal units; of weights and biases apart if can be.
+
+        That spares copies of both, side by side and back.
+        """
+        optimizer, weight = self.optimizer, units[0].weight
+        pair = optimizer._pair(members, products)
+        joint = units[0].group["graft"] is not None or units[0].bias is None
+        if joint or pair is None or pair[0].dtype != weight.dtype:
+            pair = None
+        if pair is None or not isinstance(pair[0], Dense | Diagonal):
+            both = Columns(units)
+            G = both.gradients()
+            return [(both, optimizer._precondition(members, products, G), G)]
+        weights, biases = Columns(units, biases=False), Columns(units, weights=False)
+        G, g = weights.gradients(), biases.gradients()
+        of_weights, of_biases = precondition_apart(*pair, G, g)
+        return [(weights, of_weights, G), (biases, of_biases, g)]
 
     def _descend(self, naturals: Naturals) -> None:
         """Move every parameter of the units along its preconditioned gradient."""

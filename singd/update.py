@@ -147,6 +147,12 @@ def product_clipped(lr_cov: float, W: StructuredMatrix, bound: float) -> Tensor:
     return lr_cov * (bound / (lr_cov * norm).clamp(min=bound))
 
 
+def product_residual(P: StructuredMatrix, V: StructuredMatrix, damping: float) -> Tensor:
+    """:func:`residual` from ``V = P S``: ``V + lambda P - I`` is similar to what it measures."""
+    W = (V + damping * P).add_scaled_identity(-1.0)
+    return W.trace_product(W).clamp(min=0.0).sqrt()
+
+
 def product_factor_step(
     K: StructuredMatrix, W: StructuredMatrix, lr_cov: float | Tensor
 ) -> StructuredMatrix:
@@ -177,6 +183,22 @@ def precondition_products(KK: StructuredMatrix, CC: StructuredMatrix, G: Tensor)
     if isinstance(KK, Diagonal) and isinstance(CC, Diagonal):  # as few passes as there can be
         return (G * KK.d[..., None, :]).mul_(CC.d[..., None])
     return CC.apply(KK.apply(G.mT).mT)
+
+
+def precondition_apart(
+    KK: StructuredMatrix, CC: StructuredMatrix, G: Tensor, g: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same for ``[G g]``, a weight and its bias ``g [..., d_out, 1]``, without joining them.
+
+    For ``K K^T`` dense or diagonal.
+    """
+    if isinstance(KK, Diagonal):
+        weight, bias = Diagonal(KK.d[..., :-1]), Diagonal(KK.d[..., -1:])
+        return precondition_products(weight, CC, G), precondition_products(bias, CC, g)
+    P = KK.to_dense()
+    GP = (G @ P[..., :-1, :-1]).addcmul_(g, P[..., -1:, :-1])
+    gP = (G @ P[..., :-1, -1:]).addcmul_(g, P[..., -1:, -1:])
+    return CC.apply(GP), CC.apply(gP)
 
 
 def inner(X: Tensor, Y: Tensor) -> Tensor:

@@ -95,6 +95,9 @@ def test_preconditioning_applies_both_factors(structure: str) -> None:
     if K.closed_under_transpose:
         KK, CC = K.matmul(K.mT), C.matmul(C.mT)
         close(update.precondition_products(KK, CC, G), c @ c.T @ G @ k @ k.T)
+    if structure in ("dense", "diagonal"):
+        of_weight, of_bias = update.precondition_apart(KK, CC, G[:, :-1], G[:, -1:])
+        close(torch.cat([of_weight, of_bias], -1), c @ c.T @ G @ k @ k.T)
 
 
 @each_structure
@@ -205,6 +208,9 @@ def test_the_step_on_products_is_the_same_step(
     V_K, V_C = P_K.matmul(U_K), P_C.matmul(U_C)
     if structure == "dense":
         close(update.product_statistic(P_K, A).to_dense(), V_K.to_dense())
+    torch.testing.assert_close(
+        update.product_residual(P_K, V_K, damping), update.residual(K, U_K, damping)
+    )
     H_K, H_C = update.curvature(K, U_K), update.curvature(C, U_C)
     if kfac_like:
         momenta = [update.ikfac_momentum(K, H_K, damping), update.ikfac_momentum(C, H_C, damping)]
