@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from singd import cuda_graph
-from singd.capture import Unit
+from singd.capture import Statistics, Unit
 from structured import StructuredMatrix
 
 Members = dict[str, StructuredMatrix]
@@ -122,6 +122,25 @@ def stack(members: Sequence[StructuredMatrix]) -> StructuredMatrix:
     if len(members) == 1:
         return first.map(lambda t: t[None])
     return first.map(lambda *ts: torch.stack(ts), *members[1:])
+
+
+def joined(
+    units: Sequence[Unit],
+    side: str,
+    products: Members,
+    multiplied: Collection[str],
+    average: Callable[[Statistics, Unit], StructuredMatrix],
+) -> StructuredMatrix:
+    """The averages of units side by side, and so the parts of their layers, if there are any."""
+    joined = []
+    for index, unit in enumerate(units):
+        parts = [average(seen, unit) for _, seen in sorted(unit.statistics.items())]
+        U = parts[0] if unit.layer.parts == 1 else stack(parts)
+        if side in multiplied and not unit.multiplied.get(side):
+            P = products[2 * side].map(lambda t: t[index])  # noqa: B023  # called at once
+            U = P.matmul(U.to(P.dtype))
+        joined.append(U)
+    return stack(joined)
 
 
 class Columns(NamedTuple):

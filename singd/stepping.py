@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,11 @@ from singd import distributed
 from singd.capture import Statistics, Unit
 from singd.descent import descend
 from singd.grafting import graft_
-from singd.grouping import Bucket, Columns, Members, stack
+from singd.grouping import Bucket, Columns, Members, joined
 from singd.options import Group, peak_lr
 from singd.rounding import Rounding
 from singd.update import inner, precondition_apart, product_residual, residual, trust_region
-from structured import Dense, Diagonal, StructuredMatrix
+from structured import Dense, Diagonal
 
 if TYPE_CHECKING:
     from singd.base import KroneckerOptimizer
@@ -190,8 +190,8 @@ class Step:
             return Proposal(bucket, members, products, [])
         old, kept = bucket.select(units, members, products or optimizer._products(group, members))
         multiplied = {side for side in "KC" if any(u.multiplied.get(side) for u in units)}
-        U_K = _joined(units, "K", kept, multiplied, lambda s, _: (1.0 / s.rows) * s.U_K)
-        U_C = _joined(units, "C", kept, multiplied, lambda s, u: self._terms(s, u) * s.U_C)
+        U_K = joined(units, "K", kept, multiplied, lambda s, _: (1.0 / s.rows) * s.U_K)
+        U_C = joined(units, "C", kept, multiplied, lambda s, u: self._terms(s, u) * s.U_C)
         if self.report is not None and "K" in old:
             for side, U in (("K", U_K), ("C", U_C)):
                 if side in multiplied:
@@ -307,25 +307,6 @@ class Step:
             state["momentum_buffer"] = torch.zeros_like(p)
         buffer: Tensor = state["momentum_buffer"]
         return buffer
-
-
-def _joined(
-    units: Sequence[Unit],
-    side: str,
-    products: Members,
-    multiplied: Collection[str],
-    average: Callable[[Statistics, Unit], StructuredMatrix],
-) -> StructuredMatrix:
-    """The averages of units side by side, and so the parts of their layers, if there are any."""
-    joined = []
-    for index, unit in enumerate(units):
-        parts = [average(seen, unit) for _, seen in sorted(unit.statistics.items())]
-        U = parts[0] if unit.layer.parts == 1 else stack(parts)
-        if side in multiplied and not unit.multiplied.get(side):
-            P = products[2 * side].map(lambda t: t[index])  # noqa: B023  # called at once
-            U = P.matmul(U.to(P.dtype))
-        joined.append(U)
-    return stack(joined)
 
 
 def _moves(naturals: Naturals) -> Iterable[tuple[Tensor, Tensor]]:
