@@ -62,7 +62,10 @@ OPERATIONS: dict[str, Operation] = {
 }
 PER_COLUMN = ("`A @ X`", "`A.mT @ X`", "`project_gram(X)`")  # of X
 
-PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2), "mv": (0, 1)}
+PRODUCTS = {
+    **dict.fromkeys(("mm", "bmm", "mv"), (0, 1)),
+    **dict.fromkeys(("addmm", "addmm_", "baddbmm", "baddbmm_"), (1, 2)),
+}
 CUBIC = ("linalg_solve_ex", "_linalg_solve_ex", "linalg_lu_factor_ex", "linalg_cholesky_ex")
 FREE = (
     "_unsafe_view",

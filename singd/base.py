@@ -19,13 +19,13 @@ from singd import checkpoint, cuda_graph, distributed
 from singd._layer import flatten_rows, square_sums
 from singd.amp import calling_scale
 from singd.capture import Statistics, Unit
-from singd.grouping import Members
+from singd.grouping import Members, Products
 from singd.loss_scale import LossCheck
 from singd.options import Group, keep_peak
 from singd.plan import Plan, make_plan
 from singd.split import KRONECKER, SplitOptimizer
 from singd.stepping import Step
-from structured import Diagonal, StructuredMatrix
+from structured import Diagonal, Operator, StructuredMatrix
 
 
 class KroneckerOptimizer(SplitOptimizer):
@@ -67,7 +67,7 @@ class KroneckerOptimizer(SplitOptimizer):
         self,
         group: Group,
         old: Members,
-        products: Members,
+        products: Products,
         U_K: StructuredMatrix,
         U_C: StructuredMatrix,
         multiplied: Collection[str],
@@ -78,18 +78,16 @@ class KroneckerOptimizer(SplitOptimizer):
         ``multiplied`` are multiplied by them already.
         """
 
-    def _products(self, group: Group, members: Members) -> Members:
+    def _products(self, group: Group, members: Members) -> Products:
         """Products worth keeping until the next update."""
         return {}
 
-    def _pair(
-        self, members: Members, products: Members
-    ) -> tuple[StructuredMatrix, StructuredMatrix] | None:
+    def _pair(self, members: Members, products: Products) -> tuple[Operator, Operator] | None:
         """``K K^T`` and ``C C^T`` where they are at hand, in one precision."""
         return None
 
     @abstractmethod
-    def _precondition(self, members: Members, products: Members, G: Tensor) -> Tensor:
+    def _precondition(self, members: Members, products: Products, G: Tensor) -> Tensor:
         """The preconditioned gradient, a new tensor, for ``G [..., d_out, d_in]``."""
 
     def plan(self) -> Plan:

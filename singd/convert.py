@@ -84,9 +84,17 @@ _OPTIONS = (
 class Stored:
     """Stands in for a structured matrix of PyPI ``singd``: its tensors, by name."""
 
-    def tensors(self) -> dict[int, Tensor]:
-        """The tensors in their order there, which is ours too."""
-        return {i: getattr(self, name) for i, name in enumerate(vars(self)["_tensor_names"])}
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors in their order there."""
+        return {name: getattr(self, name) for name in vars(self)["_tensor_names"]}
+
+    def ours(self) -> dict[int, Tensor]:
+        """The tensors as we store them: those of hierarchical matrices by whole rows."""
+        there = list(self.tensors().values())
+        if len(there) == 5:
+            A, B, C, D, E = there
+            there = [torch.cat([A, B], 1), C, torch.cat([D, E], 1)]
+        return dict(enumerate(there))
 
 
 def read(path: str | os.PathLike[str]) -> Any:
@@ -141,7 +149,7 @@ def from_pypi(
             raise ValueError(f"from_pypi: expected a layer {name!r}, got {', '.join(saved['Ks'])}")
         for key in ("K", "C", "m_K", "m_C"):
             if name in saved[f"{key}s"]:
-                state["state"][number][key] = saved[f"{key}s"][name].tensors()
+                state["state"][number][key] = saved[f"{key}s"][name].ours()
     return state
 
 

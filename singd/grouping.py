@@ -13,6 +13,7 @@ from singd.capture import Statistics, Unit
 from structured import StructuredMatrix
 
 Members = dict[str, StructuredMatrix]
+Products = dict[str, Any]  # symmetric operators ``K K^T``, stored as members are
 
 
 class Bucket:
@@ -30,7 +31,7 @@ class Bucket:
         self, units: Sequence[Unit], fresh: Members, state: Mapping[Tensor, dict[str, Any]]
     ) -> None:
         self.units, self.members = list(units), fresh
-        self.products: Members = {}  # worth keeping between two updates, not part of the state
+        self.products: Products = {}  # worth keeping between two updates, not part of the state
         self.indices: dict[tuple[int, ...], Tensor] = {}
         for index, unit in enumerate(self.units):
             own, unit.bucket = state[unit.weight], self
@@ -62,7 +63,7 @@ class Bucket:
             changed[name] = before.with_tensors(tensors)
         return {**self.members, **changed}
 
-    def store(self, members: Members, products: Members) -> None:
+    def store(self, members: Members, products: Products) -> None:
         """Take over new factors and their products."""
         for name, member in members.items():
             if member is not self.members[name]:
@@ -75,10 +76,10 @@ class Bucket:
 
     def product(self, unit: Unit, name: str, part: int) -> StructuredMatrix:
         """A product of one unit, of one part of its layer."""
-        own = self.products[name].map(lambda t: t[self.units.index(unit)])
+        own: StructuredMatrix = self.products[name].map(lambda t: t[self.units.index(unit)])
         return own if unit.layer.parts == 1 else own.map(lambda t: t[part])
 
-    def select(self, units: Sequence[Unit], *members: Members) -> tuple[Members, ...]:
+    def select(self, units: Sequence[Unit], *members: dict[str, Any]) -> tuple[dict[str, Any], ...]:
         """What belongs to some of the units; copies, unless it is all of them."""
         if len(units) == len(self.units):
             return members
@@ -127,7 +128,7 @@ def stack(members: Sequence[StructuredMatrix]) -> StructuredMatrix:
 def joined(
     units: Sequence[Unit],
     side: str,
-    products: Members,
+    products: Products,
     multiplied: Collection[str],
     average: Callable[[Statistics, Unit], StructuredMatrix],
 ) -> StructuredMatrix:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from singd import update
 from singd.base import KroneckerOptimizer
 from singd.capture import Unit
-from singd.grouping import Members
+from singd.grouping import Members, Products
 from singd.options import Group, in_range
 from structured import Dense, StructuredMatrix
 
@@ -89,7 +89,7 @@ class KFAC(KroneckerOptimizer):
         self,
         group: Group,
         old: Members,
-        products: Members,
+        products: Products,
         U_K: StructuredMatrix,
         U_C: StructuredMatrix,
         multiplied: Collection[str] = (),
@@ -102,10 +102,10 @@ class KFAC(KroneckerOptimizer):
         return new
 
     def _pair(
-        self, members: Members, products: Members
+        self, members: Members, products: Products
     ) -> tuple[StructuredMatrix, StructuredMatrix]:
         return members["inverse_K"], members["inverse_C"]
 
-    def _precondition(self, members: Members, products: Members, G: Tensor) -> Tensor:
+    def _precondition(self, members: Members, products: Products, G: Tensor) -> Tensor:
         K, C = self._pair(members, products)
         return update.precondition_products(K, C, G.to(K.dtype)).to(G.dtype)

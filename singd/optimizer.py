@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from singd import distributed, update
 from singd.base import KroneckerOptimizer
 from singd.capture import Unit
-from singd.grouping import Members
+from singd.grouping import Members, Products
 from singd.options import Group, by_name, floating, in_range, integer, one_of, pair
-from structured import Dense, Structure, StructuredMatrix, StructureLike, parse
+from structured import Dense, Operator, Structure, StructuredMatrix, StructureLike, parse
 
 MAX_DIM = 8192
 
@@ -232,13 +232,14 @@ class SINGD(KroneckerOptimizer):
         self,
         group: Group,
         old: Members,
-        products: Members,
+        products: Products,
         U_K: StructuredMatrix,
         U_C: StructuredMatrix,
         multiplied: Collection[str] = (),
     ) -> Members:
         K, C = _wide(old["K"], U_K), _wide(old["C"], U_C)
-        if products and self._by_products(group):
+        closed = K.closed_under_transpose and C.closed_under_transpose
+        if closed and products and self._by_products(group):
             return self._update_by_products(group, K, C, products, U_K, U_C, multiplied)
         H_K, H_C = update.curvature(K, U_K.to(K.dtype)), update.curvature(C, U_C.to(C.dtype))
         if group["kfac_like"]:
@@ -256,7 +257,7 @@ class SINGD(KroneckerOptimizer):
         group: Group,
         K: StructuredMatrix,
         C: StructuredMatrix,
-        products: Members,
+        products: Products,
         U_K: StructuredMatrix,
         U_C: StructuredMatrix,
         multiplied: Collection[str],
@@ -313,27 +314,23 @@ class SINGD(KroneckerOptimizer):
         new[side] = update.factor_step(K, m_K, lr_cov)
         return new
 
-    def _products(self, group: Group, members: Members) -> Members:
-        K, C = members["K"], members["C"]
-        if not (group["keep_products"] and K.closed_under_transpose and C.closed_under_transpose):
+    def _products(self, group: Group, members: Members) -> Products:
+        if not group["keep_products"]:
             return {}
-        return {"KK": K.mT.gram(), "CC": C.mT.gram()}
+        found = {"KK": members["K"].outer(), "CC": members["C"].outer()}
+        return {name: product for name, product in found.items() if product is not None}
 
-    def _pair(
-        self, members: Members, products: Members
-    ) -> tuple[StructuredMatrix, StructuredMatrix] | None:
-        if not products:
+    def _pair(self, members: Members, products: Products) -> tuple[Operator, Operator] | None:
+        if len(products) < 2:
             return None
         wide = torch.promote_types(members["K"].dtype, members["C"].dtype)
         return products["KK"].to(wide), products["CC"].to(wide)
 
-    def _precondition(self, members: Members, products: Members, G: Tensor) -> Tensor:
-        K, C, pair = members["K"], members["C"], self._pair(members, products)
+    def _precondition(self, members: Members, products: Products, G: Tensor) -> Tensor:
+        K, C = members["K"], members["C"]
         wide = torch.promote_types(K.dtype, C.dtype)
-        if pair is not None:
-            natural = update.precondition_products(*pair, G.to(wide))
-        else:
-            natural = update.precondition(K.to(wide), C.to(wide), G.to(wide))
+        kept = {name: product.to(wide) for name, product in products.items()}
+        natural = update.precondition(K.to(wide), C.to(wide), G.to(wide), **kept)
         return natural.to(G.dtype)
 
 

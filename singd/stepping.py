@@ -14,7 +14,7 @@ from singd import distributed
 from singd.capture import Statistics, Unit
 from singd.descent import descend
 from singd.grafting import graft_
-from singd.grouping import Bucket, Columns, Members, joined
+from singd.grouping import Bucket, Columns, Members, Products, joined
 from singd.options import Group, peak_lr
 from singd.rounding import Rounding
 from singd.update import inner, precondition_apart, product_residual, residual, trust_region
@@ -32,7 +32,7 @@ class Proposal:
 
     bucket: Bucket
     members: Members
-    products: Members
+    products: Products
     updated: list[Unit]  # the units whose factors are new
 
 
@@ -253,7 +253,7 @@ class Step:
         return naturals, total if len(quadratic) == len(naturals) else None
 
     def _preconditioned(
-        self, units: Sequence[Unit], members: Members, products: Members
+        self, units: Sequence[Unit], members: Members, products: Products
     ) -> list[tuple[Columns, Tensor, Tensor]]:
         """Preconditioned and plain gradients of equal units; of weights and biases apart if can be.
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from singd.rounding import leading
-from structured import Diagonal, StructuredMatrix
+from structured import Diagonal, Kronecker, Operator, StructuredMatrix
 
 
 def mean_trace(H: StructuredMatrix) -> Tensor:
@@ -172,22 +172,32 @@ def _weighted_sum_(
     return X.map(sum_, Y)
 
 
-def precondition(K: StructuredMatrix, C: StructuredMatrix, G: Tensor) -> Tensor:
-    """The natural gradient ``C C^T G K K^T`` for ``G [..., d_out, d_in]``."""
-    GKK = K.apply(K.apply_transpose(G.mT)).mT
-    return C.apply(C.apply_transpose(GKK))
+def precondition(
+    K: StructuredMatrix,
+    C: StructuredMatrix,
+    G: Tensor,
+    KK: Operator | None = None,
+    CC: Operator | None = None,
+) -> Tensor:
+    """The natural gradient ``C C^T G K K^T`` for ``G [..., d_out, d_in]``.
+
+    Half the cost where the products ``KK = K K^T`` and ``CC = C C^T`` are given.
+    """
+    if KK is not None and CC is not None:
+        return precondition_products(KK, CC, G)
+    X = G.mT
+    GKK = (K.apply(K.apply_transpose(X)) if KK is None else KK.apply(X)).mT
+    return C.apply(C.apply_transpose(GKK)) if CC is None else CC.apply(GKK)
 
 
-def precondition_products(KK: StructuredMatrix, CC: StructuredMatrix, G: Tensor) -> Tensor:
-    """The same from the products ``K K^T`` and ``C C^T``: half the cost."""
+def precondition_products(KK: Operator, CC: Operator, G: Tensor) -> Tensor:
+    """The same from the products alone."""
     if isinstance(KK, Diagonal) and isinstance(CC, Diagonal):  # as few passes as there can be
         return (G * KK.d[..., None, :]).mul_(CC.d[..., None])
-    return CC.apply(KK.apply(G.mT).mT)
+    return Kronecker(CC, KK).apply_matrix(G)
 
 
-def precondition_apart(
-    KK: StructuredMatrix, CC: StructuredMatrix, G: Tensor, g: Tensor
-) -> tuple[Tensor, Tensor]:
+def precondition_apart(KK: Operator, CC: Operator, G: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """The same for ``[G g]``, a weight and its bias ``g [..., d_out, 1]``, without joining them.
 
     For ``K K^T`` dense or diagonal.

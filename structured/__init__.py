@@ -14,7 +14,6 @@ from structured.block_diagonal import BlockDiagonal
 from structured.block_triangular import (
     BlockLower,
     BlockUpper,
-    hierarchical,
     low_rank_lower,
     low_rank_upper,
 )
@@ -22,6 +21,7 @@ from structured.circulant import Circulant
 from structured.dense import Dense
 from structured.diagonal import Diagonal
 from structured.direct_sum import DirectSum
+from structured.hierarchical import Hierarchical
 from structured.kronecker import Kronecker
 from structured.rotated import Rotated
 from structured.scaled_identity import ScaledIdentity
@@ -40,6 +40,7 @@ __all__ = [
     "Dense",
     "Diagonal",
     "DirectSum",
+    "Hierarchical",
     "Kronecker",
     "LowerToeplitz",
     "LowerTriangular",
@@ -56,7 +57,6 @@ __all__ = [
     "UpperToeplitz",
     "UpperTriangular",
     "divergence",
-    "hierarchical",
     "inverse_root",
     "low_rank_lower",
     "low_rank_upper",

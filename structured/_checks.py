@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
@@ -17,33 +17,33 @@ if TYPE_CHECKING:
 def check_columns(A: Operator, X: Any, operation: str) -> None:
     """Raise unless ``X`` is ``[..., n, m]`` of our dtype and device, its batch shape like ours."""
     check_rows(A, X, operation)
+    if X.ndim == 2:
+        return
     ours, theirs = A.batch_shape, X.shape[:-2]
     for mine, its in zip(reversed(ours), reversed(theirs), strict=False):
         if mine != its and mine != 1 and its != 1:
             raise ValueError(
-                f"{type(A).__name__}.{operation}: expected a batch shape that broadcasts with "
+                f"{_name(A, operation)}: expected a batch shape that broadcasts with "
                 f"{list(ours)}, got {list(theirs)}"
             )
 
 
 def check_rows(A: Operator, X: Any, operation: str) -> None:
     """Raise unless ``X`` is ``[..., n, m]`` of our dtype and device."""
-    name = f"{type(A).__name__}.{operation}"
     if not isinstance(X, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(X).__name__}")
+        _raise_type(A, X, operation)
     if X.ndim < 2 or X.shape[-2] != A.n:
-        raise ValueError(f"{name}: expected shape [..., {A.n}, m], got {list(X.shape)}")
-    _check_kind(A, X, name)
+        _raise_shape(A, X, operation, "m")
+    _check_kind(A, X, operation)
 
 
 def check_square(A: StructuredMatrix, S: Any, operation: str) -> None:
     """Raise unless ``S`` is ``[..., n, n]`` of our dtype and device."""
-    name, n = f"{type(A).__name__}.{operation}", A.n
     if not isinstance(S, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(S).__name__}")
-    if S.ndim < 2 or S.shape[-2:] != (n, n):
-        raise ValueError(f"{name}: expected shape [..., {n}, {n}], got {list(S.shape)}")
-    _check_kind(A, S, name)
+        _raise_type(A, S, operation)
+    if S.ndim < 2 or S.shape[-2:] != (A.n, A.n):
+        _raise_shape(A, S, operation, A.n)
+    _check_kind(A, S, operation)
 
 
 def check_member(A: StructuredMatrix, B: Any, operation: str) -> None:
@@ -51,17 +51,17 @@ def check_member(A: StructuredMatrix, B: Any, operation: str) -> None:
     layout = getattr(B, "layout", None)
     if not isinstance(layout, tuple):  # tensors have a layout of another kind
         raise TypeError(
-            f"{type(A).__name__} {operation}: expected a member of the same structure, "
+            f"{_name(A, operation)}: expected a member of the same structure, "
             f"got {type(B).__name__}"
         )
     if A.layout != layout:
         raise ValueError(f"{operation}: expected two members of one structure, got {A!r} and {B!r}")
-    _check_kind(A, B, f"{type(A).__name__} {operation}")
+    _check_kind(A, B, operation)
 
 
 def check_scalar(A: StructuredMatrix, c: Any, operation: str) -> None:
     """Raise unless ``c`` is a number, or a tensor of our device, scalar or of the batch shape."""
-    name = f"{type(A).__name__} {operation}"
+    name = _name(A, operation)
     if not isinstance(c, Tensor):
         if not isinstance(c, Real):
             raise TypeError(f"{name}: expected a number or a tensor, got {type(c).__name__}")
@@ -76,12 +76,28 @@ def check_scalar(A: StructuredMatrix, c: Any, operation: str) -> None:
         raise ValueError(f"{name}: expected a scalar on {A.device}, got one on {c.device}")
 
 
-def _check_kind(A: Operator, other: Tensor | Operator, name: str) -> None:
+def _check_kind(A: Operator, other: Tensor | Operator, operation: str) -> None:
     """Raise unless dtype and device are ours."""
     if other.dtype != A.dtype or other.device != A.device:
         raise ValueError(
-            f"{name}: expected {A.dtype} on {A.device}, got {other.dtype} on {other.device}"
+            f"{_name(A, operation)}: expected {A.dtype} on {A.device}, got {other.dtype} "
+            f"on {other.device}"
         )
+
+
+def _name(A: Operator, operation: str) -> str:
+    """``Dense.apply``, ``Dense *``."""
+    return f"{type(A).__name__}{'.' if operation.isidentifier() else ' '}{operation}"
+
+
+def _raise_type(A: Operator, X: Any, operation: str) -> NoReturn:
+    raise TypeError(f"{_name(A, operation)}: expected a tensor, got {type(X).__name__}")
+
+
+def _raise_shape(A: Operator, X: Tensor, operation: str, columns: int | str) -> NoReturn:
+    raise ValueError(
+        f"{_name(A, operation)}: expected shape [..., {A.n}, {columns}], got {list(X.shape)}"
+    )
 
 
 CHECKS: dict[str, Callable[[Any, Any, str], None]] = {

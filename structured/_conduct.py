@@ -122,8 +122,11 @@ def gradients(operands: Operands) -> None:
 
 
 def trees(A: StructuredMatrix) -> None:
-    """A member is a pytree of its fields."""
+    """A member is a pytree whose leaves are its tensors."""
     leaves, spec = pytree.tree_flatten(A)
+    assert len(leaves) == len(A.tensors()), f"tree_flatten: leaves {leaves}, expected tensors"
+    for leaf, t in zip(leaves, A.tensors(), strict=True):
+        assert leaf is t, f"tree_flatten: leaf {leaf!r}, expected {t!r}"
     assert_close(pytree.tree_unflatten(leaves, spec), A.to_dense(), "tree_unflatten")
     doubled = pytree.tree_map(lambda t: 2 * t, A)
     assert doubled.layout == A.layout, f"tree_map: {doubled!r}, expected one like {A!r}"

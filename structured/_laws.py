@@ -57,6 +57,8 @@ def zeros(structure: Structure, A: StructuredMatrix, dtype: torch.dtype) -> None
     """``zeros`` and ``zeros_like`` are zero, with the size, batch shape and dtype asked for."""
     zero = structure(A.n, batch_shape=A.batch_shape, dtype=dtype)
     assert_close(zero, torch.zeros(A.shape, dtype=dtype), "zeros")
+    like = structure(A.n, batch_shape=A.batch_shape, dtype=A.dtype)
+    assert like.layout == A.layout, f"zeros: {like!r}, but with other tensors {A!r}"
     assert_close(A.zeros_like(), torch.zeros(A.shape, dtype=A.dtype), "zeros_like")
     assert A.zeros_like().layout == A.layout, f"zeros_like: {A.zeros_like()!r}, expected {A!r}"
 
@@ -147,6 +149,19 @@ def gram(A: StructuredMatrix) -> None:
     dense = A.to_dense()
     assert A.gram().layout == A.layout, f"gram: {A.gram()!r}, expected one like {A!r}"
     assert_close(A.gram(), _definition.projection(A, dense.mT @ dense), "Pi(A^T A)")
+
+
+def outer(A: StructuredMatrix, X: Tensor) -> None:
+    """``A A^T`` as one operator, where there is one."""
+    product = A.outer()
+    if product is None:
+        return
+    expected = A.to_dense() @ A.to_dense().mT
+    assert product.shape == A.shape, f"outer: shape {product.shape}, expected {A.shape}"
+    assert_close(product.to_dense(), expected, "outer")
+    assert_close(product.apply(X), expected @ X, "outer, applied")
+    assert_close(product.apply_transpose(X), expected @ X, "outer, transposed and applied")
+    assert_close(product.mT.to_dense(), expected, "outer, transposed")
 
 
 def stationarity(K: StructuredMatrix, B: StructuredMatrix, M: Tensor) -> None:
@@ -245,6 +260,7 @@ ALGEBRA = (
     project_trace,
     project_gram,
     gram,
+    outer,
     stationarity,
     trace,
     trace_product,

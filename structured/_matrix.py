@@ -169,14 +169,27 @@ class StructuredMatrix(Stored, Operator):
         Raises:
             RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
         """
-        wide, missing = at_least_float32(self.dtype), len(self.batch_shape) + 2 - X.ndim
-        X = X[(None,) * missing]  # or a stack of vectors is seen where the shapes allow
-        return torch.linalg.solve(self.to_dense().to(wide), X.to(wide)).to(self.dtype)
+        return _solve(self.to_dense(), X)
 
     def logdet(self) -> Tensor:
         """``log |det A|``, ``[...]``."""
         wide = at_least_float32(self.dtype)
         return torch.linalg.slogdet(self.to_dense().to(wide)).logabsdet.to(self.dtype)
+
+    def outer(self) -> Operator | None:
+        """``A A^T`` as one operator, where its ``apply`` costs less than two of ours; or ``None``.
+
+        A structure closed under transposition holds it as a member.
+        """
+        return self.mT.gram() if self.closed_under_transpose else None
+
+    def _outer(self) -> Self:
+        """``Pi(A A^T)``; what the transpose is by that, see :mod:`structured.transposed`."""
+        return self.project_gram(self.to_dense())
+
+    def _solve_transpose(self, X: Tensor) -> Tensor:
+        """``A^{-T} X``."""
+        return _solve(self.to_dense().mT, X)
 
     def max_abs(self) -> Tensor:
         """Largest absolute entry, ``[...]``; zero for ``n = 0``."""
@@ -216,34 +229,34 @@ class StructuredMatrix(Stored, Operator):
         if not isinstance(other, StructuredMatrix):
             return NotImplemented
         check_member(self, other, "+")
-        return self.map(torch.add, other)
+        return self._map(torch.add, other)
 
     def __sub__(self, other: Self) -> Self:
         """``A - B``, members of one structure."""
         if not isinstance(other, StructuredMatrix):
             return NotImplemented
         check_member(self, other, "-")
-        return self.map(torch.sub, other)
+        return self._map(torch.sub, other)
 
     def __neg__(self) -> Self:
         """``-A``."""
-        return self.map(torch.neg)
+        return self._map(torch.neg)
 
     def __mul__(self, c: Scalar) -> Self:
         """``c A`` for a number or a tensor of the batch shape; keeps the dtype of ``A``."""
         if not isinstance(c, Tensor):
-            return self.map(lambda t: t * c) if isinstance(c, Real) else NotImplemented
+            return self._map(lambda t: t * c) if isinstance(c, Real) else NotImplemented
         check_scalar(self, c, "*")
-        return self.map(lambda t: (t * trailing(c, t)).to(t.dtype))
+        return self._map(lambda t: (t * trailing(c, t)).to(t.dtype))
 
     __rmul__ = __mul__
 
     def __truediv__(self, c: Scalar) -> Self:
         """``A / c`` for a number or a tensor of the batch shape; keeps the dtype of ``A``."""
         if not isinstance(c, Tensor):
-            return self.map(lambda t: t / c) if isinstance(c, Real) else NotImplemented
+            return self._map(lambda t: t / c) if isinstance(c, Real) else NotImplemented
         check_scalar(self, c, "/")
-        return self.map(lambda t: (t / trailing(c, t)).to(t.dtype))
+        return self._map(lambda t: (t / trailing(c, t)).to(t.dtype))
 
     def __repr__(self) -> str:
         batch = f", batch {tuple(self.batch_shape)}" if self.batch_shape else ""
@@ -262,6 +275,13 @@ class StructuredMatrix(Stored, Operator):
             else:
                 parts.append(f"{name} = {part}")
         return f"{type(self).__name__}({self.n}; {', '.join(parts)})"
+
+
+def _solve(M: Tensor, X: Tensor) -> Tensor:
+    """``M^{-1} X`` in float32 at least."""
+    wide = at_least_float32(M.dtype)
+    X = X[(None,) * (M.ndim - X.ndim)]  # or a stack of vectors is seen where the shapes allow
+    return torch.linalg.solve(M.to(wide), X.to(wide)).to(M.dtype)
 
 
 check_arguments(StructuredMatrix)  # the defaults check as well

@@ -58,6 +58,9 @@ def _mistakes(
         "dtype": A.to(torch.float32),
         "device": A.to("meta"),
     }
+    a_tensor: Any = S
+    for name in ("A.matmul(B)", "tr(A B)"):
+        yield f"{name} of a tensor", partial(_BINARY[name], A, a_tensor)
     if other.n != n:
         members["size"] = structure(other.n, batch_shape=batch, dtype=A.dtype)
     for what, member in members.items():
@@ -75,6 +78,8 @@ def _mistakes(
         yield f"A * c, c {what}", partial(operator.mul, A, c)
         yield f"A / c, c {what}", partial(operator.truediv, A, c)
         yield f"A + c I, c {what}", partial(A.add_scaled_identity, c)
+    for dtype in (torch.int64, torch.complex64):
+        yield f"zeros in {dtype}", partial(structure, n, dtype=dtype)
     yield "A + 1", partial(operator.add, A, 1)
     yield "A * A", partial(operator.mul, A, A)
     yield "with_tensors, one too many", partial(A.with_tensors, [*A.tensors(), X])
@@ -85,6 +90,7 @@ _OF_SQUARES = ("project", "orthogonal_project")
 _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "A @ B": operator.matmul,
     "A.matmul(B)": lambda A, B: A.matmul(B),
+    "tr(A B)": lambda A, B: A.trace_product(B),
     "A + B": operator.add,
     "A - B": operator.sub,
 }

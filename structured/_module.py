@@ -16,7 +16,7 @@ class StructuredParameter(nn.Module):
     >>> K(torch.ones(10, 3)).shape
     torch.Size([10, 3])
     >>> sorted(K.state_dict())
-    ['0', '1', '2', '3', '4']
+    ['0', '1', '2']
 
     Args:
         member: Where to start; its tensors are copied.

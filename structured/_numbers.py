@@ -25,3 +25,13 @@ def largest(t: Tensor, batch_ndim: int) -> Tensor:
     """Largest absolute value over all but the first ``batch_ndim`` dimensions, 0 if none."""
     flat = t.flatten(batch_ndim)
     return flat.abs().amax(-1) if flat.shape[-1] else flat.sum(-1)
+
+
+def add_product_(out: Tensor, A: Tensor, B: Tensor) -> None:
+    """``out <- out + A B``, without a temporary where there is at most one batch dimension."""
+    if out.ndim == A.ndim == B.ndim == 2:
+        out.addmm_(A, B)
+    elif out.ndim == A.ndim == B.ndim == 3 and len(out) == len(A) == len(B):
+        out.baddbmm_(A, B)
+    else:
+        out += A @ B

@@ -33,6 +33,7 @@ OPERATIONS = {
     "project": Operation(lambda o: o.A.project(o.S), lambda o: 2 * o.S),
     "project_gram": Operation(lambda o: o.A.project_gram(o.X), lambda o: 2 * o.X @ o.X.mT),
     "gram": Operation(lambda o: o.A.gram(), lambda o: 2 * o.A.mT @ o.A),
+    "outer": Operation(lambda o: _outer(o.A, o.X), lambda o: o.A @ (o.A.mT @ o.X)),
     "trace": Operation(lambda o: o.A.trace(), lambda o: o.A.diagonal(dim1=-2, dim2=-1).sum(-1)),
     "trace_product": Operation(
         lambda o: o.A.trace_product(o.B), lambda o: (o.A * o.B.mT).sum((-2, -1))
@@ -50,6 +51,12 @@ OPERATIONS = {
         lambda o: o.K.frobenius_norm(), lambda o: torch.linalg.matrix_norm(o.K)
     ),
 }
+
+
+def _outer(A: StructuredMatrix, X: Tensor) -> Tensor:
+    """``A A^T X``, by one operator where there is one."""
+    product = A.outer()
+    return A.apply(A.apply_transpose(X)) if product is None else product.apply(X)
 
 
 def tensors_of(result: Any) -> list[Tensor]:

@@ -54,6 +54,10 @@ class Stored:
                     f"{type(self).__name__}: expected {name} in {parts[0].dtype} on "
                     f"{parts[0].device} as {self._fields[0]}, got {part.dtype} on {part.device}"
                 )
+        if not parts[0].dtype.is_floating_point:
+            raise ValueError(
+                f"{type(self).__name__}: expected real floating-point numbers, got {parts[0].dtype}"
+            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,28 +97,29 @@ class Stored:
             start = stop
         if len(tensors) != start:
             raise ValueError(f"{type(self).__name__}: expected {start} tensors, got {len(tensors)}")
-        return self._build(parts)
+        return self._build(parts)._checked()
 
     def map(self, function: Callable[..., Tensor], *others: Self) -> Self:
         """Apply ``function`` to each stored tensor (and those of ``others``, side by side)."""
-        columns = (self.tensors(), *(other.tensors() for other in others))
-        return self.with_tensors([function(*row) for row in zip(*columns, strict=True)])
+        return self._map(function, *others)._checked()
 
     def zeros_like(self) -> Self:
         """The zero member of this structure, size, batch shape, dtype and device."""
-        return self.map(torch.zeros_like)
+        return self._map(torch.zeros_like)
 
     def clone(self) -> Self:
         """A copy that shares no memory."""
-        return self.map(torch.clone)
+        return self._map(torch.clone)
 
     def detach(self) -> Self:
         """The same numbers, cut from the autograd graph."""
-        return self.map(Tensor.detach)
+        return self._map(Tensor.detach)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Convert dtype or device, as :meth:`torch.Tensor.to`."""
-        moved = self.map(lambda t: t.to(*args, **kwargs))
+        if len(args) == 1 and args[0] is self.dtype and not kwargs and not self._static_tensors:
+            return self
+        moved = self._map(lambda t: t.to(*args, **kwargs))
         return moved._with_static(lambda t: t.to(*args, **kwargs))
 
     @property
@@ -129,10 +134,37 @@ class Stored:
             parts.append(_SharedTensor(value) if isinstance(value, Tensor) else value)
         return (type(self), *parts)
 
+    # What we compute ourselves is not checked again: on small matrices that costs as much as they.
+
     def _build(self, parts: Sequence[Any]) -> Self:
         """A member with the given fields and our static ones."""
-        statics = {name: getattr(self, name) for name in self._static}
-        return type(self)(**dict(zip(self._fields, parts, strict=True)), **statics)
+        return self._unflatten(parts, [getattr(self, name) for name in self._static])
+
+    def _map(self, function: Callable[..., Tensor], *others: Self) -> Self:
+        """:meth:`map` for functions of ours."""
+        parts: list[Any] = []
+        for name in self._fields:
+            part, *theirs = [getattr(each, name) for each in (self, *others)]
+            nested = isinstance(part, Stored)
+            parts.append(part._map(function, *theirs) if nested else function(part, *theirs))
+        return self._build(parts)
+
+    def _checked(self) -> Self:
+        """This, if it could have been made by its class."""
+        for name in self._fields:
+            part = getattr(self, name)
+            if isinstance(part, Stored):
+                part._checked()
+        self.__post_init__()
+        return self
+
+    @property
+    def _static_tensors(self) -> bool:
+        """Whether there are tensors among the static fields, nested members' too."""
+        parts = (getattr(self, name) for name in self._fields)
+        statics = (getattr(self, name) for name in self._static)
+        nested = any(p._static_tensors for p in parts if isinstance(p, Stored))
+        return nested or any(isinstance(value, Tensor) for value in statics)
 
     def _with_static(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Apply ``function`` to the static tensors, nested members' too."""

@@ -20,15 +20,46 @@ from structured._fft import irfft, rfft
 from structured._matrix import Scalar, StructuredMatrix, at_least_float32, largest
 from structured.dense import Dense
 
+# In the Fourier basis a complex block ``F`` is held as its real and imaginary parts on top of each
+# other, ``[2 k, m]``, and as a factor as ``[[Re, -Im], [Im, Re]]``, whose transpose is that of F^H.
+
+_BY_PRODUCT = 64  # blocks; up to here a product beats an FFT, which has to transpose (measured)
+
 
 def _spectrum(blocks: Tensor, p: int) -> Tensor:
-    """FFT over the ``p`` blocks ``[..., p, k, m]``: half of it, ``[..., p // 2 + 1, k, m]``."""
-    return rfft(blocks.movedim(-3, -1), p).movedim(-1, -3)
+    """FFT over the ``p`` blocks ``[..., p, k, m]``: half of it, ``[..., p // 2 + 1, 2 k, m]``."""
+    wide, (k, m) = blocks.to(at_least_float32(blocks.dtype)), blocks.shape[-2:]
+    if 0 < p <= _BY_PRODUCT:
+        F = _waves(p, wide) @ wide.reshape(*wide.shape[:-2], k * m)
+        return F.reshape(*F.shape[:-2], p // 2 + 1, 2 * k, m)
+    F = torch.view_as_real(rfft(wide.movedim(-3, -1), p))  # [..., k, m, p // 2 + 1, 2]
+    return F.movedim((-2, -1), (-4, -3)).flatten(-3, -2)
 
 
 def _series(F: Tensor, p: int) -> Tensor:
     """Inverse of :func:`_spectrum`."""
-    return irfft(F.movedim(-3, -1), p).movedim(-1, -3)
+    half, (k, m) = F.shape[:-2], (F.shape[-2] // 2, F.shape[-1])
+    if 0 < p <= _BY_PRODUCT:
+        count = F.new_full((p // 2 + 1, 1, 1), 2 / p)
+        count[:: p // 2 if p % 2 == 0 else p] /= 2  # these have no conjugate beside them
+        waves = (count * _waves(p, F).unflatten(0, (-1, 2))).flatten(0, 1)
+        Y = waves.mT @ F.reshape(*half[:-1], 2 * half[-1], k * m)
+        return Y.reshape(*half[:-1], p, k, m)
+    return irfft(torch.complex(*F.chunk(2, -2)).movedim(-3, -1), p).movedim(-1, -3)
+
+
+def _waves(p: int, like: Tensor) -> Tensor:
+    """``cos`` and ``-sin`` of ``2 pi i j / p`` in turn, ``[2 (p // 2 + 1), p]``."""
+    place = torch.arange(p, dtype=torch.float64, device=like.device)
+    turns = torch.outer(place[: p // 2 + 1], place) % p  # exact
+    angles = turns * (2 * math.pi / p)
+    return torch.stack([angles.cos(), -angles.sin()], 1).flatten(0, 1).to(like.dtype)
+
+
+def _as_factor(F: Tensor) -> Tensor:
+    """``[[Re, -Im], [Im, Re]]``."""
+    real, imaginary = F.chunk(2, -2)
+    return torch.cat([F, torch.cat([-imaginary, real], -2)], -1)
 
 
 class BlockCirculant(StructuredMatrix):
@@ -83,6 +114,11 @@ class BlockCirculant(StructuredMatrix):
         """The first ``p // 2 + 1`` blocks in the Fourier basis; the others are their conjugates."""
         return _spectrum(self.blocks, self._sizes[0])
 
+    @property
+    def _factors(self) -> Tensor:
+        """The same to multiply with."""
+        return _as_factor(self._eigenblocks)
+
     def _with_eigenblocks(self, F: Tensor) -> Self:
         return self._build([_series(F, self._sizes[0]).to(self.dtype).contiguous()])
 
@@ -96,15 +132,15 @@ class BlockCirculant(StructuredMatrix):
 
     def matmul(self, other: Self) -> Self:
         """Cyclic convolution of the blocks."""
-        return self._with_eigenblocks(self._eigenblocks @ other._eigenblocks)
+        return self._with_eigenblocks(self._factors @ other._eigenblocks)
 
     def apply(self, X: Tensor) -> Tensor:
         """Cyclic convolution of every column of ``X [..., n, m]``."""
-        return self._join(self._eigenblocks @ self._split(X), X.dtype)
+        return self._join(self._factors @ self._split(X), X.dtype)
 
     def apply_transpose(self, X: Tensor) -> Tensor:
         """Cyclic correlation of every column of ``X [..., n, m]``."""
-        return self._join(self._eigenblocks.mH @ self._split(X), X.dtype)
+        return self._join(self._factors.mT @ self._split(X), X.dtype)
 
     def orthogonal_project(self, M: Tensor) -> Self:
         """Means of the wrapped diagonals of blocks of ``M [..., n, n]``."""
@@ -121,13 +157,17 @@ class BlockCirculant(StructuredMatrix):
 
     def project_gram(self, X: Tensor) -> Self:
         """Cyclic autocorrelation of the columns of ``X [..., n, m]``."""
+        p, k = self._sizes
         F = self._split(X)
-        return self._with_eigenblocks(F @ F.mH / max(self._sizes[0], 1))
+        products = (F @ F.mT).unflatten(-1, (2, k)).unflatten(-3, (2, k))
+        real = products[..., 0, :, 0, :] + products[..., 1, :, 1, :]
+        imaginary = products[..., 1, :, 0, :] - products[..., 0, :, 1, :]
+        return self._with_eigenblocks(torch.cat([real, imaginary], -2) / max(p, 1))
 
     def gram(self) -> Self:
         """``A^T A``, which is block-circulant."""
         F = self._eigenblocks
-        return self._with_eigenblocks(F.mH @ F)
+        return self._with_eigenblocks(_as_factor(F).mT @ F)
 
     def trace(self) -> Tensor:
         """``p tr A_0``."""
@@ -149,13 +189,13 @@ class BlockCirculant(StructuredMatrix):
         """
         if not self.n:
             return super().solve(X)
-        F, Y = self._eigenblocks, self._split(X)
+        F, Y = self._factors, self._split(X)
         Y = Y[(None,) * (F.ndim - Y.ndim)]  # or a stack of vectors is seen where the shapes allow
         return self._join(torch.linalg.solve(F, Y), X.dtype)
 
     def logdet(self) -> Tensor:
         """Sum over the blocks in the Fourier basis."""
-        half, p = torch.linalg.slogdet(self._eigenblocks).logabsdet, self._sizes[0]
+        half, p = torch.linalg.slogdet(self._factors).logabsdet / 2, self._sizes[0]
         return torch.cat([half, half[..., 1 : (p + 1) // 2]], -1)[..., :p].sum(-1).to(self.dtype)
 
     def max_abs(self) -> Tensor:

@@ -73,8 +73,16 @@ class BlockDiagonal(StructuredMatrix):
 
     def _split(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of ``X`` by block: ``[..., n // k, k, m]`` and ``[..., n % k, m]``."""
-        head, last = X[..., : self._head, :], X[..., self._head :, :]
-        return head.unflatten(-2, self.blocks.shape[-3:-1]), last
+        h, (count, k) = self._head, self.blocks.shape[-3:-1]
+        head = X[..., :h, :] if self.last.shape[-1] else X
+        return head.reshape(*X.shape[:-2], count, k, X.shape[-1]), X[..., h:, :]
+
+    @staticmethod
+    def _join(head: Tensor, last: Tensor) -> Tensor:
+        """Inverse of :meth:`_split`."""
+        head = head.flatten(-3, -2)
+        needed = last.shape[-2] or last.requires_grad  # so that it has a gradient, if an empty one
+        return torch.cat([head, last], -2) if needed else head
 
     @property
     def mT(self) -> BlockDiagonal:
@@ -88,11 +96,12 @@ class BlockDiagonal(StructuredMatrix):
     def apply(self, X: Tensor) -> Tensor:
         """Block by block, k n a column."""
         head, last = self._split(X)
-        return torch.cat([(self.blocks @ head).flatten(-3, -2), self.last @ last], -2)
+        return self._join(self.blocks @ head, self.last @ last)
 
     def apply_transpose(self, X: Tensor) -> Tensor:
         """Block by block, k n a column."""
-        return self.mT.apply(X)
+        head, last = self._split(X)
+        return self._join(self.blocks.mT @ head, self.last.mT @ last)
 
     def orthogonal_project(self, M: Tensor) -> Self:
         """The diagonal blocks of ``M [..., n, n]``."""
@@ -135,8 +144,7 @@ class BlockDiagonal(StructuredMatrix):
     def solve(self, X: Tensor) -> Tensor:
         """Block by block, k^2 n once and k n a column."""
         head, last = self._split(X)
-        solved = Dense(self.blocks).solve(head).flatten(-3, -2)
-        return torch.cat([solved, Dense(self.last).solve(last)], -2)
+        return self._join(Dense(self.blocks).solve(head), Dense(self.last).solve(last))
 
     def logdet(self) -> Tensor:
         """Sum over the blocks."""

@@ -231,26 +231,6 @@ class BlockLower(_BlockTriangular):
 
 
 @composition
-def hierarchical(k1: int, k2: int) -> Structure:
-    """``block_upper(dense, block_lower(diagonal, dense, -k2), k1)``, (k1 + k2 + 1) n numbers.
-
-    ::
-
-        a b b b b
-        . c . . .
-        . . c . .        k1 = 1, k2 = 2
-        . d d e e
-        . d d e e
-
-    Source: Lin et al., arXiv 2312.05705, "hierarchical" structure.
-    """
-    inner = Structure(BlockLower, (Structure(Diagonal), Structure(Dense), -_size(k2)))
-    return Structure(
-        BlockUpper, (Structure(Dense), inner, _size(k1)), label=f"hierarchical({k1}, {k2})"
-    )
-
-
-@composition
 def low_rank_upper(k: int) -> Structure:
     """A dense corner of size ``|k|``, a full block beside or above it, and a diagonal.
 
@@ -276,9 +256,3 @@ def _low_rank(cls: type[_BlockTriangular], k: int, label: str) -> Structure:
     parts = (Structure(Dense), Structure(Diagonal))
     first, last = parts if k >= 0 else reversed(parts)
     return Structure(cls, (first, last, k), label=label)
-
-
-def _size(k: int) -> int:
-    if not isinstance(k, int) or k < 1:
-        raise ValueError(f"hierarchical(k1, k2): expected integers >= 1, got {k!r}")
-    return k

@@ -53,6 +53,9 @@ class Diagonal(StructuredMatrix):
         """Scale the rows of ``X [..., n, m]``."""
         return self.d[..., None] * X
 
+    def _apply_to_own(self, X: Tensor) -> Tensor:
+        return X.mul_(self.d[..., None]) if self._may_overwrite(X) else self.apply(X)
+
     def apply_transpose(self, X: Tensor) -> Tensor:
         """The same as :meth:`apply`."""
         return self.d[..., None] * X

@@ -55,7 +55,7 @@ class Kronecker(Operator):
 
     def apply_matrix(self, G: Tensor) -> Tensor:
         """``C G K^T`` for ``G [..., p, q]``."""
-        return self.C.apply(self.K.apply(G.mT).mT)
+        return self.C._apply_to_own(self.K.apply(G.mT).mT)
 
     def apply(self, X: Tensor) -> Tensor:
         """``(C (x) K) X`` for ``X [..., p q, m]``."""

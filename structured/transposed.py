@@ -72,13 +72,14 @@ class Transposed(StructuredMatrix):
         """``Pi(A A^T)``; by the class of ``A.mT`` if it has one of its own."""
         named = self.A.mT
         if isinstance(named, Transposed) or named.mT.layout != self.A.layout:
-            return super().gram()
+            return self._build([self.A._outer()])
         return self._build([named.gram().mT])
 
     def solve(self, X: Tensor) -> Tensor:
         """``A^-T X``; by the class of ``A.mT`` if it has one of its own."""
         named = self.A.mT
-        return super().solve(X) if isinstance(named, Transposed) else named.solve(X)
+        unnamed = isinstance(named, Transposed)
+        return self.A._solve_transpose(X) if unnamed else named.solve(X)
 
     def trace(self) -> Tensor:
         """As ``A``."""

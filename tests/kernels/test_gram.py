@@ -54,6 +54,9 @@ CASES = pytest.mark.parametrize(
         ((2, 1, 2, 2, 5, 9), "columns"),
         ((20, 5000), "rows"),
         ((20, 5000), "columns"),
+        ((2, 2, 2, 5, 9), "rows"),
+        ((3, 9000), "rows"),
+        ((4, 300), "columns"),
     ],
 )
 
@@ -166,6 +169,46 @@ def test_on_cuda_the_operators_are_called():
     names = [name.removeprefix("structured::") for name in seen if name.startswith("structured")]
     expected = ["sums_of_squares", *2 * ["symmetric_product"], "add_symmetric_product_"]
     assert names == expected
+
+
+def test_on_the_cpu_no_operator_is_called():
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert not func.name().startswith("structured"), func.name()
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        X = torch.ones(6, 5)
+        _dispatch.sums_of_squares(X)
+        _dispatch.symmetric_product(X)
+        _dispatch.add_symmetric_product_(torch.ones(6, 6), X)
+
+
+@pytest.mark.parametrize("module", [_dispatch, _gram])
+def test_sums_in_place_on_the_cpu(module):
+    X = torch.arange(6.0).reshape(3, 2)
+    out = torch.ones(3, 3, dtype=torch.float64)
+    module.add_symmetric_product_(out, X)
+    assert torch.equal(out, 1 + (X @ X.mT).double())
+    module.add_symmetric_product_(out, X, 2.0, -1.0)
+    assert torch.equal(out, 2 + (X @ X.mT).double())
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "pays"),
+    [
+        ((384, 1366), torch.float32, True),
+        ((384, 1366), torch.float64, True),
+        ((384, 1366), torch.bfloat16, False),
+        ((384, 1365), torch.float32, False),
+        ((383, 9999), torch.float32, False),
+        ((768, 768), torch.float32, True),
+        ((999, 998), torch.float32, False),
+    ],
+)
+def test_where_products_by_panels_pay(shape, dtype, pays):
+    assert _gram._panels_pay(torch.empty(shape, dtype=dtype)) is pays
+    assert not _gram._panels_pay(torch.empty(shape, dtype=dtype, device="meta"))
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -1,10 +1,11 @@
 """How many faults in ``structured/`` the tests see: ``python -m tests.mutants --sample 20``.
 
 A mutant is the package with one small fault; it is killed if a test fails or takes too long. The
-tests are those of ``tests/structured``, with fewer examples for each law. They first run once
-without a fault, which says how long each takes and which lines it reaches. A mutant then runs, in a
-fork of a process that has PyTorch imported, the tests that reach its statement, the quickest of
-each kind first, until one fails. Not mutated: annotations, docstrings, messages of errors,
+tests are those of ``tests/structured``, with fewer examples for each law, and those of its kernels,
+which Triton interprets. They first run once without a fault, which says how long each takes and
+which lines it reaches. A mutant then runs, in a fork of a process that has PyTorch imported, the
+tests that reach its statement, the quickest of each kind first, until one fails. What only a GPU
+runs survives, and is listed. Not mutated: annotations, docstrings, messages of errors,
 ``__repr__``, decorators, and the kit that states the laws (``tests/structured/test_broken`` is what
 watches the watchmen).
 
@@ -29,8 +30,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.mutants.faults import PACKAGE, Mutant, mutants
-from tests.mutants.selection import TESTS, Line, Test, choose, failing, warm, watch
+from tests.mutants.faults import PACKAGE, Mutant, module_of, mutants, path_of
+from tests.mutants.selection import FILES, TESTS, Line, Test, choose, failing, warm, watch
 
 ROOT = PACKAGE.parent
 RESULTS = ROOT / "build" / "mutants.csv"
@@ -117,7 +118,7 @@ def reach() -> tuple[dict[str, Test], frozenset[Line]]:
     Raises:
         SystemExit: If a test fails without a fault, or none runs.
     """
-    sources = [*sorted(PACKAGE.glob("*.py")), *sorted(TESTS.glob("*.py"))]
+    sources = [*sorted(PACKAGE.rglob("*.py")), *sorted(TESTS.glob("structured/*.py")), *FILES]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     if REACH.exists():
         stored = pickle.loads(REACH.read_bytes())
@@ -143,7 +144,7 @@ def _watched() -> tuple[dict[str, Test], frozenset[Line], list[str]]:
 
 
 def source_of(module: str) -> str:
-    return hashlib.sha256((PACKAGE / f"{module}.py").read_bytes()).hexdigest()[:12]
+    return hashlib.sha256(path_of(module).read_bytes()).hexdigest()[:12]
 
 
 def read(path: Path) -> list[list[str]]:
@@ -153,8 +154,8 @@ def read(path: Path) -> list[list[str]]:
 def main() -> int:
     from tqdm import tqdm
 
-    found = sorted(path.stem for path in PACKAGE.glob("*.py"))
-    mutated = [name for name in found if name not in (*KIT, "__init__")]
+    found = sorted(map(module_of, PACKAGE.rglob("*.py")))
+    mutated = [name for name in found if name and name not in KIT]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sample", type=_positive, help="mutants of each module; all by default")
     parser.add_argument("--modules", nargs="+", choices=mutated, default=mutated, metavar="MODULE")
@@ -224,7 +225,7 @@ def report(outcome: dict[Key, str], harmless: set[Key], record: bool) -> int:
         for name, counts in [*by_module.items(), ("all", total)]
     ]
     for row in [["module", "mutants", *COLUMNS], *rows]:
-        print("{:18}{:>9}{:>9}{:>10}{:>10}".format(*row))
+        print("{:26}{:>9}{:>9}{:>10}{:>10}".format(*row))
     for key, result in outcome.items():
         if result == "survived" and key not in harmless:
             print("survived:", *key)

@@ -6,11 +6,25 @@ import ast
 import collections
 import importlib.abc
 import importlib.machinery
+import linecache
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 PACKAGE = Path(__file__).parents[2] / "structured"
+
+
+def path_of(module: str) -> Path:
+    """The file of a module, known by its name below the package."""
+    path = PACKAGE.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def module_of(path: Path) -> str:
+    """The name below the package of the module in a file."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
 
 SWAPS: dict[type, type] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
@@ -141,7 +155,7 @@ def _left_out(node: ast.AST) -> bool:
 
 def mutants(module: str) -> Iterator[Mutant]:
     """All faults of a module, one at a time in one tree: use each before the next."""
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    tree = ast.parse(path_of(module).read_text())
     seen: collections.Counter[tuple[str, str]] = collections.Counter()
     for parent, name, index, function, lines in list(places(tree, "", range(0))):
         held = getattr(parent, name)
@@ -173,12 +187,14 @@ class Import(importlib.abc.MetaPathFinder):
     """Imports the mutant in place of its module."""
 
     def __init__(self, mutant: Mutant) -> None:
-        self.name = f"structured.{mutant.module}".removesuffix(".__init__")
-        tree = ast.fix_missing_locations(mutant.tree)
+        self.name = f"structured.{mutant.module}"
+        text = ast.unparse(mutant.tree)
 
         class Loader(importlib.machinery.SourceFileLoader):
             def get_code(self, fullname):
-                return compile(tree, self.path, "exec")
+                lines = text.splitlines(keepends=True)  # Triton's interpreter reads the source
+                linecache.cache[self.path] = (len(text), None, lines, self.path)
+                return compile(text, self.path, "exec")
 
         self.loader = Loader
 

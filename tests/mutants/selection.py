@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.mutants.faults import PACKAGE, Import, Mutant
+from tests.mutants.faults import PACKAGE, Import, Mutant, module_of
 
-TESTS = PACKAGE.parent / "tests" / "structured"
+TESTS = PACKAGE.parent / "tests"
+FILES = sorted({*TESTS.glob("structured/test_*.py")} - {TESTS / "structured" / "test_broken.py"})
+FILES.append(TESTS / "kernels" / "test_gram.py")  # by Triton's interpreter
 EXAMPLES = 8  # of each law; the tests draw 20
 BUDGET = 30.0  # seconds of tests for one mutant, as they take without a fault and traced
 PATIENCE = 5  # a test hangs if it takes so many times as long as traced, and 2 s
@@ -50,7 +52,8 @@ class Watch:
         name = frame.f_code.co_filename
         if name not in self.notes:
             path = Path(name)
-            self.notes[name] = self.note(path.stem) if path.parent == PACKAGE else None
+            inside = path.is_relative_to(PACKAGE)
+            self.notes[name] = self.note(module_of(path)) if inside else None
         return self.notes[name]
 
     def note(self, module: str) -> Any:
@@ -120,8 +123,7 @@ class Run:
 def watch() -> Watch:
     """Run every test without a fault, in this process."""
     watching = Watch()
-    files = [str(path) for path in sorted(TESTS.glob("test_*.py")) if path.stem != "test_broken"]
-    _pytest(watching, files)
+    _pytest(watching, [*map(str, FILES)])
     return watching
 
 
@@ -129,9 +131,8 @@ def choose(mutant: Mutant, tests: dict[str, Test], on_import: frozenset[Line]) -
     """The tests that reach the mutant's lines, the quickest of each kind first."""
     lines = {(mutant.module, line) for line in mutant.lines}
     reach = {name for name, test in tests.items() if lines & test.reach}
-    if lines & on_import:  # and all that the module has a part in
-        part = mutant.module
-        reach |= {n for n, t in tests.items() if any(line[0] == part for line in t.reach)}
+    if lines & on_import:  # which is seen by any
+        reach = set(tests)
     if mutant.module != "interop":  # the tests of linear_operator: many, of the same few products
         reach = {name for name in reach if "test_linear_operator" not in name}
     rounds: collections.Counter[str] = collections.Counter()
@@ -164,14 +165,16 @@ def warm() -> None:
     """Import and run once what every child needs, then forget the package itself."""
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # Hypothesis's own comes too late
     os.environ["LAWS_EXAMPLES"] = str(EXAMPLES)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # kernels are interpreted
+    import tests.conftest  # noqa: F401, I001  # before Triton: one thread, no chance, no GPU
     import linear_operator
     import linear_operator.test.linear_operator_test_case  # noqa: F401
     import scipy.fft
     import scipy.linalg
     import scipy.sparse.linalg  # noqa: F401
     import torch._dynamo  # noqa: F401
+    import triton.language  # noqa: F401
 
-    import tests.conftest  # noqa: F401  # one thread, a Hypothesis profile without chance
     from structured.testing import LAWS, check
 
     check("circulant", laws=[law for law in LAWS if law != "compiled"], examples=5)

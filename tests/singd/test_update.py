@@ -92,8 +92,10 @@ def test_preconditioning_applies_both_factors(structure: str) -> None:
     G = torch.randn(5, 6, dtype=torch.float64)
     k, c = K.to_dense(), C.to_dense()
     close(update.precondition(K, C, G), c @ c.T @ G @ k @ k.T)
-    if K.closed_under_transpose:
-        KK, CC = K.matmul(K.mT), C.matmul(C.mT)
+    KK, CC = K.outer(), C.outer()
+    close(update.precondition(K, C, G, KK, CC), c @ c.T @ G @ k @ k.T)
+    close(update.precondition(K, C, G, CC=CC), c @ c.T @ G @ k @ k.T)
+    if KK is not None and CC is not None:
         close(update.precondition_products(KK, CC, G), c @ c.T @ G @ k @ k.T)
     if structure in ("dense", "diagonal"):
         of_weight, of_bias = update.precondition_apart(KK, CC, G[:, :-1], G[:, -1:])

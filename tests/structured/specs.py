@@ -26,6 +26,7 @@ SPECS = {
     "low_rank_lower(-2)": ANY,
     "direct_sum(lower_toeplitz, dense, 3)": ANY,
     "transposed(low_rank_lower(2))": ANY,
+    "transposed(hierarchical(2, 3))": ANY,
     "tied(3, lower_triangular)": range(0, 13, 3),
     "strided(2, upper_triangular)": range(0, 13, 2),
     "rotated(diagonal, cosine)": ANY,

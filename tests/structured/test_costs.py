@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from structured import parse
+from structured import circulant, parse, toeplitz
 from tests.structured.specs import SPECS
 
 SIZE, COLUMNS = 4096, 4
@@ -24,6 +24,7 @@ EXPONENTS = {
     "low_rank_lower(2)": LINEAR,
     "low_rank_lower(-2)": LINEAR,
     "transposed(low_rank_lower(2))": LINEAR,
+    "transposed(hierarchical(2, 3))": LINEAR,
     "lower_toeplitz": LOGARITHMIC,
     "upper_toeplitz": LOGARITHMIC,
     "circulant": LOGARITHMIC,
@@ -42,6 +43,7 @@ OPERATIONS = {
     "matmul": lambda A, X, S: A.matmul(A),
     "project_gram": lambda A, X, S: A.project_gram(X),
     "gram": lambda A, X, S: A.gram(),
+    "outer": lambda A, X, S: (A.outer() or A).apply(X),
     "trace": lambda A, X, S: A.trace(),
     "add_scaled_identity": lambda A, X, S: A.add_scaled_identity(1.0),
     "solve": lambda A, X, S: A.solve(X),
@@ -65,7 +67,7 @@ class Meter(TorchDispatchMode):
             if isinstance(t, torch.Tensor):
                 stored = t.untyped_storage().nbytes() // t.element_size()
                 self.largest = max(self.largest, stored)
-                inner = args[0].shape[-1] if "mm" in func.__name__ else 1
+                inner = args[-2].shape[-1] if "mm" in func.__name__ else 1
                 length = t.shape[-1] if "fft" in func.__name__ else 1
                 self.work += t.numel() * inner * max(1, math.log2(max(length, 1)))
         return result
@@ -102,6 +104,49 @@ def test_storage(spec):
 def test_projection_of_a_matrix(spec):
     """``project`` reads n^2 numbers; nothing that it writes is much larger."""
     assert measure(spec, "project", SIZE).largest <= 2.1 * SIZE**2
+
+
+@pytest.mark.parametrize(
+    ("faster", "n", "columns", "dtype", "expected"),
+    [
+        (toeplitz._dense_is_faster, 64, 1, torch.float32, True),
+        (toeplitz._dense_is_faster, 900, 900, torch.float32, True),
+        (toeplitz._dense_is_faster, 900, 250, torch.float32, False),
+        (toeplitz._dense_is_faster, 900, 250, torch.bfloat16, True),
+        (toeplitz._dense_is_faster, 1800, 1800, torch.float32, False),
+        (toeplitz._dense_is_faster, 1800, 1800, torch.bfloat16, True),
+        (toeplitz._dense_is_faster, 1800, 100, torch.bfloat16, False),
+        (toeplitz._dense_is_faster, 4096, 99999, torch.bfloat16, False),
+        *(
+            (function, *case)
+            for function in (toeplitz._gram_is_faster, circulant._dense_is_faster)
+            for case in [
+                (32, 1, torch.float32, True),
+                (512, 4096, torch.float32, False),
+                (512, 1024, torch.bfloat16, True),
+                (512, 64, torch.bfloat16, False),
+                (4096, 99999, torch.bfloat16, False),
+            ]
+        ),
+    ],
+)
+def test_dense_products_where_they_are_faster(faster, n, columns, dtype, expected):
+    """At small sizes, for many columns and in 16 bits, as measured."""
+    assert faster(n, columns, dtype) is expected
+
+
+@pytest.mark.parametrize(
+    ("n", "dtype", "size"),
+    [
+        (0, torch.float32, 1),
+        (300, torch.float32, 300),
+        (1000, torch.float32, 143),
+        (1024, torch.float64, 128),
+        (1024, torch.bfloat16, 1024),
+    ],
+)
+def test_blocks_of_toeplitz_products(n, dtype, size):
+    assert toeplitz._block_size(n, dtype) == size
 
 
 def test_the_meter_sees_a_square():

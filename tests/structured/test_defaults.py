@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from structured import _coordinates
+from structured import _coordinates, _definition
 from structured.testing import LAWS, check
 from tests.structured.algebras import (
     ALGEBRAS,
@@ -60,6 +60,15 @@ def test_static_tensors_may_change():
     for scale in (1.0, 2.0, 3.0):
         A = InBasis(torch.zeros(3), scale * torch.eye(3))  # freed, and its place taken by the next
         torch.testing.assert_close(A.project(S).to_dense(), S)
+
+
+def test_the_rank_of_the_definition_is_relative():
+    class Small(Redundant):
+        def to_dense(self):
+            return torch.diag_embed(1e-6 * self.d + 2e-6 * self.e)
+
+    A = Small.zeros(7, dtype=torch.float64)
+    assert len(_definition.orthonormal_basis(A)) == 7
 
 
 def test_layouts_are_hashable():

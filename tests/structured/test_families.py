@@ -10,6 +10,7 @@ import torch
 
 from structured import Dense, Rotated, StructuredMatrix, Tied, parse
 from structured.testing import check
+from structured.toeplitz import fft_length
 
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -319,6 +320,12 @@ def test_fast_bases_against_scipy(n):
 # Particular to one structure --------------------------------------------------------------------
 
 
+def test_an_fft_has_the_least_smooth_length():
+    smooth = {2**a * 3**b * 5**c for a in range(8) for b in range(6) for c in range(5)}
+    for n in range(64):
+        assert fft_length(n) == min(k for k in smooth if k >= 2 * n - 1)
+
+
 def test_circulants_commute():
     A, B = draw("circulant", 12), draw("circulant", 12, seed=1)
     same((A @ B).c, (B @ A).c)
@@ -404,3 +411,25 @@ def test_no_square_intermediate(spec):
     torch.testing.assert_close(A.project_gram(X).trace(), torch.tensor(float(A.n)))
     torch.testing.assert_close(A.logdet() / A.n, torch.tensor(0.0))
     torch.testing.assert_close(A.frobenius_norm(), torch.tensor(1024.0))
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("n", SIZES)
+def test_hierarchical_is_a_composition(n, batch):
+    """The same space, numbers and operations as of the nested block-triangular structures."""
+    A, B = (draw("hierarchical(2, 3)", n, batch, seed) for seed in (0, 1))
+    nested = parse("block_upper(dense, block_lower(diagonal, dense, -3), 2)")(n, batch_shape=batch)
+    a, b = (nested.to(A.dtype).orthogonal_project(M.to_dense()) for M in (A, B))
+    X, S = integers(*batch, n, 3), integers(*batch, n, n)
+    assert sum(t.numel() for t in A.tensors()) == sum(t.numel() for t in a.tensors())
+    for ours, theirs in (
+        (A, a),
+        (A.matmul(B), a.matmul(b)),
+        (A.project(S + S.mT), a.project(S + S.mT)),
+        (A.project_gram(X), a.project_gram(X)),
+        (A.gram(), a.gram()),
+        (A.mT.gram().mT, a.mT.gram().mT),
+    ):
+        same(ours.to_dense(), theirs.to_dense())
+    same(A.apply(X), a.apply(X))
+    same(A.apply_transpose(X), a.apply_transpose(X))

@@ -10,23 +10,8 @@ from linear_operator.operators import KroneckerProductLinearOperator
 
 from structured import parse
 from structured.interop import to_linear_operator, to_root_linear_operator, to_scipy
+from tests.structured.specs import SPECS
 
-SPECS = [
-    "dense",
-    "diagonal",
-    "block_diagonal(2)",
-    "hierarchical(2, 1)",
-    "lower_toeplitz",
-    "upper_triangular",
-    "scaled_identity",
-    "circulant",
-    "block_circulant(2)",
-    "direct_sum(dense, circulant, 2)",
-    "tied(2, lower_triangular)",
-    "strided(3, dense)",
-    "rotated(lower_triangular, cosine)",
-    "transposed(low_rank_lower(2))",
-]
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
 by_spec = pytest.mark.parametrize("spec", SPECS)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from structured import parse, toeplitz
+from structured import circulant, parse, toeplitz, triangular
 from structured.testing import LAWS, check
 from tests.structured.specs import ALIASES, NESTINGS, SPECS
 
@@ -18,11 +18,39 @@ def test_law_of_nestings(law):
     check(NESTINGS, laws=[law], examples=3 if law == "compiled" else None)
 
 
-@pytest.mark.parametrize("spec", ["lower_toeplitz", "upper_toeplitz"])
+def never(n, m, dtype):
+    return False
+
+
+# The ways of large sizes, at small ones: a spec, its module, what decides, and how.
+BY_FFT = [
+    ("lower_toeplitz", toeplitz, "_dense_is_faster", never),
+    ("upper_toeplitz", toeplitz, "_dense_is_faster", never),
+    ("circulant", circulant, "_dense_is_faster", never),
+]
+BY_BLOCKS = [
+    ("lower_toeplitz", toeplitz, "_block_size", lambda n, dtype: 2),
+    ("upper_toeplitz", toeplitz, "_block_size", lambda n, dtype: 1),
+    ("lower_triangular", triangular, "_LEAF", 1),
+    ("upper_triangular", triangular, "_LEAF", 1),
+    ("upper_toeplitz", toeplitz, "_gram_is_faster", never),
+]
+OF_PRODUCTS = ("product", "apply", "apply_transpose", "project_gram", "gram", "solve", "batches")
+
+
+@pytest.mark.parametrize("way", BY_FFT, ids=lambda way: way[0])
 @pytest.mark.parametrize("law", [law for law in LAWS if law != "compiled"])
-def test_law_by_fft(law, spec, monkeypatch):
-    """The way of large sizes, at small ones."""
-    monkeypatch.setattr(toeplitz, "_dense_is_faster", lambda n, m, dtype: False)
+def test_law_by_fft(law, way, monkeypatch):
+    spec, *decision = way
+    monkeypatch.setattr(*decision)
+    check(spec, laws=[law])
+
+
+@pytest.mark.parametrize("way", BY_BLOCKS, ids=lambda way: f"{way[0]}-{way[2]}")
+@pytest.mark.parametrize("law", OF_PRODUCTS)
+def test_law_by_blocks(law, way, monkeypatch):
+    spec, *decision = way
+    monkeypatch.setattr(*decision)
     check(spec, laws=[law])
 
 

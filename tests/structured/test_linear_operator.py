@@ -3,6 +3,7 @@
 import itertools
 import unittest
 
+import linear_operator
 import pytest
 import torch
 from linear_operator.test.linear_operator_test_case import (
@@ -12,44 +13,19 @@ from linear_operator.test.linear_operator_test_case import (
 
 from structured import parse
 from structured.interop import to_linear_operator, to_root_linear_operator
-
-SPECS = [
-    "dense",
-    "diagonal",
-    "block_diagonal(2)",
-    "lower_toeplitz",
-    "upper_toeplitz",
-    "lower_triangular",
-    "upper_triangular",
-    "scaled_identity",
-    "circulant",
-    "block_circulant(2)",
-    "hierarchical(2, 1)",
-    "low_rank_upper(2)",
-    "low_rank_lower(-2)",
-    "direct_sum(dense, circulant, 2)",
-    "tied(2, lower_triangular)",
-    "strided(3, dense)",
-    "rotated(diagonal, cosine)",
-    "rotated(lower_triangular, hadamard)",
-    "transposed(lower_triangular)",
-]
+from tests.structured.specs import SPECS
 
 
-def draw(structure, batch_shape=()):
+def draw(structure, batch_shape=(), dtype=torch.float32):
     """A well-conditioned member of size 6, not symmetric unless the structure is."""
-    zero = parse(structure)(6, batch_shape=batch_shape)
+    zero = parse(structure)(6, batch_shape=batch_shape, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     noise = zero.map(lambda t: torch.randn(t.shape, generator=generator).to(t))
     return (0.3 * noise).add_scaled_identity(1.5)
 
 
-# K K^T asks nothing new of a structure, and its base takes the longest.
-ROOTS = ["dense", "upper_triangular", "hierarchical(2, 1)", "rotated(diagonal, cosine)"]
-ROOTS += ["circulant", "tied(2, lower_triangular)"]
-
 # K K^T has repeated eigenvalues, whatever the numbers.
-REPEATED = {"circulant", "tied(2, lower_triangular)"}
+REPEATED = ("scaled_identity", "circulant", "block_circulant(2)", "tied(3, lower_triangular)")
 
 
 @pytest.fixture(autouse=True)
@@ -86,16 +62,31 @@ class PositiveDefinite(LinearOperatorTestCase):
         dense = K @ K.mT
         if self.spec in REPEATED and "sqrt_inv_matmul" in self._testMethodName:
             # The oracle differentiates eigenvectors: NaN where eigenvalues repeat. Its values and
-            # the gradients by both sides are compared, those by the tensors of K are left out.
+            # the gradients by both sides are compared; those by the tensors of K are below.
             return dense.detach().requires_grad_()
         return dense
 
 
 def _cases():
-    for base, specs in ((Rectangular, SPECS), (PositiveDefinite, ROOTS)):
-        for spec, batch in itertools.product(specs, [(), (2, 3)]):
-            name = f"{base.__name__}[{spec}-{batch}]"
-            yield name, type(name, (base, unittest.TestCase), {"spec": spec, "batch": batch})
+    for base, spec, batch in itertools.product(
+        (Rectangular, PositiveDefinite), SPECS, [(), (2, 3)]
+    ):
+        name = f"{base.__name__}[{spec}-{batch}]"
+        given = {"spec": spec, "batch": batch, "seed": 0}  # of the operands that the base draws
+        yield name, type(name, (base, unittest.TestCase), given)
 
 
 globals().update(_cases())
+
+
+@pytest.mark.parametrize("spec", REPEATED)
+def test_square_roots_are_differentiable_where_eigenvalues_repeat(spec):
+    K = draw(spec, dtype=torch.float64)
+    left, right = torch.eye(2, 6, dtype=torch.float64), torch.eye(6, 3, dtype=torch.float64)
+
+    def root(*tensors):
+        operator = to_root_linear_operator(K.with_tensors(tensors))
+        return linear_operator.sqrt_inv_matmul(operator, right, left)
+
+    tensors = [t.requires_grad_() for t in K.tensors()]
+    assert torch.autograd.gradcheck(root, tensors, fast_mode=True)

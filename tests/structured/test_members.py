@@ -8,7 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from structured import Dense, Diagonal, Kronecker, LowerTriangular, StructuredMatrix, parse, static
+from structured import (
+    Dense,
+    Diagonal,
+    Kronecker,
+    LowerTriangular,
+    StructuredMatrix,
+    Tied,
+    parse,
+    static,
+)
+from structured._operations import OPERATIONS, dense_of
+from structured._strategies import Operands
+from tests.structured.specs import SPECS
 
 A = Dense(torch.tensor([[1.0, 2.0, 0.0], [-1.0, 3.0, 1.0], [2.0, 0.0, -2.0]]))
 X = torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, -1.0], [2.0, 2.0, 1.0]])
@@ -28,6 +40,8 @@ X = torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, -1.0], [2.0, 2.0, 1.0]])
         (lambda: np.float64(2) * A, 2 * A.M),
         (lambda: np.int64(2) * A, 2 * A.M),
         (lambda: torch.nn.Parameter(X) @ A, X @ A.M),
+        (lambda: X.__rmatmul__(A), A.M @ X),
+        (lambda: torch.tensor(2.0).__rdiv__(A), A.M / 2),
     ],
 )
 def test_torch_and_numpy_find_our_operators(function, expected):
@@ -58,6 +72,32 @@ def test_no_meaning_is_a_type_error(function):
         function()
 
 
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [
+        (lambda: A @ X.double(), "Dense.apply: expected torch.float32 on cpu, got torch.float64"),
+        (lambda: A.project(X.double()), "Dense.project: expected torch.float32 on cpu, got"),
+        (lambda: A.matmul(A.to(torch.float64)), "Dense.matmul: expected torch.float32 on cpu, got"),
+        (lambda: A.matmul(X), "Dense.matmul: expected a member of the same structure, got Tensor"),
+        (lambda: A + LowerTriangular.identity(3), r"^\+: .* got Dense.* and LowerTriangular"),
+        (lambda: A - LowerTriangular.identity(3), "^-: .* got Dense.* and LowerTriangular"),
+        (lambda: A * torch.ones(3), r"^Dense \*: expected a scalar or shape \[\], got \[3\]"),
+        (lambda: A / torch.ones(3), r"^Dense /: expected a scalar or shape \[\], got \[3\]"),
+    ],
+)
+def test_errors_say_which_operation_and_whose_argument(function, error):
+    with pytest.raises((TypeError, ValueError), match=error):
+        function()
+
+
+def test_a_scalar_on_the_cpu_goes_with_any_device():
+    assert (torch.tensor(2.0) * A.to("meta")).device.type == "meta"
+
+
+def test_the_identity_of_a_class():
+    assert torch.equal(Tied.identity(4, 2, "dense").to_dense(), torch.eye(4))
+
+
 def test_at_sign_does_not_compile_to_another_product():
     """PyTorch traces ``A @ X`` and ``X @ A`` alike: refused, unless the graph may break."""
     torch._dynamo.reset()
@@ -82,6 +122,37 @@ def test_arrays():
     assert np.asarray(A, dtype=np.float16).dtype == np.float16
     with pytest.raises(ValueError, match="must be written out"):
         np.asarray(A, copy=False)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_expanded_tensors(spec):
+    """One number in memory for all of a tensor: strides of 0, where views and writes would show."""
+    zero = parse(spec)(6, batch_shape=(2,), dtype=torch.float64)
+    numbers = iter(range(1, 99))
+
+    def expanded(t):
+        return torch.tensor(float(next(numbers)), dtype=t.dtype).expand(t.shape)
+
+    S = expanded(torch.empty(2, 6, 6, dtype=torch.float64))
+    A, B = zero.map(expanded), zero.map(expanded)
+    K = A.map(lambda t: t / 64).add_scaled_identity(32.0)
+    operands = Operands(A, B, K, S[..., :3], S)
+    alike = operands.map(lambda t: t.clone(memory_format=torch.contiguous_format))
+    for name, operation in OPERATIONS.items():
+        found, expected = dense_of(operation.compute(operands)), dense_of(operation.compute(alike))
+        torch.testing.assert_close(found, expected, msg=name)
+
+
+def test_numbers_are_real():
+    with pytest.raises(ValueError, match=r"Dense: expected real floating-point numbers, got torch"):
+        Dense(torch.eye(3, dtype=torch.int64))
+
+
+def test_a_class_takes_no_keywords():
+    with pytest.raises(TypeError, match="takes no keyword arguments"):
+
+        class Odd(Diagonal, k=3):
+            pass
 
 
 def test_members_are_immutable():
@@ -128,6 +199,7 @@ def test_repr_reads_as_mathematics():
         "BlockUpper(5; A = Dense(2; M: 2 x 2), B: 2 x 3, C = Diagonal(3; d: 3)) "
         "[bfloat16, batch (3,)]"
     )
+    assert repr(Tied.zeros(4, 2, "dense")) == "Tied(4; A = Dense(2; M: 2 x 2), k = 2) [float32]"
 
 
 def kronecker(batch=()):
@@ -166,3 +238,42 @@ def test_kronecker_of_unlike_factors():
         ValueError, match=r"Kronecker\.apply: expected shape \[\.\.\., 6, m\], got \[5, 1\]"
     ):
         kronecker() @ torch.zeros(5, 1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("spec", "wrong"),
+    [
+        ("dense", lambda t: None),
+        ("block_upper(dense, diagonal, 1)", lambda t: t.numpy()),
+        ("block_upper(dense, diagonal, 1)", lambda t: t.double() if t.ndim < 2 else t),
+        ("block_lower(diagonal, block_diagonal(2), 1)", lambda t: t.double() if len(t) else t),
+    ],
+)
+def test_what_a_function_makes_is_checked(spec, wrong):
+    member = parse(spec)(3)
+    with pytest.raises((TypeError, ValueError), match="expected"):
+        member.map(wrong)
+    with pytest.raises((TypeError, ValueError), match="expected"):
+        member.with_tensors([wrong(t) for t in member.tensors()])
+
+
+@pytest.mark.parametrize("spec", ["diagonal", "hierarchical(1, 1)", "dense"])
+@pytest.mark.parametrize("batch", [(), (2,), (1, 3)])
+def test_kronecker_products_in_one_memory(spec, batch):
+    """The second product overwrites the first, but never ``G``, and not where gradients are."""
+    C, K = (parse(spec)(n, batch_shape=batch, dtype=torch.float64) for n in (4, 3))
+    generator = torch.Generator().manual_seed(0)
+    C, K = (A.map(lambda t: torch.randn(t.shape, generator=generator).to(t)) for A in (C, K))
+    CC, KK = C.outer(), K.outer()
+    for shape in ((4, 3), (*batch, 4, 3), (5, *batch, 4, 3)):
+        G = torch.randn(shape, generator=generator, dtype=torch.float64)
+        expected = CC.to_dense() @ G @ KK.to_dense()
+        before = G.clone()
+        torch.testing.assert_close(Kronecker(CC, KK).apply_matrix(G), expected)
+        assert torch.equal(G, before)
+        leaf = G.clone().requires_grad_()
+        Kronecker(CC, KK).apply_matrix(leaf).sum().backward()
+        ones = torch.ones_like(expected)
+        torch.testing.assert_close(
+            leaf.grad, (CC.to_dense() @ ones @ KK.to_dense()).sum_to_size(shape)
+        )

@@ -67,3 +67,17 @@ def test_long_sums(dtype, operation, spec):
 
 def tensors(result):
     return [result] if isinstance(result, torch.Tensor) else result.tensors()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_sums_of_squares_of_long_rows(dtype, gradient):
+    """By another way where rows are contiguous and many, but not where a gradient is wanted."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(8, 50_000, generator=generator, dtype=torch.float64).to(dtype)
+    X.requires_grad_(gradient)
+    found = parse("diagonal")(8, dtype=dtype).project_gram(X).d
+    assert found.dtype == dtype
+    expected = X.detach().double().square().sum(-1)
+    torch.testing.assert_close(found.double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=0.0)
+    assert found.requires_grad == gradient

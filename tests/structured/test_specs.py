@@ -1,11 +1,20 @@
 """Specs: what a text names, and what is refused."""
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
 
 import structured
 from structured import Circulant, Dense, Diagonal, StructuredMatrix, Tied, parse
+from structured._spec import known, snake_case
+from tests.structured.specs import SPECS
+
+
+def test_every_structure_is_tested():
+    ours = {word for word in known() if word in map(snake_case, structured.__all__)}
+    assert ours <= {word for spec in SPECS for word in re.findall("[a-z_]+", spec)}
 
 
 @pytest.mark.parametrize("n", [-1, 2.0, "3"])
@@ -50,10 +59,10 @@ def test_a_split_is_no_truth_value():
 
 
 def test_compositions_print_as_they_are_written():
-    structure = parse("hierarchical(1, 2)")
-    assert str(structure) == "hierarchical(1, 2)"
-    assert structure == parse("block_upper(dense, block_lower(diagonal, dense, -2), 1)")
-    assert structured.hierarchical(1, 2) == structure
+    structure = parse("low_rank_upper(2)")
+    assert str(structure) == "low_rank_upper(2)"
+    assert structure == parse("block_upper(dense, diagonal, 2)")
+    assert structured.low_rank_upper(2) == structure
 
 
 def test_parts_and_their_sizes():
@@ -65,6 +74,7 @@ def test_parts_and_their_sizes():
         parse("low_rank_upper(0)")(5).layout == parse("block_upper(dense, diagonal, 0)")(5).layout
     )
     assert parse("tied(1, dense)")(5).layout == Tied(Dense.zeros(5), 1).layout
+    assert parse("block_circulant(1)")(5).blocks.shape == (5, 1, 1)
 
 
 def test_classes_without_a_name():
