@@ -8,7 +8,7 @@ what it stores and how it turns statistics into a preconditioned gradient.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -25,7 +25,7 @@ from singd.options import Group, keep_peak
 from singd.plan import Plan, make_plan
 from singd.split import KRONECKER, SplitOptimizer
 from singd.stepping import Step
-from structured import Diagonal, StructuredMatrix
+from structured import Diagonal, Operator, StructuredMatrix
 
 
 class KroneckerOptimizer(SplitOptimizer):
@@ -57,7 +57,10 @@ class KroneckerOptimizer(SplitOptimizer):
 
     @abstractmethod
     def _statistic(self, unit: Unit, side: str, X: Tensor, part: int) -> StructuredMatrix:
-        """What to sum of the columns ``X [..., n, R]``; ``side`` is ``"K"`` or ``"C"``."""
+        """What to sum of the columns ``X [..., n, R]``; ``side`` is ``"K"`` or ``"C"``.
+
+        ``unit.multiplied[side]`` says whether that is ``P S`` in place of ``S``.
+        """
 
     @abstractmethod
     def _update(
@@ -67,15 +70,21 @@ class KroneckerOptimizer(SplitOptimizer):
         products: Products,
         U_K: StructuredMatrix,
         U_C: StructuredMatrix,
+        multiplied: Collection[str],
     ) -> Members:
         """New values of what is stored, from the statistics of the Kronecker factors.
 
-        ``products`` are those of ``old``, if any are kept.
+        ``products`` are those of ``old``, if any are kept; the statistics of the sides
+        ``multiplied`` are multiplied by them already.
         """
 
     def _products(self, group: Group, members: Members) -> Products:
         """Products worth keeping until the next update."""
         return {}
+
+    def _pair(self, members: Members, products: Products) -> tuple[Operator, Operator] | None:
+        """``K K^T`` and ``C C^T`` where they are at hand, in one precision."""
+        return None
 
     @abstractmethod
     def _precondition(self, members: Members, products: Products, G: Tensor) -> Tensor:
@@ -109,7 +118,9 @@ class KroneckerOptimizer(SplitOptimizer):
             self._settle()
         _ = self._buckets  # the factors exist from now on
         diagonal = isinstance(unit.members[self._sides[0]], Diagonal)
-        pieces = [(x, g)] if diagonal else unit.layer.pieces(module, x, g)
+        pieces = [(x, g)] if diagonal else list(unit.layer.pieces(module, x, g))
+        if len(pieces) > 1:  # a piece does not show how many rows there are
+            unit.multiplied.update(dict.fromkeys("KC", False))
         seen, *others = (self._statistics(unit, module, *piece, part) for piece in pieces)
         for other in others:
             seen.add(other)
@@ -307,3 +318,6 @@ class KroneckerOptimizer(SplitOptimizer):
         """
         checkpoint.load(self, state_dict)
         self._bind()
+        for unit in self._units:
+            if any(unit.multiplied.values()):
+                unit.discard()  # those were other products
