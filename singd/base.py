@@ -316,8 +316,9 @@ class KroneckerOptimizer(Optimizer):
         _ = self._buckets  # the factors exist from now on
         diagonal = isinstance(unit.members[self._sides[0]], Diagonal)
         pieces = [(x, g)] if diagonal else unit.layer.pieces(module, x, g)
-        seen, *others = (self._statistics(unit, module, *piece, part) for piece in pieces)
-        for other in others:
+        each = (self._statistics(unit, module, *piece, part) for piece in pieces)
+        seen = next(each)
+        for other in each:
             seen.add(other)
         self._passes.came()
         unit.observe(module, part, root, seen, x, g)
