@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from singd import cuda_graph
 from singd._layer import Layer
 from singd.explain import Probes
 from structured import Structure, StructuredMatrix
@@ -109,6 +110,7 @@ class Unit:
                 self.statistics = {}  # of gradients that were reset behind our back
             # At the first pass and ever more rarely: that costs nothing on average.
             check = self.explained is None or self.committed & (self.committed - 1) == 0
+            check = check and not cuda_graph.capturing()
             probes = Probes(self.layer, self.module, self.weight) if check else None
             self.passes[current] = Pass(root, probes=probes)
         under_way = self.passes[current]

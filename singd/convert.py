@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd.base import KRONECKER, KroneckerOptimizer
+from singd.base import KroneckerOptimizer
 from singd.options import parameter_of
+from singd.split import KRONECKER
 
 # As tensors and text -----------------------------------------------------------------------------
 

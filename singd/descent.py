@@ -20,7 +20,7 @@ def descend(
     directions: Sequence[Tensor],
     buffers: Sequence[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     momentum: float,
     weight_decay: float,
     rounding: Rounding,
@@ -33,12 +33,13 @@ def descend(
         params: The parameters ``p``, all on one device.
         directions: What they move along, ``d``; left as they are.
         buffers: Their momenta ``b``, like ``params``; empty for no momentum.
-        lr: Of the step.
+        lr: Of the step; a tensor, which a CUDA graph reads anew, costs one more pass.
         momentum: In [0, 1).
         weight_decay: Not negative.
         rounding: Of this step.
     """
-    if params and params[0].is_cuda and (kernels := rounding.kernels()) is not None:
+    fast = params and params[0].is_cuda and not isinstance(lr, Tensor)
+    if fast and (kernels := rounding.kernels()) is not None:
         served = all(
             p.is_contiguous() and p.dtype != torch.float64 and d.dtype != torch.float64
             for p, d in zip(params, directions, strict=True)
@@ -63,7 +64,7 @@ def plain(
     params: Sequence[Tensor],
     directions: Sequence[Tensor],
     buffers: Sequence[Tensor],
-    lr: float,
+    lr: float | Tensor,
     momentum: float,
     weight_decay: float,
     rounded: Callable[[Tensor, torch.dtype], Tensor],
@@ -86,7 +87,10 @@ def plain(
         torch._foreach_add_(kept, moves)
         torch._foreach_copy_(list(buffers), kept)
         moves = kept
-    torch._foreach_add_(wide, moves, alpha=-lr)
+    if isinstance(lr, Tensor):
+        torch._foreach_sub_(wide, torch._foreach_mul(moves, lr.to(wide[0])))
+    else:
+        torch._foreach_add_(wide, moves, alpha=-lr)
     if not exact:
         for p, value in zip(params, wide, strict=True):
             p.copy_(rounded(value, p.dtype))

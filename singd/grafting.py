@@ -30,9 +30,9 @@ def state_names(method: str | None) -> tuple[str, ...]:
 
 
 def fresh(p: Tensor) -> dict[str, Tensor]:
-    """AdamW's moments of a parameter before any step."""
+    """AdamW's moments of a parameter before any step; steps are counted where nothing waits."""
     zeros = {name: torch.zeros_like(p) for name in state_names("adamw")}
-    return {"step": torch.tensor(0.0), **zeros}
+    return {"step": torch.zeros((), device=p.device if p.is_cuda else "cpu"), **zeros}
 
 
 def graft_(
@@ -53,34 +53,34 @@ def graft_(
         New values in the state, by parameter.
     """
     parts = [
-        (index, p, grad, direction)
-        for index, (unit, g, matrix) in enumerate(zip(units, G, natural, strict=True))
+        (p, grad, direction)
+        for unit, g, matrix in zip(units, G, natural, strict=True)
         for p, grad, direction in zip(
             unit.parameters, unit.split(g), unit.split(matrix), strict=True
         )
-        if p.grad is not None
     ]
-    wanted, moments = [grad for _, _, grad, _ in parts], Moments()
+    counts = [p.grad is not None for p, *_ in parts]
+    wanted, moments = [grad for _, grad, _ in parts], Moments()
     if units[0].group["graft"] == "adamw":
-        params = [p for _, p, _, _ in parts]
-        old = [optimizer.state[p] for p in params]
+        params = [p for p, *_ in parts]
         moments = [
-            (p, {k: s[k].clone() if k in s else zero for k, zero in fresh(p).items()})
-            for p, s in zip(params, old, strict=True)
+            (p, {k: s[k].to(zero, copy=True) if k in s else zero for k, zero in fresh(p).items()})
+            for p, s in zip(params, map(optimizer.state.__getitem__, params), strict=True)
         ]
         wanted = _adamw_steps(wanted, [own for _, own in moments], optimizer._adamw.defaults)
-    index = torch.tensor([i for i, *_ in parts], device=natural.device)
-    norms = _norms(index, len(units), [direction for *_, direction in parts])
-    scale = _norms(index, len(units), wanted) / norms.clamp(min=torch.finfo(norms.dtype).tiny)
+        moments = [own for own, counted in zip(moments, counts, strict=True) if counted]
+    norms = _norms([direction for *_, direction in parts], counts, len(units))
+    scale = _norms(wanted, counts, len(units)) / norms.clamp(min=torch.finfo(norms.dtype).tiny)
     natural.mul_(scale.to(natural.dtype).view(-1, *[1] * (natural.ndim - 1)))
     return moments
 
 
-def _norms(index: Tensor, units: int, tensors: list[Tensor]) -> Tensor:
-    """Joint norms of the tensors of every unit, ``[units]``, in float32 at least."""
-    wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    norms = torch.stack(torch._foreach_norm([t.to(wide) for t in tensors]))
-    return norms.new_zeros(units).index_add_(0, index, norms.square()).sqrt()
+def _norms(tensors: list[Tensor], counts: list[bool], units: int) -> Tensor:
+    """Joint norms of those of every unit's tensors that count, ``[units]``, in float32 at least."""
+    wide, nothing = torch.promote_types(tensors[0].dtype, torch.float32), tensors[0].new_zeros(1)
+    used = [t if counted else nothing for t, counted in zip(tensors, counts, strict=True)]
+    norms = torch.stack(torch._foreach_norm([t.to(wide) for t in used]))
+    return torch.linalg.vector_norm(norms.view(units, -1), dim=1)
 
 
 def _adamw_steps(
@@ -102,5 +102,6 @@ def _adamw_steps(
         weight_decay=0.0,
         eps=options["eps"],
         maximize=False,
+        capturable=all(g.is_cuda for g in grads),
     )
     return steps

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from singd import cuda_graph
 from singd.capture import Unit
 from structured import StructuredMatrix
 
@@ -30,6 +31,7 @@ class Bucket:
     ) -> None:
         self.units, self.members = list(units), fresh
         self.products: Members = {}  # worth keeping between two updates, not part of the state
+        self.indices: dict[tuple[int, ...], Tensor] = {}
         for index, unit in enumerate(self.units):
             own = state[unit.weight]
             for name, member in fresh.items():
@@ -64,9 +66,12 @@ class Bucket:
         """Take over new factors and their products."""
         for name, member in members.items():
             if member is not self.members[name]:
-                for kept, t in zip(self.members[name].tensors(), member.tensors(), strict=True):
-                    kept.copy_(t)
-        self.products = products
+                copy_(self.members[name], member)
+        if cuda_graph.capturing() and self.products:  # other graphs read them at their place
+            for name, product in products.items():
+                copy_(self.products[name], product)
+        else:
+            self.products = products
 
     def select(self, units: Sequence[Unit], *members: Members) -> tuple[Members, ...]:
         """What belongs to some of the units; copies, unless it is all of them."""
@@ -79,9 +84,11 @@ class Bucket:
         )
 
     def index(self, units: Sequence[Unit]) -> Tensor:
-        """The places of some of the units."""
-        places = [self.units.index(unit) for unit in units]
-        return torch.tensor(places, device=self.units[0].weight.device)
+        """The places of some of the units; made once, since that waits for the device."""
+        places = tuple(self.units.index(unit) for unit in units)
+        if places not in self.indices:
+            self.indices[places] = torch.tensor(places, device=self.units[0].weight.device)
+        return self.indices[places]
 
 
 def buckets(
@@ -96,6 +103,12 @@ def buckets(
         key = (id(unit.group), unit.shape, unit.structures, weight.dtype, weight.device)
         sorted_.setdefault(key, []).append(unit)
     return [Bucket(same, fresh(same[0], len(same)), state) for same in sorted_.values()]
+
+
+def copy_(kept: StructuredMatrix, new: StructuredMatrix) -> None:
+    """Write one member into the tensors of another."""
+    for place, t in zip(kept.tensors(), new.tensors(), strict=True):
+        place.copy_(t)
 
 
 def stack(members: Sequence[StructuredMatrix]) -> StructuredMatrix:

@@ -20,13 +20,13 @@ class KFAC(KroneckerOptimizer):
     """Kronecker-factored approximate curvature (Martens & Grosse, arXiv 1503.05671).
 
     Keeps moving averages of ``S_K`` and ``S_C`` and inverts ``S + damping I`` whenever they change,
-    in float32 at least. Shares layers, statistics and the bound of the step with
+    in float32 at least; a step whose damped factors are not positive definite is skipped, as one
+    that is not finite. Shares layers, statistics and the bound of the step with
     :class:`singd.SINGD`; the arguments are its, where they apply. ``lr_cov`` is the weight of new
     statistics in the moving averages, which start from the identity.
 
     Raises:
         ValueError: If an option is out of range.
-        torch.linalg.LinAlgError: In ``step``, if a damped factor is not positive definite.
     """
 
     _sides = ("S_K", "S_C")

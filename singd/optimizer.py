@@ -35,7 +35,7 @@ class SINGD(KroneckerOptimizer):
     Args:
         model: The model to train; its supported layers are hooked.
         params: Parameters or parameter groups; all trainable parameters of ``model`` if ``None``.
-        lr: Learning rate (beta_2 in the paper).
+        lr: Learning rate (beta_2 in the paper); a tensor is read anew by a CUDA graph.
         momentum: Momentum of the parameters (alpha_2), in [0, 1).
         damping: Damping lambda of the curvature.
         alpha1: Riemannian momentum of the factors (alpha_1), in [0, 1); 0 under ``kfac_like``.

@@ -25,10 +25,22 @@ def given_group(group: Mapping[str, Any]) -> Group:
     return {**group, "params": [params] if isinstance(params, Tensor) else list(params)}
 
 
-def peak_lr(group: Group) -> float:
-    """The highest learning rate that a group has had."""
-    lr: float = max(group["lr"], group.get("peak_lr", 0.0))
-    return lr
+def peak_lr(group: Group) -> float | Tensor:
+    """The highest learning rate that a group has had; of tensors a tensor, for no look at them."""
+    lr, peak = group["lr"], group.get("peak_lr", 0.0)
+    if isinstance(peak, Tensor):
+        return peak.clamp(min=lr)
+    highest: float | Tensor = lr.clamp(min=peak) if isinstance(lr, Tensor) else max(lr, peak)
+    return highest
+
+
+def keep_peak(group: Group) -> None:
+    """Remember the highest learning rate, at its place if it is a tensor."""
+    peak = group.get("peak_lr")
+    if isinstance(peak, Tensor):
+        peak.clamp_(min=group["lr"])
+    else:
+        group["peak_lr"] = peak_lr(group)
 
 
 def in_range(name: str, value: Any, low: float, high: float, *, open_end: bool = False) -> None:

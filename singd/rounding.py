@@ -13,6 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from singd import cuda_graph
+
 _MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
 
 
@@ -45,6 +47,7 @@ class Rounding:
     """Stochastic rounding that a checkpoint reproduces: randomness from a seed and a step number.
 
     On a GPU a kernel rounds: results there are reproducible too, but are not those of the CPU.
+    In a CUDA graph the randomness is PyTorch's own, which is new at every replay.
 
     Args:
         seed: Any integer.
@@ -67,6 +70,8 @@ class Rounding:
         if x.is_cuda and (fast := self.kernels()) is not None:
             rounded: Tensor = fast.stochastic_round(x.float(), dtype, *self.draw(x.device))
             return rounded
+        if cuda_graph.capturing():
+            return stochastic_round(x, dtype)
         if x.device not in self.generators:
             self.generators[x.device] = torch.Generator(x.device).manual_seed(self.seed)
         return stochastic_round(x, dtype, self.generators[x.device])
@@ -88,7 +93,8 @@ class Rounding:
     def draw(self, device: torch.device) -> tuple[Tensor, int]:
         """The seed on a device, without a wait for it, and a stream that was not drawn before."""
         if device not in self.seeds:
-            self.seeds[device] = torch.full((1,), self.seed, dtype=torch.int64, device=device)
+            seed = torch.full((1,), self.seed, dtype=torch.int64, device=device)
+            self.seeds[device] = seed.random_() if cuda_graph.capturing() else seed
         self.draws += 16  # a use may take a few streams
         return self.seeds[device], self.draws
 

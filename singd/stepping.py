@@ -70,13 +70,7 @@ class Step:
                 distributed.reduce_statistics(unit.statistics.values(), group)
             if self.optimizer._reduce_gradients:
                 distributed.reduce_gradients(self._gradients(), group)
-        try:
-            proposals = [self._propose(bucket, stream=i) for i, bucket in enumerate(self.buckets)]
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, not in __all__
-            bad = None if self.optimizer.max_skipped is None else self._cause([], [])
-            if bad is None:
-                raise
-            return bad
+        proposals = [self._propose(bucket, stream=i) for i, bucket in enumerate(self.buckets)]
         naturals, quadratic = self._naturals(proposals)
         if self.optimizer.max_skipped is not None:
             bad = self._nonfinite(proposals, naturals, quadratic)
@@ -85,7 +79,9 @@ class Step:
         for proposal in proposals:
             proposal.bucket.store(proposal.members, proposal.products)
         for p, moments in self.moments:
-            self.optimizer.state[p].update(moments)
+            state = self.optimizer.state[p]
+            for name, moment in moments.items():
+                state[name] = state[name].copy_(moment) if name in state else moment
         if descend:
             self._descend(naturals)
             if self.foreign:
@@ -303,10 +299,11 @@ def fused(group: Group) -> Group:
     """A group for AdamW, fused where that is possible and nothing else was asked for."""
     if group["fused"] is not None or group["foreach"] is not None or group["differentiable"]:
         return group
-    possible = all(
-        p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in group["params"]
-    )
-    return {**group, "fused": True} if possible else group
+    params = group["params"]
+    if not all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in params):
+        return group
+    on_cuda = all(p.is_cuda for p in params)  # where it counts its steps on the device anyway
+    return {**group, "fused": True, "capturable": group["capturable"] or on_cuda}
 
 
 def _all_finite(tensors: list[Tensor]) -> bool:

@@ -172,12 +172,12 @@ def moving_average(S: StructuredMatrix, new: StructuredMatrix, lr_cov: float) ->
 def damped_inverse(S: Tensor, damping: float) -> Tensor:
     """KFAC: ``(S + lambda I)^-1`` for ``S [..., n, n]``, by Cholesky in float32 at least.
 
-    Raises:
-        torch.linalg.LinAlgError: If ``S + lambda I`` is not positive definite.
+    NaN where ``S + lambda I`` is not positive definite: an error would wait for the device.
     """
     wide = S.to(torch.promote_types(S.dtype, torch.float32))
     eye = torch.eye(S.shape[-1], dtype=wide.dtype, device=S.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(wide + damping * eye))
+    L, info = torch.linalg.cholesky_ex(wide + damping * eye)
+    return torch.cholesky_inverse(L.masked_fill((info != 0)[..., None, None], torch.nan))
 
 
 def trust_region(kl_clip: float, quadratic: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from singd import KFAC, SINGD
 from structured import StructuredMatrix, parse
 from structured._operations import OPERATIONS
 from structured._strategies import Operands
+from tests.singd import test_cuda_graph
 from tests.structured.specs import SPECS
 
 pytestmark = [
@@ -67,6 +68,35 @@ METHODS: dict[str, Any] = {
     "momentum": lambda model: SINGD(model, T=1, alpha1=0.5, weight_decay=0.01, kl_clip=None),
     "KFAC": lambda model: KFAC(model, T=2),
 }
+
+
+@pytest.mark.parametrize("method", test_cuda_graph.METHODS)
+def test_steps_in_a_cuda_graph(method: str) -> None:
+    """Replays in turn, one graph for each kind of step, equal steps taken by Python."""
+    kind, options = test_cuda_graph.METHODS[method]
+    model = test_cuda_graph.network().to("cuda")
+    reference = copy.deepcopy(model)
+    plain, recorded = (
+        kind(m, T=2, max_skipped=None, momentum=0.9, **options) for m in (reference, model)
+    )
+    inputs = torch.randn(10, 5, 2, 4, 4, device="cuda")
+    for x in inputs:
+        test_cuda_graph.iterate(reference, plain, x)
+    x, graphs = inputs[0].clone(), [torch.cuda.CUDAGraph() for _ in range(2)]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for data in inputs[:2]:
+            test_cuda_graph.iterate(model, recorded, x.copy_(data))
+    torch.cuda.current_stream().wait_stream(stream)
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            test_cuda_graph.iterate(model, recorded, x)
+    for number, data in enumerate(inputs[2:]):
+        x.copy_(data)
+        graphs[number % 2].replay()
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
 
 
 def train(model: nn.Module, method: str, device: str, steps: int = 4) -> list[torch.Tensor]:
