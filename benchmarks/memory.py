@@ -9,11 +9,11 @@ same name as ours. In bytes:
 * ``state``: the tensors of the optimizer's state, exactly;
 * ``held``: all that is alive between two steps but weights, buffers and the batch: state and what
   is kept besides, such as products of factors;
-* ``backward``, ``step``: the most that is alive at once during forward and backward pass, and during
-  ``step``, weights and batch included;
+* ``backward``, ``step``: the most that is alive at once during forward and backward pass, and
+  during ``step``, weights and batch included;
 * ``extra``: the larger of the two, less that of SGD;
-* ``limit``: of ``extra``, what a method of ours promises. That is the largest input of a layer, what
-  is held more than by SGD, and the statistics: as large as the factors, in float32.
+* ``limit``: of ``extra``, what a method of ours promises: the largest input of a layer, what is
+  held more than by SGD, and the statistics (as large as the factors, in float32).
 
 On a CPU the storages of all tensors are counted (:mod:`benchmarks.peak`), on CUDA it is what
 PyTorch's allocator says. ``memory.csv`` in ``benchmarks/results`` is kept up row by row, with the
@@ -167,7 +167,6 @@ def cases(args: argparse.Namespace) -> list[tuple[tuple[str, str, str], str]]:
         for dtype in args.dtypes.split(",")
         for model in args.models.split(",")
         for method in ["sgd", *(m for m in methods if m != "sgd")]
-        if not (dtype == "bf16" and method == "kfac")
     ]
 
 
@@ -180,14 +179,18 @@ def plot(path: Path, table: Sequence[Row]) -> None:
     models = list(dict.fromkeys(r["model"] for r in table))
     with mpl.rc_context({"font.size": 7, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(3.6 * len(models), 4.2), layout="constrained")
-        for ax, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        for ax, model in zip(
+            figure.subplots(1, len(models), squeeze=False)[0], models, strict=True
+        ):
             rows = [r for r in table if r["model"] == model][::-1]
             places = range(len(rows))
             for column, height, shift in (("extra", 0.4, 0.2), ("state", 0.4, -0.2)):
                 values = [int(r[column]) / 1e6 for r in rows]
                 ax.barh([p + shift for p in places], values, height, label=column)
             marks = [(p + 0.2, int(r["limit"]) / 1e6) for p, r in enumerate(rows) if r["limit"]]
-            ax.plot([x for _, x in marks], [y for y, _ in marks], "k|", ms=7, label="limit of extra")
+            ax.plot(
+                [x for _, x in marks], [y for y, _ in marks], "k|", ms=7, label="limit of extra"
+            )
             ax.set_yticks(list(places), [r["method"] for r in rows])
             ax.set(title=model, xlabel="MB")
         ax.legend(frameon=False, loc="lower right")

@@ -1,7 +1,7 @@
-"""The optimizers that the benchmarks compare, by name; what they need is imported when it is used.
+"""The optimizers that the benchmarks compare, by name; each is imported when it is used.
 
-Ours are ``singd:STRUCTURE``, with ``+embeddings`` to precondition those as well. Of the others, SOAP
-and Distributed Shampoo (Anil et al., arXiv 2002.09018) are those of the package
+Ours are ``singd:STRUCTURE``, with ``+embeddings`` to precondition those as well. Of the others,
+SOAP and Distributed Shampoo (Anil et al., arXiv 2002.09018) are those of the package
 ``pytorch-optimizer``, Muon is PyTorch's. It trains the matrices of hidden layers; convolutions,
 embeddings, the last layer and vectors are AdamW's.
 """
@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn, optim
+
+from benchmarks import nets
 
 STRUCTURES = ("dense", "diagonal", "block30diagonal", "hierarchical15_15", "triltoeplitz")
 OURS = tuple(f"singd:{structure}" for structure in STRUCTURES)
@@ -46,17 +48,19 @@ def make(name: str, model: nn.Module, T: int, *, peer: bool = False) -> Any:
         return Muon(model)
     if method in ("soap", "shampoo"):
         return _second_order(method, model, T)
+    average = "batch+sequence" if isinstance(model, nets.GPT) else "batch"
+    options: dict[str, Any] = {"lr": LR, "T": T, "loss_average": average}
     if peer:
         from singd.optim import optimizer as peers  # there is none in ours
 
-        return peers.SINGD(model, lr=LR, T=T, structures=(structure, structure))
+        return peers.SINGD(model, structures=(structure, structure), **options)
     from singd import KFAC, SINGD
 
     if method == "kfac":
-        return KFAC(model, lr=LR, T=T)
+        return KFAC(model, **options)
     structure, _, embeddings = structure.partition("+")
     layers = [nn.Embedding] if embeddings else []
-    return SINGD(model, lr=LR, T=T, structures=(structure, structure), layers=layers)
+    return SINGD(model, structures=(structure, structure), layers=layers, **options)
 
 
 def _second_order(method: str, model: nn.Module, T: int) -> optim.Optimizer:

@@ -4,10 +4,10 @@
     python -m benchmarks.step --models vgg --T 1 --methods singd:dense,muon --dtypes bf16
 
 Every method lives in a process of its own, and the processes take turns of ten steps each (of one
-period of updates, where those take long), so that whatever else the machine does falls on all alike;
-medians over the turns are compared. ``ratio`` is our time over SGD's, divided by that of PyPI
-``singd``. A method that cannot run is left out, with a word on why. ``step.csv`` is kept up case by
-case; rows of methods that are not named stay.
+period of updates, where those take long), so that whatever else the machine does falls on all
+alike; medians over the turns are compared. ``ratio`` is our time over SGD's, divided by that of
+PyPI ``singd``. A method that cannot run is left out, with a word on why. ``step.csv`` is kept up
+case by case; rows of methods that are not named stay.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ class Worker:
     def close(self) -> None:
         """End the process."""
         self.process.terminate()
-        self.process.wait()
+        with self.process:  # closes the pipes and waits
+            pass
 
 
 def rows(

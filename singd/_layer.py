@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-PIECE = 1 << 21  # bytes of patches or squares at a time: no copy of the activations is made
+PIECE = 1 << 20  # bytes of patches or squares at a time: no copy of all activations is made
 
 
 class Layer:
@@ -79,8 +79,13 @@ class Layer:
         rows = samples if approximation == "reduce" else samples * positions
         return (F.pad(sums, (0, 1), value=float(rows)) if ones else sums), rows
 
-    def pieces(self, module: Any, x: Tensor, g: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """Input and output gradient of a few samples at a time, where :meth:`inputs` is large."""
+    def pieces(
+        self, module: Any, x: Tensor, g: Tensor, size: int = PIECE
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """Input and output gradient of a few samples at a time, where :meth:`inputs` is large.
+
+        Then ``size`` is how many bytes of those there should be.
+        """
         return [(x, g)]
 
     def contract(self, module: Any, x: Tensor, g: Tensor, u: Tensor, v: Tensor) -> Tensor:

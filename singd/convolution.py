@@ -34,13 +34,22 @@ class Convolution(Layer):
         A = self._patches(module, x, ones).flatten(-2)
         return A, A.shape[-1]
 
-    def pieces(self, module: Any, x: Tensor, g: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """As many samples at a time as have :data:`PIECE` bytes of patches."""
+    def pieces(
+        self, module: Any, x: Tensor, g: Tensor, size: int = PIECE
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """As many samples at a time as have ``size`` bytes of patches."""
         if x.ndim != len(module.kernel_size) + 2:
             return [(x, g)]
-        seen = max(x[:1].numel(), g[:1].numel()) * torch.Size(module.kernel_size).numel()
-        count = max(1, PIECE // max(1, seen * x.element_size()))
+        seen, positions = self._patched(x, g)
+        places = seen.shape[1] * torch.Size(module.kernel_size).numel()
+        patches = places * positions.shape[2:].numel()
+        largest = max(patches, x[:1].numel(), g[:1].numel())
+        count = max(1, size // max(1, largest * x.element_size()))
         return zip(x.split(count), g.split(count), strict=True)
+
+    def _patched(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Of input and output gradient: whose patches are seen, and whose positions see them."""
+        return x, g
 
     def _patches(self, module: Any, x: Tensor, ones: bool = False) -> Tensor:
         """``[(groups,) d_in (+ 1), N, P]``: a place of the kernel sees whole rows of positions."""
@@ -148,6 +157,9 @@ class TransposedConvolution(Convolution):
             positions = (g.shape[2 + d] - extra - dilation * (size - 1) - 1) // stride + 1
             g = g.narrow(2 + d, 0, (positions - 1) * stride + dilation * (size - 1) + 1)
         return self._patches(module, g).movedim(-3, -1)
+
+    def _patched(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return g, x
 
     def to_matrix(self, module: Any, weight: Tensor) -> Tensor:
         """``[(groups,) d_out, d_in / groups]``."""

@@ -28,6 +28,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from singd.rounding import leading
 from structured import StructuredMatrix
 
 
@@ -143,8 +144,14 @@ def product_clipped(lr_cov: float, W: StructuredMatrix, bound: float) -> Tensor:
 def product_factor_step(
     K: StructuredMatrix, W: StructuredMatrix, lr_cov: float | Tensor
 ) -> StructuredMatrix:
-    """``K (I - beta_1 m_K) = (1 + beta_1 / 2) K - beta_1 / 2 W K``."""
-    return (1 + 0.5 * lr_cov) * K - (0.5 * lr_cov) * W.matmul(K)
+    """``K (I - beta_1 m_K) = (1 + beta_1 / 2) K - beta_1 / 2 W K``, where the product was made."""
+    weight = 1 + 0.5 * lr_cov
+
+    def moved(wk: Tensor, k: Tensor) -> Tensor:
+        each = leading(weight.to(k.dtype), k) if isinstance(weight, Tensor) else weight
+        return wk.lerp_(k, each)
+
+    return W.matmul(K).map(moved, K)
 
 
 def precondition(K: StructuredMatrix, C: StructuredMatrix, G: Tensor) -> Tensor:
