@@ -153,7 +153,7 @@ def row(case: tuple[str, str, str], name: str, found: dict[str, int], sgd: dict[
     out = dict(zip(KEY, (*case, name), strict=True))
     out |= {k: str(found[k]) for k in ("state", "held", "backward", "step")}
     promised = found["input"] + found["held"] - sgd["held"] + found["statistics"]
-    ours = name.startswith(("singd", "kfac"))
+    ours = name.startswith("singd")
     return out | {"extra": str(peak - least), "limit": str(promised) if ours else ""}
 
 
