@@ -8,7 +8,7 @@ what it stores and how it turns statistics into a preconditioned gradient.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -57,7 +57,10 @@ class KroneckerOptimizer(SplitOptimizer):
 
     @abstractmethod
     def _statistic(self, unit: Unit, side: str, X: Tensor, part: int) -> StructuredMatrix:
-        """What to sum of the columns ``X [..., n, R]``; ``side`` is ``"K"`` or ``"C"``."""
+        """What to sum of the columns ``X [..., n, R]``; ``side`` is ``"K"`` or ``"C"``.
+
+        ``unit.multiplied[side]`` says whether that is ``P S`` in place of ``S``.
+        """
 
     @abstractmethod
     def _update(
@@ -67,15 +70,23 @@ class KroneckerOptimizer(SplitOptimizer):
         products: Members,
         U_K: StructuredMatrix,
         U_C: StructuredMatrix,
+        multiplied: Collection[str],
     ) -> Members:
         """New values of what is stored, from the statistics of the Kronecker factors.
 
-        ``products`` are those of ``old``, if any are kept.
+        ``products`` are those of ``old``, if any are kept; the statistics of the sides
+        ``multiplied`` are multiplied by them already.
         """
 
     def _products(self, group: Group, members: Members) -> Members:
         """Products worth keeping until the next update."""
         return {}
+
+    def _pair(
+        self, members: Members, products: Members
+    ) -> tuple[StructuredMatrix, StructuredMatrix] | None:
+        """``K K^T`` and ``C C^T`` where they are at hand, in one precision."""
+        return None
 
     @abstractmethod
     def _precondition(self, members: Members, products: Members, G: Tensor) -> Tensor:
@@ -112,7 +123,9 @@ class KroneckerOptimizer(SplitOptimizer):
         # Pieces as large as the factor: a product with fewer rows than columns is slow.
         size = max(PIECE, sum(t.nbytes for t in K.tensors()))
         whole = isinstance(K, Diagonal)
-        pieces = [(x, g)] if whole else unit.layer.pieces(module, x, g, size)
+        pieces = [(x, g)] if whole else list(unit.layer.pieces(module, x, g, size))
+        if len(pieces) > 1:  # a piece does not show how many rows there are
+            unit.multiplied.update(dict.fromkeys("KC", False))
         each = (self._statistics(unit, module, *piece, part) for piece in pieces)
         seen = next(each)
         for other in each:
@@ -311,3 +324,6 @@ class KroneckerOptimizer(SplitOptimizer):
         """
         checkpoint.load(self, state_dict)
         self._bind()
+        for unit in self._units:
+            if any(unit.multiplied.values()):
+                unit.discard()  # those were other products

@@ -9,7 +9,7 @@ way), the unit is not ``explained`` and must not be preconditioned.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from singd import cuda_graph
 from singd._layer import Layer
 from singd.explain import Probes
 from structured import Structure, StructuredMatrix
+
+if TYPE_CHECKING:
+    from singd.grouping import Bucket
 
 
 @dataclass
@@ -61,9 +64,11 @@ class Unit:
     structures: tuple[Structure, ...] = ()
     layout: tuple[Any, ...] = ()  # what the factors were made for
     members: dict[str, StructuredMatrix] = field(default_factory=dict)  # its factors, by name
+    bucket: Bucket | None = None  # where they are
     statistics: dict[int, Statistics] = field(default_factory=dict)  # by part of the layer
     passes: dict[int, Pass] = field(default_factory=dict)  # under way
     counted: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)  # by root, part
+    multiplied: dict[str, bool] = field(default_factory=dict)  # by side: P S is summed, not S
     called: int = -1  # the step of the last forward pass
     passed_by: bool = False  # a forward since the last step was not wanted
     explained: bool | None = None  # whether what is seen explains the gradient
@@ -154,11 +159,11 @@ class Unit:
     def __getstate__(self) -> dict[str, Any]:
         """For copies: without what was seen, and what :meth:`singd.SINGD` finds again."""
         fresh: dict[str, Any] = {"statistics": {}, "passes": {}, "counted": {}, "structures": ()}
-        return vars(self) | fresh | {"members": {}, "layout": ()}
+        return vars(self) | fresh | {"members": {}, "layout": (), "bucket": None, "multiplied": {}}
 
     def discard(self) -> None:
         """Forget what was seen since the last step."""
-        for seen in (self.statistics, self.passes, self.counted):
+        for seen in (self.statistics, self.passes, self.counted, self.multiplied):
             seen.clear()
         self.passed_by = False
 

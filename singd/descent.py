@@ -1,14 +1,17 @@
 """The step of the parameters: weight decay, momentum, and a sum that is never rounded to nearest.
 
-On a GPU one kernel does it for many parameters; elsewhere PyTorch's ``foreach`` operations.
+One kernel does it for many parameters: ours on a GPU, on the CPU that of :class:`torch.optim.SGD`;
+elsewhere PyTorch's ``foreach`` operations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.sgd import sgd
 
 from singd.rounding import Rounding
 
@@ -24,21 +27,46 @@ def descend(
     momentum: float,
     weight_decay: float,
     rounding: Rounding,
+    scale: Tensor | None = None,
 ) -> None:
-    """``b <- momentum b + d + weight_decay p`` and ``p <- p - lr b``, in place, for all parameters.
+    """``b <- momentum b + s d + weight_decay p`` and ``p <- p - lr b``, in place.
 
     Below float32 the sums run in float32, ``p`` is rounded stochastically and ``b`` to nearest.
 
     Args:
         params: The parameters ``p``, all on one device.
-        directions: What they move along, ``d``; left as they are.
+        directions: What they move along, ``d``; of no use afterwards if there is a ``scale``.
         buffers: Their momenta ``b``, like ``params``; empty for no momentum.
         lr: Of the step; a tensor, which a CUDA graph reads anew, costs one more pass.
         momentum: In [0, 1).
         weight_decay: Not negative.
         rounding: Of this step.
+        scale: Of the directions, ``s``; 1 if ``None``.
     """
-    fast = params and params[0].is_cuda and not isinstance(lr, Tensor)
+    if not params:
+        return
+    served = _is_served(params, buffers)
+    if scale is not None and not (served and all(p.dtype == torch.float32 for p in params)):
+        directions = list(directions)
+        torch._foreach_mul_(directions, scale.to(directions[0]))
+        scale = None
+    if served:
+        rate: Any = lr  # a tensor is none of the stub's types
+        sgd(
+            list(params),
+            [d.to(p.dtype).contiguous() for p, d in zip(params, directions, strict=True)],
+            list(buffers) or [None] * len(params),
+            fused=True,
+            grad_scale=None if scale is None else 1.0 / scale.to(params[0]),  # it divides by that
+            lr=rate,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
+        return
+    fast = params[0].is_cuda and not isinstance(lr, Tensor)
     if fast and (kernels := rounding.kernels()) is not None:
         served = all(
             p.is_contiguous() and p.dtype != torch.float64 and d.dtype != torch.float64
@@ -58,6 +86,11 @@ def descend(
             )
             return
     plain(params, directions, buffers, lr, momentum, weight_decay, rounding)
+
+
+def _is_served(params: Sequence[Tensor], buffers: Sequence[Tensor]) -> bool:
+    """Whether PyTorch's kernel can take them."""
+    return all(t.is_cpu and t.dtype in _EXACT and t.is_contiguous() for t in (*params, *buffers))
 
 
 def plain(

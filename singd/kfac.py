@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -92,6 +92,7 @@ class KFAC(KroneckerOptimizer):
         products: Members,
         U_K: StructuredMatrix,
         U_C: StructuredMatrix,
+        multiplied: Collection[str] = (),
     ) -> Members:
         new: Members = {}
         for side, U in (("K", U_K), ("C", U_C)):
@@ -100,6 +101,11 @@ class KFAC(KroneckerOptimizer):
             new |= {f"S_{side}": S, f"inverse_{side}": Dense(inverse)}
         return new
 
+    def _pair(
+        self, members: Members, products: Members
+    ) -> tuple[StructuredMatrix, StructuredMatrix]:
+        return members["inverse_K"], members["inverse_C"]
+
     def _precondition(self, members: Members, products: Members, G: Tensor) -> Tensor:
-        K, C = members["inverse_K"], members["inverse_C"]
+        K, C = self._pair(members, products)
         return update.precondition_products(K, C, G.to(K.dtype)).to(G.dtype)

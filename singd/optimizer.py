@@ -8,12 +8,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from singd import update
+from singd import distributed, update
 from singd.base import KroneckerOptimizer
 from singd.capture import Unit
 from singd.grouping import Members
 from singd.options import Group, by_name, floating, in_range, integer, one_of, pair
-from structured import Structure, StructuredMatrix, StructureLike, parse
+from structured import Dense, Structure, StructuredMatrix, StructureLike, parse
 
 MAX_DIM = 8192
 
@@ -191,6 +191,7 @@ class SINGD(KroneckerOptimizer):
             *(dict(g) if isinstance(g, Mapping) else g for g in given),
             *(group[k] for k in ("wide_structure", "kfac_like", "preconditioner_dtype")),
             group["alpha1"] == 0,
+            self._by_products(group),
         )
 
     def _fresh(self, unit: Unit, batch: tuple[int, ...], device: torch.device | str) -> Members:
@@ -209,9 +210,23 @@ class SINGD(KroneckerOptimizer):
 
     def _statistic(self, unit: Unit, side: str, X: Tensor, part: int) -> StructuredMatrix:
         K = unit.member(side, part)
+        if unit.multiplied.setdefault(side, self._pays(unit, K, X)) and unit.bucket is not None:
+            return update.product_statistic(unit.bucket.product(unit, 2 * side, part), X)
         compute = torch.float32 if X.dtype == torch.float16 else X.dtype
         wide = torch.promote_types(compute, torch.float32)
         return update.statistic(K.to(compute), X.to(compute)).to(wide)
+
+    def _pays(self, unit: Unit, K: StructuredMatrix, X: Tensor) -> bool:
+        """Whether to sum ``P S`` in place of ``S``: twice the work for each row, ``n^3`` saved."""
+        exact = K.dtype in (torch.float32, torch.float64) and X.dtype == K.dtype
+        dense = all(isinstance(unit.members[side], Dense) for side in self._sides)
+        few = 2 * X.shape[-1] <= K.n
+        alone = distributed.size(self._process_group) == 1
+        bucket = unit.bucket
+        if not (few and dense and exact and alone and bucket and self._by_products(unit.group)):
+            return False
+        bucket.products = bucket.products or self._products(unit.group, bucket.members)
+        return True
 
     def _update(
         self,
@@ -220,10 +235,11 @@ class SINGD(KroneckerOptimizer):
         products: Members,
         U_K: StructuredMatrix,
         U_C: StructuredMatrix,
+        multiplied: Collection[str] = (),
     ) -> Members:
         K, C = _wide(old["K"], U_K), _wide(old["C"], U_C)
-        if products and "m_K" not in old and not group["normalize_lr_cov"]:
-            return self._update_by_products(group, K, C, products, U_K, U_C)
+        if products and self._by_products(group):
+            return self._update_by_products(group, K, C, products, U_K, U_C, multiplied)
         H_K, H_C = update.curvature(K, U_K.to(K.dtype)), update.curvature(C, U_C.to(C.dtype))
         if group["kfac_like"]:
             m_K = update.ikfac_momentum(K, H_K, group["damping"])
@@ -243,24 +259,32 @@ class SINGD(KroneckerOptimizer):
         products: Members,
         U_K: StructuredMatrix,
         U_C: StructuredMatrix,
+        multiplied: Collection[str],
     ) -> Members:
         """The same with less work; products of factors in low precision are made anew."""
         P_K = products["KK"] if products["KK"].dtype == K.dtype else K.mT.gram()
         P_C = products["CC"] if products["CC"].dtype == C.dtype else C.mT.gram()
         U_K, U_C = U_K.to(K.dtype), U_C.to(C.dtype)
+        V_K = U_K if "K" in multiplied else P_K.matmul(U_K)
+        V_C = U_C if "C" in multiplied else P_C.matmul(U_C)
         weights: Any = [(1.0, group["damping"])] * 2
         if not group["kfac_like"]:
-            weights = update.singd_weights(P_K, P_C, U_K, U_C, group["damping"])
+            weights = update.singd_weights(P_K, P_C, V_K, V_C, group["damping"])
         new: Members = {}
-        for side, factor, P, U, (a, c) in zip(
-            "KC", (K, C), (P_K, P_C), (U_K, U_C), weights, strict=True
+        for side, factor, P, V, (a, c) in zip(
+            "KC", (K, C), (P_K, P_C), (V_K, V_C), weights, strict=True
         ):
-            W = update.product_curvature(P, U, a, c)
+            W = update.product_curvature(P, V, a, c)
             lr_cov = self._lr_cov(group)
             if group["factor_clip"] is not None:
                 lr_cov = update.product_clipped(lr_cov, W, group["factor_clip"])
             new[side] = update.product_factor_step(factor, W, lr_cov)
         return new
+
+    def _by_products(self, group: Group) -> bool:
+        """Whether an update may go by products: it finds no momentum of the factors."""
+        momentum = group["alpha1"] and not group["kfac_like"]
+        return group["keep_products"] and not group["normalize_lr_cov"] and not momentum
 
     def _lr_cov(self, group: Group) -> Any:
         """``beta_1`` at this step."""
@@ -295,12 +319,19 @@ class SINGD(KroneckerOptimizer):
             return {}
         return {"KK": K.mT.gram(), "CC": C.mT.gram()}
 
+    def _pair(
+        self, members: Members, products: Members
+    ) -> tuple[StructuredMatrix, StructuredMatrix] | None:
+        if not products:
+            return None
+        wide = torch.promote_types(members["K"].dtype, members["C"].dtype)
+        return products["KK"].to(wide), products["CC"].to(wide)
+
     def _precondition(self, members: Members, products: Members, G: Tensor) -> Tensor:
-        K, C = members["K"], members["C"]
+        K, C, pair = members["K"], members["C"], self._pair(members, products)
         wide = torch.promote_types(K.dtype, C.dtype)
-        if products:
-            KK, CC = products["KK"].to(wide), products["CC"].to(wide)
-            natural = update.precondition_products(KK, CC, G.to(wide))
+        if pair is not None:
+            natural = update.precondition_products(*pair, G.to(wide))
         else:
             natural = update.precondition(K.to(wide), C.to(wide), G.to(wide))
         return natural.to(G.dtype)

@@ -195,7 +195,9 @@ class SplitOptimizer(Optimizer):
                     f"got {list(p.shape)}: make a new optimizer"
                 )
             for option, value in self.state.get(p, {}).items():
-                if isinstance(value, Tensor) and option != "step":
+                if not isinstance(value, Tensor) or option == "step":
+                    continue
+                if value.dtype != p.dtype or value.device != p.device:
                     self.state[p][option] = value.to(p)
         for unit in self._units:
             if unit.layout != self._layout(unit):
@@ -209,7 +211,7 @@ class SplitOptimizer(Optimizer):
         state = self.state.get(unit.weight, {})
         for name in [k for k, v in state.items() if isinstance(v, list) and k not in kept]:
             del state[name]
-        if unit.structures != before:
+        if unit.structures != before or any(unit.multiplied.values()):
             unit.discard()
 
     def _layout(self, unit: Unit) -> tuple[Any, ...]:

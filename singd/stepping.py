@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +14,16 @@ from singd import distributed
 from singd.capture import Statistics, Unit
 from singd.descent import descend
 from singd.grafting import graft_
-from singd.grouping import Bucket, Members, gather, stack
+from singd.grouping import Bucket, Columns, Members, stack
 from singd.options import Group, peak_lr
 from singd.rounding import Rounding
-from singd.update import inner, residual, trust_region
-from structured import StructuredMatrix
+from singd.update import inner, precondition_apart, product_residual, residual, trust_region
+from structured import Dense, Diagonal, StructuredMatrix
 
 if TYPE_CHECKING:
     from singd.base import KroneckerOptimizer
 
-Naturals = list[tuple[list[Unit], Tensor]]
+Naturals = list[tuple[Columns, Tensor]]
 
 
 @dataclass
@@ -49,6 +49,7 @@ class Step:
         self.foreign = self._foreign()
         self.buckets = optimizer._buckets
         self.moments: list[tuple[Tensor, dict[str, Tensor]]] = []  # of grafting, if it is taken
+        self.bounds: dict[int, Tensor] = {}  # of a group's step, by its id: what scales it
         self.report: dict[str, Any] | None = None if optimizer.telemetry is None else {}
 
     def run(self, *, descend: bool = True) -> str | None:
@@ -92,7 +93,8 @@ class Step:
         else:
             for p, direction in _moves(naturals):
                 if p.grad is not None:
-                    p.grad.copy_(direction)
+                    nu = self.bounds.get(id(self.optimizer._groups[id(p)]))
+                    p.grad.copy_(direction if nu is None else direction * nu.to(direction))
         return None
 
     # What there is to do ------------------------------------------------------------------------
@@ -143,10 +145,10 @@ class Step:
                     finite = t.isfinite().flatten(1).all(1).tolist()
                     if not all(finite):
                         return proposal.bucket.units[finite.index(False)].name
-        for units, natural in naturals:
+        for of, natural in naturals:
             finite = natural.isfinite().flatten(1).all(1).tolist()
             if not all(finite):
-                return units[finite.index(False)].name
+                return of.units[finite.index(False)].name
         return None
 
     def _foreign(self) -> list[Group]:
@@ -186,16 +188,20 @@ class Step:
         if not units or not optimizer._due(units[0]):
             products = products or optimizer._products(group, members)
             return Proposal(bucket, members, products, [])
-        U_K = stack([_join(u, lambda s, _: (1.0 / s.rows) * s.U_K) for u in units])
-        U_C = stack([_join(u, lambda s, u: self._terms(s, u) * s.U_C) for u in units])
         old, kept = bucket.select(units, members, products or optimizer._products(group, members))
+        multiplied = {side for side in "KC" if any(u.multiplied.get(side) for u in units)}
+        U_K = _joined(units, "K", kept, multiplied, lambda s, _: (1.0 / s.rows) * s.U_K)
+        U_C = _joined(units, "C", kept, multiplied, lambda s, u: self._terms(s, u) * s.U_C)
         if self.report is not None and "K" in old:
             for side, U in (("K", U_K), ("C", U_C)):
-                norms = residual(old[side].to(U.dtype), U, group["damping"])
+                if side in multiplied:
+                    norms = product_residual(kept[2 * side], U, group["damping"])
+                else:
+                    norms = residual(old[side].to(U.dtype), U, group["damping"])
                 for unit, norm in zip(units, norms, strict=True):
                     self.report.setdefault(unit.name, {})[f"residual_{side}"] = norm
         rounding = Rounding(group["seed"], group["step"], stream)
-        new = optimizer._update(group, old, kept, U_K, U_C)
+        new = optimizer._update(group, old, kept, U_K, U_C, multiplied)
         members = bucket.replaced(units, new, rounding)
         return Proposal(bucket, members, optimizer._products(group, members), units)
 
@@ -211,9 +217,9 @@ class Step:
     # Parameters ---------------------------------------------------------------------------------
 
     def _naturals(self, proposals: Sequence[Proposal]) -> tuple[Naturals, Tensor | None]:
-        """Preconditioned gradients of all units that have any, bounded together.
+        """Preconditioned gradients of all units that have any, and the bounds of their steps.
 
-        Also returns the sum that the bound goes by, if it saw all of them.
+        Also returns the sum that the bounds go by, if it saw all of them.
         """
         naturals: Naturals = []
         quadratic: list[Tensor] = []
@@ -224,28 +230,48 @@ class Step:
             if not units:
                 continue
             members, products = proposal.bucket.select(units, proposal.members, proposal.products)
-            G = gather(units)
-            natural = self.optimizer._precondition(members, products, G)
-            if units[0].group["graft"] is not None:
-                self.moments += graft_(natural, G, units, self.optimizer)
-            naturals.append((units, natural))
-            if units[0].group["kl_clip"] is not None:
-                quadratic.append(peak_lr(units[0].group) ** 2 * inner(natural, G))
-            if self.report is not None:
-                for unit, N, g in zip(units, natural, G, strict=True):
-                    norms = {"gradient_norm": g.norm(), "natural_norm": N.norm()}
-                    self.report.setdefault(unit.name, {}).update(norms)
+            group = units[0].group
+            for of, natural, G in self._preconditioned(units, members, products):
+                if group["graft"] is not None:
+                    self.moments += graft_(natural, G, units, self.optimizer)
+                naturals.append((of, natural))
+                if group["kl_clip"] is not None:
+                    quadratic.append(peak_lr(group) ** 2 * inner(natural, G))
+                if self.report is not None:
+                    for unit, N, g in zip(units, natural, G, strict=True):
+                        own = self.report.setdefault(unit.name, {})
+                        for name, norm in (("gradient_norm", g.norm()), ("natural_norm", N.norm())):
+                            own[name] = norm if name not in own else torch.hypot(own[name], norm)
         if not quadratic:
             return naturals, None
         total = torch.stack([q.to(quadratic[0].device) for q in quadratic]).sum()
-        for units, natural in naturals:
-            kl_clip = units[0].group["kl_clip"]
-            if kl_clip is not None:
-                nu = trust_region(kl_clip, total)
-                natural.mul_(nu.to(natural))
+        for group in {id(of.units[0].group): of.units[0].group for of, _ in naturals}.values():
+            if group["kl_clip"] is not None:
+                self.bounds[id(group)] = nu = trust_region(group["kl_clip"], total)
                 if self.report is not None:
                     self.report["trust_region"] = nu
         return naturals, total if len(quadratic) == len(naturals) else None
+
+    def _preconditioned(
+        self, units: Sequence[Unit], members: Members, products: Members
+    ) -> list[tuple[Columns, Tensor, Tensor]]:
+        """Preconditioned and plain gradients of equal units; of weights and biases apart if can be.
+
+        That spares copies of both, side by side and back.
+        """
+        optimizer, weight = self.optimizer, units[0].weight
+        pair = optimizer._pair(members, products)
+        joint = units[0].group["graft"] is not None or units[0].bias is None
+        if joint or pair is None or pair[0].dtype != weight.dtype:
+            pair = None
+        if pair is None or not isinstance(pair[0], Dense | Diagonal):
+            both = Columns(units)
+            G = both.gradients()
+            return [(both, optimizer._precondition(members, products, G), G)]
+        weights, biases = Columns(units, biases=False), Columns(units, weights=False)
+        G, g = weights.gradients(), biases.gradients()
+        of_weights, of_biases = precondition_apart(*pair, G, g)
+        return [(weights, of_weights, G), (biases, of_biases, g)]
 
     def _descend(self, naturals: Naturals) -> None:
         """Move every parameter of the units along its preconditioned gradient."""
@@ -272,6 +298,7 @@ class Step:
                 momentum=group["momentum"],
                 weight_decay=group["weight_decay"],
                 rounding=rounding,
+                scale=self.bounds.get(id(group)),
             )
 
     def _momentum_buffer(self, p: Tensor) -> Tensor:
@@ -282,17 +309,29 @@ class Step:
         return buffer
 
 
-def _join(unit: Unit, average: Callable[[Statistics, Unit], StructuredMatrix]) -> StructuredMatrix:
-    """The averages of a unit; the parts of its layer, if any, side by side."""
-    averages = [average(seen, unit) for _, seen in sorted(unit.statistics.items())]
-    return averages[0] if unit.layer.parts == 1 else stack(averages)
+def _joined(
+    units: Sequence[Unit],
+    side: str,
+    products: Members,
+    multiplied: Collection[str],
+    average: Callable[[Statistics, Unit], StructuredMatrix],
+) -> StructuredMatrix:
+    """The averages of units side by side, and so the parts of their layers, if there are any."""
+    joined = []
+    for index, unit in enumerate(units):
+        parts = [average(seen, unit) for _, seen in sorted(unit.statistics.items())]
+        U = parts[0] if unit.layer.parts == 1 else stack(parts)
+        if side in multiplied and not unit.multiplied.get(side):
+            P = products[2 * side].map(lambda t: t[index])  # noqa: B023  # called at once
+            U = P.matmul(U.to(P.dtype))
+        joined.append(U)
+    return stack(joined)
 
 
 def _moves(naturals: Naturals) -> Iterable[tuple[Tensor, Tensor]]:
     """Every parameter of the units with its direction."""
-    for units, natural in naturals:
-        for unit, matrix in zip(units, natural, strict=True):
-            yield from zip(unit.parameters, unit.split(matrix), strict=True)
+    for of, natural in naturals:
+        yield from of.moves(natural)
 
 
 def fused(group: Group) -> Group:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from singd.rounding import leading
-from structured import StructuredMatrix
+from structured import Diagonal, StructuredMatrix
 
 
 def mean_trace(H: StructuredMatrix) -> Tensor:
@@ -108,29 +108,35 @@ def clipped(lr_cov: float | Tensor, m_K: StructuredMatrix, bound: float) -> Tens
 # The same step on the products P_K = K K^T and P_C = C C^T, where they are kept: K m_K needs no
 # product but W K, with W = P_K (a S_K + c I), since tr(H_K) = tr(P_K S_K) and W is similar to
 # H = K^T (a S_K + c I) K. Three products of size n in place of six, for structures closed under
-# transposition.
+# transposition. What goes in is V = P S; where rows are few it is summed in place of S, and then
+# there are two.
+
+
+def product_statistic(P: StructuredMatrix, A: Tensor) -> StructuredMatrix:
+    """``V = P A A^T`` of ``A [..., n, R]``, dense: ``2 n^2 R`` and no product of size n."""
+    return P.with_tensors([P.apply(A) @ A.mT])
 
 
 def singd_weights(
     P_K: StructuredMatrix,
     P_C: StructuredMatrix,
-    U_K: StructuredMatrix,
-    U_C: StructuredMatrix,
+    V_K: StructuredMatrix,
+    V_C: StructuredMatrix,
     damping: float | Tensor,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """``(a, c)`` of K and of C in INGD and SINGD: ``tr(H_C)/d_out`` and ``lambda tr(C^T C)/d_out``.
 
     In IKFAC they are 1 and lambda.
     """
-    a_K, a_C = P_C.trace_product(U_C) / max(P_C.n, 1), P_K.trace_product(U_K) / max(P_K.n, 1)
+    a_K, a_C = mean_trace(V_C), mean_trace(V_K)
     return (a_K, damping * mean_trace(P_C)), (a_C, damping * mean_trace(P_K))
 
 
 def product_curvature(
-    P: StructuredMatrix, U: StructuredMatrix, a: float | Tensor, c: float | Tensor
+    P: StructuredMatrix, V: StructuredMatrix, a: float | Tensor, c: float | Tensor
 ) -> StructuredMatrix:
-    """``W = P (a S + c I)``, similar to ``H = K^T (a S + c I) K``."""
-    return P.matmul((a * U).add_scaled_identity(c))
+    """``W = P (a S + c I)``, similar to ``H = K^T (a S + c I) K``; in the memory of ``V = P S``."""
+    return _weighted_sum_(a, V, c, P)
 
 
 def product_clipped(lr_cov: float, W: StructuredMatrix, bound: float) -> Tensor:
@@ -141,17 +147,29 @@ def product_clipped(lr_cov: float, W: StructuredMatrix, bound: float) -> Tensor:
     return lr_cov * (bound / (lr_cov * norm).clamp(min=bound))
 
 
+def product_residual(P: StructuredMatrix, V: StructuredMatrix, damping: float) -> Tensor:
+    """:func:`residual` from ``V = P S``: ``V + lambda P - I`` is similar to what it measures."""
+    W = (V + damping * P).add_scaled_identity(-1.0)
+    return W.trace_product(W).clamp(min=0.0).sqrt()
+
+
 def product_factor_step(
     K: StructuredMatrix, W: StructuredMatrix, lr_cov: float | Tensor
 ) -> StructuredMatrix:
-    """``K (I - beta_1 m_K) = (1 + beta_1 / 2) K - beta_1 / 2 W K``, where the product was made."""
-    weight = 1 + 0.5 * lr_cov
+    """``K (I - beta_1 m_K) = (1 + beta_1 / 2) K - beta_1 / 2 W K``."""
+    return _weighted_sum_(-0.5 * lr_cov, W.matmul(K), 1 + 0.5 * lr_cov, K)
 
-    def moved(wk: Tensor, k: Tensor) -> Tensor:
-        each = leading(weight.to(k.dtype), k) if isinstance(weight, Tensor) else weight
-        return wk.lerp_(k, each)
 
-    return W.matmul(K).map(moved, K)
+def _weighted_sum_(
+    a: float | Tensor, X: StructuredMatrix, b: float | Tensor, Y: StructuredMatrix
+) -> StructuredMatrix:
+    """``a X + b Y`` in the memory of X: fresh memory takes longer than the sum."""
+
+    def sum_(x: Tensor, y: Tensor) -> Tensor:
+        x.mul_(leading(a, x) if isinstance(a, Tensor) else a)
+        return x.addcmul_(y, leading(b, y)) if isinstance(b, Tensor) else x.add_(y, alpha=b)
+
+    return X.map(sum_, Y)
 
 
 def precondition(K: StructuredMatrix, C: StructuredMatrix, G: Tensor) -> Tensor:
@@ -162,7 +180,25 @@ def precondition(K: StructuredMatrix, C: StructuredMatrix, G: Tensor) -> Tensor:
 
 def precondition_products(KK: StructuredMatrix, CC: StructuredMatrix, G: Tensor) -> Tensor:
     """The same from the products ``K K^T`` and ``C C^T``: half the cost."""
+    if isinstance(KK, Diagonal) and isinstance(CC, Diagonal):  # as few passes as there can be
+        return (G * KK.d[..., None, :]).mul_(CC.d[..., None])
     return CC.apply(KK.apply(G.mT).mT)
+
+
+def precondition_apart(
+    KK: StructuredMatrix, CC: StructuredMatrix, G: Tensor, g: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same for ``[G g]``, a weight and its bias ``g [..., d_out, 1]``, without joining them.
+
+    For ``K K^T`` dense or diagonal.
+    """
+    if isinstance(KK, Diagonal):
+        weight, bias = Diagonal(KK.d[..., :-1]), Diagonal(KK.d[..., -1:])
+        return precondition_products(weight, CC, G), precondition_products(bias, CC, g)
+    P = KK.to_dense()
+    GP = (G @ P[..., :-1, :-1]).addcmul_(g, P[..., -1:, :-1])
+    gP = (G @ P[..., :-1, -1:]).addcmul_(g, P[..., -1:, -1:])
+    return CC.apply(GP), CC.apply(gP)
 
 
 def inner(X: Tensor, Y: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ def sums_of_squares(X: Tensor) -> Tensor:
 
 def symmetric_product(X: Tensor) -> Tensor:
     """``X X^T``, ``[..., n, n]``, for ``X [..., n, m]``."""
-    if _halves_pay(X):
-        return _by_halves(X, 2)
+    if _panels_pay(X):
+        return _by_panels(X)
     return X @ X.mT
 
 
@@ -34,29 +34,26 @@ def add_symmetric_product_(out: Tensor, X: Tensor, beta: float = 1.0, alpha: flo
     out.mul_(beta).add_(symmetric_product(X.to(out.dtype)), alpha=alpha)
 
 
-def _halves_pay(X: Tensor) -> bool:
-    """Whether :func:`_by_halves` is faster than a whole product.
+def _panels_pay(X: Tensor) -> bool:
+    """Whether :func:`_by_panels` is faster than a whole product.
 
-    Measured in float32 on two cores: 0.71 to 0.85 of the time within these bounds. Products in
+    Measured in float32 on two cores: 0.68 to 0.82 of the time within these bounds. Products in
     bfloat16 gain nothing, and a GPU has a kernel.
     """
     n, m = X.shape[-2:]
-    if n < 384 or m < n or n * m < 768 * 768:
+    if n < 384 or m < n or X.numel() < 512 * 1024:
         return False
     return X.is_cpu and X.dtype in (torch.float32, torch.float64)
 
 
-def _by_halves(X: Tensor, depth: int) -> Tensor:
-    """``[[A A^T, (B A^T)^T], [B A^T, B B^T]]`` for ``X = [A; B]``: 5/8 of the work at depth 2."""
-    if not depth:
-        return X @ X.mT
+def _by_panels(X: Tensor, panels: int = 4) -> Tensor:
+    """On and below the diagonal, by panels of columns, and mirrored: 5/8 of the work with four."""
     n = X.shape[-2]
-    h = (n // 2 + 15) // 16 * 16  # blocks that begin at a cache line
-    A, B = X[..., :h, :], X[..., h:, :]
-    BA = B @ A.mT
     out = X.new_empty(*X.shape[:-2], n, n)
-    out[..., :h, :h] = _by_halves(A, depth - 1)
-    out[..., h:, h:] = _by_halves(B, depth - 1)
-    out[..., h:, :h] = BA
-    out[..., :h, h:] = BA.mT
+    width = (-(-n // panels) + 15) // 16 * 16  # panels that begin at a cache line
+    for first in range(0, n, width):
+        last = min(first + width, n)
+        panel = X[..., first:, :] @ X[..., first:last, :].mT
+        out[..., first:, first:last] = panel
+        out[..., first:last, last:] = panel[..., last - first :, :].mT
     return out

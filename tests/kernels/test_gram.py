@@ -170,9 +170,9 @@ def test_on_cuda_the_operators_are_called():
 
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("shape", [(768, 800), (769, 800), (2, 400, 1500)])
-def test_products_by_halves(shape, trained):
+def test_products_by_panels(shape, trained):
     X = torch.randint(-3, 4, shape).float().requires_grad_(trained)
-    assert _gram._halves_pay(X)
+    assert _gram._panels_pay(X)
     found = _gram.symmetric_product(X)
     torch.testing.assert_close(found, X @ X.mT, rtol=0, atol=0)
     if trained:

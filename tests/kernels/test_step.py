@@ -123,7 +123,7 @@ def test_descent_of_no_parameters():
     descent.descend([], [], [], lr=1.0, momentum=0.0, weight_decay=0.0, rounding=Rounding(0, 0))
 
 
-def test_plain_descent_in_float32_is_that_of_sgd():
+def test_descent_in_float32_is_that_of_sgd():
     torch.manual_seed(0)
     ours = [torch.randn(4, 3), torch.randn(5)]
     theirs = [p.clone().requires_grad_() for p in ours]

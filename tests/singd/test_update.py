@@ -95,6 +95,9 @@ def test_preconditioning_applies_both_factors(structure: str) -> None:
     if K.closed_under_transpose:
         KK, CC = K.matmul(K.mT), C.matmul(C.mT)
         close(update.precondition_products(KK, CC, G), c @ c.T @ G @ k @ k.T)
+    if structure in ("dense", "diagonal"):
+        of_weight, of_bias = update.precondition_apart(KK, CC, G[:, :-1], G[:, -1:])
+        close(torch.cat([of_weight, of_bias], -1), c @ c.T @ G @ k @ k.T)
 
 
 @each_structure
@@ -202,17 +205,23 @@ def test_the_step_on_products_is_the_same_step(
     A, B = (torch.randn(2, m, 5, dtype=torch.float64) for m in (n, n + 1))
     U_K, U_C = update.statistic(K, A), update.statistic(C, B)
     P_K, P_C = K.matmul(K.mT), C.matmul(C.mT)
+    V_K, V_C = P_K.matmul(U_K), P_C.matmul(U_C)
+    if structure == "dense":
+        close(update.product_statistic(P_K, A).to_dense(), V_K.to_dense())
+    torch.testing.assert_close(
+        update.product_residual(P_K, V_K, damping), update.residual(K, U_K, damping)
+    )
     H_K, H_C = update.curvature(K, U_K), update.curvature(C, U_C)
     if kfac_like:
         momenta = [update.ikfac_momentum(K, H_K, damping), update.ikfac_momentum(C, H_C, damping)]
         weights = [(torch.ones(2).double(), torch.full((2,), damping, dtype=torch.float64))] * 2
     else:
         momenta = list(update.singd_momenta(K, C, H_K, H_C, damping))
-        weights = list(update.singd_weights(P_K, P_C, U_K, U_C, damping))
-    for factor, P, U, m, (a, c) in zip(
-        (K, C), (P_K, P_C), (U_K, U_C), momenta, weights, strict=True
+        weights = list(update.singd_weights(P_K, P_C, V_K, V_C, damping))
+    for factor, P, V, m, (a, c) in zip(
+        (K, C), (P_K, P_C), (V_K, V_C), momenta, weights, strict=True
     ):
-        W = update.product_curvature(P, U, a, c)
+        W = update.product_curvature(P, V, a, c)
         beta = update.clipped(lr_cov, m, 0.5)
         torch.testing.assert_close(
             update.product_clipped(lr_cov, W, 0.5), beta, rtol=1e-7, atol=1e-9

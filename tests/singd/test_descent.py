@@ -1,0 +1,40 @@
+"""The step of the parameters: every way to take it is the plain one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from singd.descent import descend, plain
+from singd.rounding import Rounding
+
+OPTIONS = {"lr": 0.1, "weight_decay": 0.01}
+
+
+def tensors(dtype: torch.dtype, transposed: bool) -> list[Tensor]:
+    """A matrix, stored by columns if ``transposed``, and a vector."""
+    matrix = torch.randn(3, 4).to(dtype)
+    return [matrix.T.contiguous().T if transposed else matrix, torch.randn(5).to(dtype)]
+
+
+@pytest.mark.parametrize("scale", [None, 0.3, 0.0])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_scale_is_that_of_the_directions(
+    dtype: torch.dtype, transposed: bool, momentum: float, scale: float | None
+) -> None:
+    torch.manual_seed(0)
+    params, expected = tensors(dtype, transposed), []
+    buffers = tensors(dtype, transposed) if momentum else []
+    expected, kept = [p.clone() for p in params], [b.clone() for b in buffers]
+    strided = [torch.randn(3, 9)[:, ::2][:, :4].to(dtype), torch.randn(10)[::2].to(dtype)]
+    scaled = [(1.0 if scale is None else scale) * d for d in strided]
+    plain(expected, scaled, kept, momentum=momentum, rounded=Rounding(0, 0), **OPTIONS)
+    nu = None if scale is None else torch.tensor(scale)
+    rounding = Rounding(0, 0)
+    descend(params, strided, buffers, momentum=momentum, rounding=rounding, scale=nu, **OPTIONS)
+    eps = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).eps  # that of the scale
+    for got, wanted in zip(params + buffers, expected + kept, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=4 * eps, atol=eps)
