@@ -1,170 +1,155 @@
 """Time of a whole training step relative to SGD's, method by method.
 
     python -m benchmarks.step --models mlp,gpt --T 10 --peer .peer
+    python -m benchmarks.step --models vgg --T 1 --methods singd:dense,muon --dtypes bf16
 
-Every method lives in a process of its own, and the processes take turns of ten steps each, so that
-whatever else the machine does falls on all alike; medians over the turns are compared. ``ratio`` is
-our time over SGD's, divided by that of PyPI ``singd``. The file is kept up case by case.
+Every method lives in a process of its own, and the processes take turns of ten steps each (of one
+period of updates, where those take long), so that whatever else the machine does falls on all
+alike; medians over the turns are compared. ``ratio`` is our time over SGD's, divided by that of
+PyPI ``singd``. A method that cannot run is left out, with a word on why. ``step.csv`` is kept up
+case by case; rows of methods that are not named stay.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from benchmarks import nets
-from benchmarks.machine import machine
+from benchmarks import nets, optimizers
+from benchmarks.results import RESULTS, Row, keep
 
-STRUCTURES = ("dense", "diagonal", "block30diagonal", "hierarchical15_15", "triltoeplitz")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-RESULTS = Path("benchmarks/results")
+KEY = ("model", "dtype", "T", "method")
 BLOCK = 10  # steps of a turn; a multiple of every T
 PATIENCE = 12.0  # seconds after which a slow method has had turns enough
 
-Row = dict[str, str]
 
-
-def optimizer(
-    spec: str, model: torch.nn.Module, T: int, peer: Path | None
-) -> torch.optim.Optimizer:
-    """Of a spec ``name`` or ``name:structure``; with ``peer``, of PyPI ``singd``."""
-    name, _, structure = spec.partition(":")
-    if name == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
-    if name == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=1e-6, foreach=True)
-    if name == "adamw-fused":
-        return torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    if peer is not None:
-        from singd.optim import optimizer as peers  # there is none in ours
-
-        return peers.SINGD(model, lr=1e-6, T=T, structures=(structure, structure))
-    from singd import KFAC, SINGD
-
-    if name == "kfac":
-        return KFAC(model, lr=1e-6, T=T)
-    return SINGD(model, lr=1e-6, T=T, structures=(structure, structure))
-
-
-def worker(spec: str, model_name: str, T: int, dtype: str, peer: Path | None) -> None:
-    """Take ``BLOCK`` steps for every line read, and answer with the seconds of each."""
-    if peer is not None:
-        sys.path.insert(0, str(peer))  # before the current folder, which holds our singd
+def worker(name: str, model_name: str, T: int, dtype: str, peer: bool) -> None:
+    """Take as many steps as every line read says, and answer with the seconds of each."""
     model, loss = nets.make(model_name, DTYPES[dtype])
-    method = optimizer(spec, model, T, peer)
-    for _ in sys.stdin:
+    method = optimizers.make(name, model, T, peer=peer)
+    for line in sys.stdin:
         start = time.perf_counter()
-        for _ in range(BLOCK):
+        for _ in range(int(line)):
             method.zero_grad()
             loss().backward()
             method.step()
-        print((time.perf_counter() - start) / BLOCK, flush=True)
+        print((time.perf_counter() - start) / int(line), flush=True)
 
 
 class Worker:
-    """A method in a process of its own."""
+    """A method in a process of its own; ``peer`` is where PyPI ``singd`` is, if that is meant."""
 
-    def __init__(self, spec: str, model: str, T: int, dtype: str, peer: Path | None) -> None:
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.step", "--worker", spec]
-        if peer is not None:
-            command += ["--peer", str(peer.resolve())]
+    def __init__(self, name: str, model: str, T: int, dtype: str, peer: Path | None) -> None:
+        places = [str(Path.cwd())] if peer is None else [str(peer.resolve()), str(Path.cwd())]
+        places.append(os.environ.get("PYTHONPATH", ""))
+        command = [sys.executable, "-P", "-W", "ignore", "-m", "benchmarks.step", "--worker"]
         self.process = subprocess.Popen(
-            [*command, "--models", model, "--T", str(T), "--dtype", dtype],
+            [*command, name, model, str(T), dtype, "peer" if peer else ""],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
+        self.T, self.steps = T, T
         self.seconds: list[float] = []
         self.spent = 0.0
 
+    def begin(self) -> bool:
+        """Set up; whether that went well."""
+        try:
+            once = self.turn()
+        except (OSError, RuntimeError):
+            return False
+        self.steps = self.T if once * BLOCK > PATIENCE / 4 else BLOCK
+        return True
+
     def turn(self) -> float:
-        """Seconds of a step, on average over one period of updates."""
+        """Seconds of a step, on average over one turn."""
         if self.process.stdin is None or self.process.stdout is None:
             raise RuntimeError("the worker has no pipes")
-        self.process.stdin.write("\n")
+        self.process.stdin.write(f"{self.steps}\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"a worker ended: {self.process.args}")
-        self.spent += BLOCK * float(line)
+        self.spent += self.steps * float(line)
         return float(line)
 
     def close(self) -> None:
         """End the process."""
         self.process.terminate()
-        self.process.wait()
+        with self.process:  # closes the pipes and waits
+            pass
 
 
 def rows(
-    model: str, T: int, dtype: str, peer: Path | None, rounds: int, without: Collection[str]
+    model: str, T: int, dtype: str, names: Sequence[str], peer: Path | None, rounds: int
 ) -> Iterator[Row]:
-    """Measure every method on one model."""
-    ours = [f"singd:{structure}" for structure in STRUCTURES]
-    specs = ["sgd", "adamw", "adamw-fused", "kfac", *ours]
-    methods = {spec: Worker(spec, model, T, dtype, None) for spec in specs}
-    if peer is not None:
-        methods |= {f"PyPI {spec}": Worker(spec, model, T, dtype, peer) for spec in ours}
-    for spec in without:
-        if spec in methods:
-            methods.pop(spec).close()
+    """Measure methods on one model; SGD first."""
+    methods = {
+        name: Worker(
+            name.removeprefix("PyPI "), model, T, dtype, peer if name.startswith("PyPI ") else None
+        )
+        for name in names
+    }
     try:
-        for method in methods.values():
-            method.turn()  # sets up
+        for name in [name for name, method in methods.items() if not method.begin()]:
+            print(f"{name} does not run on {model} in {dtype}", file=sys.stderr)
+            methods.pop(name).close()
         for _ in tqdm(range(rounds), desc=f"{model} T={T} {dtype}"):
             for method in methods.values():
                 if len(method.seconds) < 2 or method.spent < PATIENCE:
                     method.seconds.append(method.turn())
-        times = {spec: statistics.median(method.seconds) for spec, method in methods.items()}
-        for spec, seconds in times.items():
-            over = seconds / times["sgd"] - 1
-            row = {"model": model, "dtype": dtype, "T": str(T), "method": spec}
-            row |= {"ms": f"{1e3 * seconds:.3f}", "over SGD": f"{1 + over:.3f}", "ratio": ""}
-            if f"PyPI {spec}" in times:
-                row["ratio"] = f"{over / (times[f'PyPI {spec}'] / times['sgd'] - 1):.3f}"
-            yield row
+        times = {name: statistics.median(method.seconds) for name, method in methods.items()}
     finally:
         for method in methods.values():
             method.close()
+    for name, seconds in times.items():
+        over = seconds / times["sgd"] - 1
+        row = dict(zip(KEY, (model, dtype, str(T), name), strict=True))
+        row |= {"ms": f"{1e3 * seconds:.3f}", "over SGD": f"{1 + over:.3f}", "ratio": ""}
+        if f"PyPI {name}" in times:
+            row["ratio"] = f"{over / (times[f'PyPI {name}'] / times['sgd'] - 1):.3f}"
+        yield row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.step", description=__doc__.split("\n")[0])
     parser.add_argument("--models", default="mlp,gpt,vit,vgg")
     parser.add_argument("--T", default="10,1")
-    parser.add_argument("--dtype", default="fp32", choices=DTYPES)
+    parser.add_argument("--dtypes", default="fp32")
+    parser.add_argument("--methods", help="with commas; all, and those of PyPI, if not given")
+    parser.add_argument("--without", nargs="*", default=[], help="methods to leave out")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--peer", type=Path, help="where PyPI singd 0.0.5 is installed")
-    parser.add_argument("--without", nargs="*", default=[], help="methods to leave out")
     parser.add_argument("--out", type=Path, default=RESULTS / "step.csv")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
     if args.worker:
-        worker(args.worker, args.models, int(args.T), args.dtype, args.peer)
+        name, model, T, dtype, peer = args.worker
+        worker(name, model, int(T), dtype, bool(peer))
         return
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps(machine(), indent=2) + "\n")
-    known = list(csv.DictReader(args.out.open())) if args.out.exists() else []
-    for model in args.models.split(","):
-        for T in args.T.split(","):
-            new = list(rows(model, int(T), args.dtype, args.peer, args.rounds, args.without))
-            case = (model, T, args.dtype)
-            known = [row for row in known if (row["model"], row["T"], row["dtype"]) != case] + new
-            with args.out.open("w", newline="") as file:
-                writer = csv.DictWriter(file, new[0])
-                writer.writeheader()
-                writer.writerows(known)
-            for row in new:
-                print(*(value.ljust(12) for value in row.values()), flush=True)
+    names = args.methods.split(",") if args.methods else list(optimizers.names())
+    if args.peer:
+        names += [f"PyPI {name}" for name in names if name in optimizers.OURS]
+    names = ["sgd", *(name for name in names if name not in ("sgd", *args.without))]
+    for dtype in args.dtypes.split(","):
+        for model in args.models.split(","):
+            for T in map(int, args.T.split(",")):
+                new = list(rows(model, T, dtype, names, args.peer, args.rounds))
+                keep(args.out, new, KEY)
+                for row in new:
+                    print(*(value.ljust(12) for value in row.values()), flush=True)
 
 
 if __name__ == "__main__":

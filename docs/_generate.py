@@ -39,7 +39,8 @@ def build() -> None:
         write(OUT / f"{name}.svg", pictures.growing(name))
     write(OUT / "costs.md", costs.markdown(rows) + "\n")
     write(OUT / "clock.md", clock.markdown() + "\n")
-    write(OUT / "step.md", steps.markdown() + "\n")
+    for name, text in steps.pages().items():
+        write(OUT / f"{name}.md", text + "\n")
     write(OUT / "gpu.md", gpu.section())
     write(OUT / "stages.md", stages.markdown() + "\n")
     write(OUT / "structures.svg", pictures.overview())

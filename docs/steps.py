@@ -1,23 +1,102 @@
-"""The times of whole steps as a table: a line for each method, a column for each case."""
+"""Times and memory of whole steps as tables: a line for each method, a column for each case."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "step.csv"
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+PARTS = ("model", "capture", "factors", "preconditioning", "parameters", "rest")
+
+Row = dict[str, str]
+Cells = Mapping[str, Mapping[str, str]]  # by method and case
 
 
-def markdown() -> str:
-    """Times over SGD's; in brackets the overhead over PyPI's, where that was timed."""
-    cells: dict[str, dict[str, str]] = {}
-    cases: list[str] = []
-    with RESULTS.open(newline="") as file:
-        for row in csv.DictReader(file):
-            case = f"{row['model'].upper()}, T = {row['T']}"
-            cases += [case] if case not in cases else []
-            ratio = f" ({float(row['ratio']):.2f})" if row["ratio"] else ""
-            cells.setdefault(row["method"], {})[case] = f"{float(row['over SGD']):.2f}{ratio}"
-    lines = [["method", *cases], ["---", *["--:"] * len(cases)]]
+def read(name: str, dtype: str = "fp32") -> list[Row]:
+    """The rows of a file of results."""
+    with (RESULTS / name).open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["dtype"] == dtype]
+
+
+def table(head: str, cells: Cells, cases: Iterable[str]) -> str:
+    """Markdown."""
+    cases = list(cases)
+    lines = [[head, *cases], ["---", *["--:"] * len(cases)]]
     lines += [[f"`{name}`", *(own.get(case, "") for case in cases)] for name, own in cells.items()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def times(dtype: str = "fp32") -> str:
+    """Times over SGD's; in brackets the overhead over PyPI's, where that was timed."""
+    cells: dict[str, dict[str, str]] = {}
+    cases: dict[str, None] = {}
+    for row in read("step.csv", dtype):
+        case = f"{row['model'].upper()}, T = {row['T']}"
+        cases[case] = None
+        ratio = f" ({float(row['ratio']):.2f})" if row["ratio"] else ""
+        cells.setdefault(row["method"], {})[case] = f"{float(row['over SGD']):.2f}{ratio}"
+    return table("method", cells, cases)
+
+
+def states() -> str:
+    """Bytes of the state over AdamW's."""
+    rows = read("memory.csv")
+    adamw = {row["model"]: int(row["state"]) for row in rows if row["method"] == "adamw"}
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        share = int(row["state"]) / adamw[row["model"]]
+        cells.setdefault(row["method"], {})[row["model"].upper()] = f"{share:.3f}"
+    return table("method", cells, [model.upper() for model in adamw])
+
+
+def peaks() -> str:
+    """Extra peak memory in MB; in brackets what is promised."""
+    cells: dict[str, dict[str, str]] = {}
+    cases: dict[str, None] = {}
+    for row in read("memory.csv"):
+        case = row["model"].upper()
+        limit = f" ({int(row['limit']) / 1e6:.1f})" if row["limit"] else ""
+        if row["method"] == "sgd":
+            peak = max(int(row["backward"]), int(row["step"]))
+            cases[case] = None
+            cells.setdefault("sgd: its peak", {})[case] = f"{peak / 1e6:.1f}"
+        else:
+            cells.setdefault(row["method"], {})[case] = f"{int(row['extra']) / 1e6:.1f}{limit}"
+    return table("method", cells, cases)
+
+
+def parts(T: int) -> str:
+    """Milliseconds of a step, part by part."""
+    cells: dict[str, dict[str, str]] = {}
+    for row in read("breakdown.csv"):
+        if row["T"] == str(T):
+            name = f"{row['model'].upper()}, {row['method'].removeprefix('singd:')}"
+            cells.setdefault(name, {})[row["part"]] = f"{float(row['ms']):.2f}"
+    return table(f"T = {T}, ms", cells, PARTS)
+
+
+def predictions(T: int = 1) -> str:
+    """Measured time over predicted time, part by part; parts below 0.1 ms are left out."""
+    cells: dict[str, dict[str, str]] = {}
+    for row in read("breakdown.csv"):
+        if row["T"] == str(T) and float(row["ms"]) >= 0.1:
+            name = f"{row['model'].upper()}, {row['method'].removeprefix('singd:')}"
+            ratio = float(row["ms"]) / float(row["predicted ms"])
+            flops, data = float(row["flops"]) / 1e6, float(row["bytes"]) / 1e6
+            cell = f"{ratio:.1f} ({flops:.0f}, {data:.0f})"
+            cells.setdefault(name, {})[row["part"]] = cell
+    return table(f"T = {T}", cells, PARTS)
+
+
+def pages() -> dict[str, str]:
+    """What the pages include, by name."""
+    return {
+        "step": times(),
+        "step_bf16": times("bf16"),
+        "memory_state": states(),
+        "memory_peak": peaks(),
+        "breakdown_10": parts(10),
+        "breakdown_1": parts(1),
+        "cost_model": predictions(),
+    }

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+PIECE = 1 << 20  # bytes of patches or squares at a time: no copy of all activations is made
+
 
 class Layer:
     """How to read a type of layer as a matrix product. Derive and register for your own.
@@ -77,8 +79,13 @@ class Layer:
         rows = samples if approximation == "reduce" else samples * positions
         return (F.pad(sums, (0, 1), value=float(rows)) if ones else sums), rows
 
-    def pieces(self, module: Any, x: Tensor, g: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """Input and output gradient of a few samples at a time, where :meth:`inputs` is large."""
+    def pieces(
+        self, module: Any, x: Tensor, g: Tensor, size: int = PIECE
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """Input and output gradient of a few samples at a time, where :meth:`inputs` is large.
+
+        Then ``size`` is how many bytes of those there should be.
+        """
         return [(x, g)]
 
     def contract(self, module: Any, x: Tensor, g: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -115,14 +122,20 @@ def flatten_rows(
 def square_sums(values: Tensor, approximation: str, *, average: bool) -> Tensor:
     """Sums over rows of squares, ``[..., d]``, of what :func:`flatten_rows` makes of ``values``.
 
-    In float32 at least; no row is copied.
+    In float32 at least; no more than :data:`PIECE` bytes at a time are squared.
     """
     if approximation == "reduce":
         values = _reduced(values, average)[..., None, :]
-    squares = values.to(torch.promote_types(values.dtype, torch.float32)).square()
-    if squares.ndim == 3 and squares.is_contiguous():  # a product reads them faster than a sum
-        return squares.new_ones(squares.shape[0] * squares.shape[1]) @ squares.flatten(0, 1)
-    return squares.sum((-3, -2))
+    wide = torch.promote_types(values.dtype, torch.float32)
+    row = values[..., :1, :1, :].numel() * wide.itemsize
+    count = max(1, PIECE // max(1, row))
+    if values.ndim == 3 and values.is_contiguous():  # a product reads squares faster than a sum
+        pieces = (piece.to(wide).square() for piece in values.flatten(0, 1).split(count))
+        sums = [piece.new_ones(len(piece)) @ piece for piece in pieces]
+    else:
+        count = max(1, count // max(1, values.shape[-2]))
+        sums = [piece.to(wide).square().sum((-3, -2)) for piece in values.split(count, -3)]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
 
 def _reduced(values: Tensor, average: bool) -> Tensor:

@@ -107,6 +107,9 @@ def _listened(taps: Sequence[Tap]) -> Callable[..., Any]:
     def project(function: Callable[..., Any]) -> Callable[..., Any]:
         def projected(q: Tensor, k: Tensor, v: Tensor, *weights: Any) -> list[Tensor]:
             size[:] = q.shape[:2]
+            # What a product would copy for itself is copied here, to be kept once.
+            rows = {id(x): x.contiguous() for x in (q, k, v)}
+            q, k, v = (rows[id(x)] for x in (q, k, v))
             outputs = function(q, k, v, *weights)
             return [tapped(*use) for use in zip("qkv", (q, k, v), outputs, strict=True)]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from singd import checkpoint, cuda_graph, distributed
-from singd._layer import flatten_rows, square_sums
+from singd._layer import PIECE, flatten_rows, square_sums
 from singd.amp import calling_scale
 from singd.capture import Statistics, Unit
 from singd.grouping import Members, Products
@@ -117,12 +117,16 @@ class KroneckerOptimizer(SplitOptimizer):
         if unit.layout != self._layout(unit) or weight is not unit.weight:
             self._settle()
         _ = self._buckets  # the factors exist from now on
-        diagonal = isinstance(unit.members[self._sides[0]], Diagonal)
-        pieces = [(x, g)] if diagonal else list(unit.layer.pieces(module, x, g))
+        K = unit.members[self._sides[0]]
+        # Pieces as large as the factor: a product with fewer rows than columns is slow.
+        size = max(PIECE, sum(t.nbytes for t in K.tensors()))
+        whole = isinstance(K, Diagonal)
+        pieces = [(x, g)] if whole else list(unit.layer.pieces(module, x, g, size))
         if len(pieces) > 1:  # a piece does not show how many rows there are
             unit.multiplied.update(dict.fromkeys("KC", False))
-        seen, *others = (self._statistics(unit, module, *piece, part) for piece in pieces)
-        for other in others:
+        each = (self._statistics(unit, module, *piece, part) for piece in pieces)
+        seen = next(each)
+        for other in each:
             seen.add(other)
         self._passes.came()
         unit.observe(module, part, root, seen, x, g)

@@ -35,7 +35,8 @@ class Statistics:
 
     def add(self, other: Statistics, samples: int = 0, terms: int = 0) -> None:
         """Include more rows, of a pass of which some samples and terms are counted already."""
-        self.U_K, self.U_C = self.U_K + other.U_K, self.U_C + other.U_C
+        for mine, more in ((self.U_K, other.U_K), (self.U_C, other.U_C)):
+            torch._foreach_add_(mine.tensors(), more.tensors())
         self.rows += other.rows
         self.samples += max(0, other.samples - samples)
         self.terms += max(0, other.terms - terms)

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from singd._layer import Layer
-
-PIECE = 1 << 22  # bytes of patches at a time
+from singd._layer import PIECE, Layer, square_sums
 
 
 class Convolution(Layer):
@@ -26,29 +24,51 @@ class Convolution(Layer):
 
     def inputs(self, module: Any, x: Tensor) -> Tensor:
         """The patches, ``[(groups,) N, P, d_in]``."""
-        return self._patches(module, self._padded(module, _batched(module, x)))
+        return self._patches(module, self._padded(module, _batched(module, x))).movedim(-3, -1)
 
-    def pieces(self, module: Any, x: Tensor, g: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """As many samples at a time as keep the patches within the processor's caches."""
+    def columns(self, module: Any, x: Tensor, approximation: str, ones: bool) -> tuple[Tensor, int]:
+        """As :meth:`Layer.columns`; patches are written where they are needed, once."""
+        if approximation != "expand":
+            return super().columns(module, x, approximation, ones)
+        x = self._padded(module, _batched(module, x))
+        A = self._patches(module, x, ones).flatten(-2)
+        return A, A.shape[-1]
+
+    def pieces(
+        self, module: Any, x: Tensor, g: Tensor, size: int = PIECE
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """As many samples at a time as have ``size`` bytes of patches."""
         if x.ndim != len(module.kernel_size) + 2:
             return [(x, g)]
-        seen = max(x[:1].numel(), g[:1].numel()) * torch.Size(module.kernel_size).numel()
-        count = max(1, PIECE // max(1, seen * x.element_size()))
+        seen, positions = self._patched(x, g)
+        places = seen.shape[1] * torch.Size(module.kernel_size).numel()
+        patches = places * positions.shape[2:].numel()
+        largest = max(patches, x[:1].numel(), g[:1].numel())
+        count = max(1, size // max(1, largest * x.element_size()))
         return zip(x.split(count), g.split(count), strict=True)
 
-    def _patches(self, module: Any, x: Tensor) -> Tensor:
-        kernel = module.kernel_size
+    def _patched(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Of input and output gradient: whose patches are seen, and whose positions see them."""
+        return x, g
+
+    def _patches(self, module: Any, x: Tensor, ones: bool = False) -> Tensor:
+        """``[(groups,) d_in (+ 1), N, P]``: a place of the kernel sees whole rows of positions."""
+        kernel, groups = module.kernel_size, module.groups
         for d, (size, stride, dilation) in enumerate(
             zip(kernel, module.stride, module.dilation, strict=True)
         ):
             x = x.unfold(2 + d, dilation * (size - 1) + 1, stride)[..., ::dilation]
-        # [N, channels, *positions, *kernel] -> [N, P, groups, channels / groups * kernel]
-        N, _, *positions = x.shape[: 2 + len(kernel)]
-        rows = x.movedim(1, 1 + len(kernel)).flatten(1 + len(kernel))
-        patches = rows.reshape(
-            N, torch.Size(positions).numel(), module.groups, rows.shape[-1] // module.groups
-        )
-        return patches[:, :, 0] if module.groups == 1 else patches.movedim(2, 0)
+        x = x.unflatten(1, (groups, x.shape[1] // groups))
+        # [N, groups, channels, *positions, *kernel] -> [groups, channels, *kernel, N, *positions]
+        first = 3 + len(kernel)
+        x = x.permute(1, 2, *range(first, x.ndim), 0, *range(3, first))
+        places, positions = x.shape[1 : first - 1], x.shape[first:]
+        d_in = places.numel()
+        patches = x.new_empty(groups, d_in + ones, x.shape[first - 1], positions.numel())
+        patches[:, :d_in].unflatten(1, places).unflatten(-1, positions).copy_(x)
+        if ones:
+            patches[:, d_in].fill_(1.0)
+        return patches[0] if groups == 1 else patches
 
     def square_sums(
         self, module: Any, x: Tensor, approximation: str, ones: bool
@@ -60,8 +80,10 @@ class Convolution(Layer):
         """
         if approximation != "expand":
             return super().square_sums(module, x, approximation, ones)
-        x = self._padded(module, _batched(module, x))
-        squares = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(0)
+        x = _batched(module, x)
+        samples = x.movedim(0, -2)[..., None, :]  # [channels, ..., N, 1, size]
+        squares = square_sums(samples, "expand", average=True)
+        squares = self._padded(module, squares[None])[0]
         geometry = zip(
             squares.shape[1:], module.kernel_size, module.stride, module.dilation, strict=True
         )
@@ -108,7 +130,7 @@ class TransposedConvolution(Convolution):
     """
 
     joins_bias = False
-    square_sums = Layer.square_sums  # its inputs are no patches
+    columns, square_sums = Layer.columns, Layer.square_sums  # its inputs are no patches
 
     def shape(self, module: Any) -> tuple[int, ...]:
         """``(d_out, d_in)``, or ``(groups, d_out, d_in / groups)``."""
@@ -134,7 +156,10 @@ class TransposedConvolution(Convolution):
         ):
             positions = (g.shape[2 + d] - extra - dilation * (size - 1) - 1) // stride + 1
             g = g.narrow(2 + d, 0, (positions - 1) * stride + dilation * (size - 1) + 1)
-        return self._patches(module, g)
+        return self._patches(module, g).movedim(-3, -1)
+
+    def _patched(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return g, x
 
     def to_matrix(self, module: Any, weight: Tensor) -> Tensor:
         """``[(groups,) d_out, d_in / groups]``."""

@@ -33,7 +33,8 @@ class Probes:
         *_, d_out, d_in = self.layer.shape(module)
         u, v = _directions(d_in, g.device), _directions(d_out, g.device)
         into = self.seen[part] if self.layer.parts > 1 else self.seen
-        into += self.layer.contract(module, x, g, u, v)
+        for piece in self.layer.pieces(module, x, g):
+            into += self.layer.contract(module, *piece, u, v)
         self.scale += _norm(x) * _norm(g)
 
     def explain(self) -> bool | None:
