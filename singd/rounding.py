@@ -45,7 +45,7 @@ def _rounded(x: Tensor, dropped: int, generator: torch.Generator | None) -> Tens
     noise = words.random_(-(1 << 63), None, generator=generator).view(torch.int16)[: len(x)]
     bits = x.view(torch.int32) + (noise >> (16 - dropped))  # from [-half, half)
     bits.add_(1 << (dropped - 1)).bitwise_and_(-1 << dropped)
-    return torch.where(x.isfinite(), bits.view(torch.float32), x)  # a carry may reach NaN's sign
+    return torch.where(x == x, bits.view(torch.float32), x)  # a carry might reach NaN's sign
 
 
 def leading(alpha: Tensor, t: Tensor) -> Tensor:

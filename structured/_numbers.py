@@ -27,11 +27,18 @@ def largest(t: Tensor, batch_ndim: int) -> Tensor:
     return flat.abs().amax(-1) if flat.shape[-1] else flat.sum(-1)
 
 
-def add_product_(out: Tensor, A: Tensor, B: Tensor) -> None:
-    """``out <- out + A B``, without a temporary where there is at most one batch dimension."""
+def add_product_(out: Tensor, A: Tensor, B: Tensor, *, beta: float = 1.0) -> None:
+    """``out <- beta out + A B``, without a temporary where there is one batch dimension at most.
+
+    For ``beta = 0`` what is in ``out`` does not matter.
+    """
+    while out.ndim == A.ndim == B.ndim > 3 and out.shape[0] == A.shape[0] == B.shape[0] == 1:
+        out, A, B = out[0], A[0], B[0]
     if out.ndim == A.ndim == B.ndim == 2:
-        out.addmm_(A, B)
+        out.addmm_(A, B, beta=beta)
     elif out.ndim == A.ndim == B.ndim == 3 and len(out) == len(A) == len(B):
-        out.baddbmm_(A, B)
+        out.baddbmm_(A, B, beta=beta)
+    elif beta == 0:
+        out.copy_(A @ B)
     else:
-        out += A @ B
+        out.mul_(beta).add_(A @ B)

@@ -19,6 +19,7 @@ from torch import Size, Tensor
 
 from structured._dispatch import symmetric_product
 from structured._matrix import Scalar, StructuredMatrix, joint_norm, largest
+from structured._numbers import add_product_
 from structured.dense import Dense
 
 
@@ -84,6 +85,15 @@ class BlockDiagonal(StructuredMatrix):
         needed = last.shape[-2] or last.requires_grad  # so that it has a gradient, if an empty one
         return torch.cat([head, last], -2) if needed else head
 
+    def _products(self, blocks: Tensor, last: Tensor, X: Tensor) -> Tensor:
+        """Blocks times their rows of ``X [..., n, m]``, written side by side."""
+        head, rest = self._split(X)
+        Y = X.new_empty(*torch.broadcast_shapes(self.batch_shape, X.shape[:-2]), *X.shape[-2:])
+        h = self._head
+        add_product_(Y[..., :h, :].unflatten(-2, blocks.shape[-3:-1]), blocks, head, beta=0.0)
+        add_product_(Y[..., h:, :], last, rest, beta=0.0)
+        return Y
+
     @property
     def mT(self) -> BlockDiagonal:
         """Every block transposed."""
@@ -95,13 +105,11 @@ class BlockDiagonal(StructuredMatrix):
 
     def apply(self, X: Tensor) -> Tensor:
         """Block by block, k n a column."""
-        head, last = self._split(X)
-        return self._join(self.blocks @ head, self.last @ last)
+        return self._products(self.blocks, self.last, X)
 
     def apply_transpose(self, X: Tensor) -> Tensor:
         """Block by block, k n a column."""
-        head, last = self._split(X)
-        return self._join(self.blocks.mT @ head, self.last.mT @ last)
+        return self._products(self.blocks.mT, self.last.mT, X)
 
     def orthogonal_project(self, M: Tensor) -> Self:
         """The diagonal blocks of ``M [..., n, n]``."""
