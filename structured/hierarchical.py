@@ -10,7 +10,7 @@
 
 Let ``V [k, n]`` be the full rows, the columns of ``J [n, k]`` those of the identity at their places
 and ``D`` the diagonal, zero there. Then ``A = D + J V``. As ``D J = 0`` and ``J^T J = I``, every
-operation is one pass with the diagonal and products of width ``k = k1 + k2``:
+operation is one pass with the diagonal and products of width ``k = k1 + k2``::
 
     A X   = D X + J (V X)          A B   = D_A D_B + J (V_A D_B + (V_A J) V_B)
     A^T X = D X + V^T (J^T X)      A^T A = D^2 + V^T V
