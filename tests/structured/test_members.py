@@ -13,6 +13,7 @@ from structured import (
     Diagonal,
     Kronecker,
     LowerTriangular,
+    Rotated,
     StructuredMatrix,
     Tied,
     parse,
@@ -185,6 +186,39 @@ def test_nested_static_tensors_are_converted():
     nested = parse("block_upper(dense, basis, 1)").identity(3).to(torch.float64)
     assert nested.C.Q.dtype == torch.float64
     assert torch.equal(nested.to_dense(), torch.eye(3, dtype=torch.float64))
+
+
+def test_conversion_to_what_it_is_copies_nothing_unless_told_to():
+    member = Dense(torch.eye(3))
+    assert member.to(torch.float32) is member
+    copied = member.to(torch.float32, copy=True)
+    assert copied.M.data_ptr() != member.M.data_ptr()
+    rotated = parse("rotated(diagonal, cosine)").identity(3)
+    assert rotated.to(torch.float32) is rotated
+
+
+def test_conversion_reaches_a_basis_of_another_dtype():
+    Q = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64)).Q
+    member = Rotated(Diagonal(torch.ones(3)), Q)
+    assert member.to(torch.float32).Q.dtype == torch.float32
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_a_class_with_two_methods_is_solved_transposed(batch):
+    class Upper(StructuredMatrix):
+        U: Tensor
+
+        @classmethod
+        def zeros(cls, n, *, batch_shape=(), **opts):
+            return cls(torch.zeros(*batch_shape, n, n, **opts))
+
+        def to_dense(self):
+            return self.U.triu()
+
+    member = Upper(torch.randn(*batch, 3, 3, dtype=torch.float64) + 4 * torch.eye(3))
+    right = torch.randn(*batch, 3, 2, dtype=torch.float64)
+    expected = torch.linalg.solve(member.to_dense().mT, right)
+    torch.testing.assert_close(member.mT.solve(right), expected)
 
 
 def test_gradients_reach_the_stored_numbers():
