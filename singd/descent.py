@@ -7,6 +7,7 @@ elsewhere PyTorch's ``foreach`` operations.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -45,12 +46,13 @@ def descend(
     """
     if not params:
         return
-    served = _is_served(params, buffers)
-    if scale is not None and not (served and all(p.dtype == torch.float32 for p in params)):
+    by_torch = _takes_sgd(params, buffers)
+    if scale is not None and not (by_torch and all(p.dtype == torch.float32 for p in params)):
         directions = list(directions)
         torch._foreach_mul_(directions, scale.to(directions[0]))
         scale = None
-    if served:
+    kernels = None if by_torch or isinstance(lr, Tensor) else _kernels(params, directions, buffers)
+    if by_torch:
         rate: Any = lr  # a tensor is none of the stub's types
         sgd(
             list(params),
@@ -65,32 +67,27 @@ def descend(
             nesterov=False,
             maximize=False,
         )
-        return
-    fast = params[0].is_cuda and not isinstance(lr, Tensor)
-    if fast and (kernels := rounding.kernels()) is not None:
-        served = all(
-            p.is_contiguous() and p.dtype != torch.float64 and d.dtype != torch.float64
-            for p, d in zip(params, directions, strict=True)
-        )
-        if served and all(b.is_contiguous() for b in buffers):
-            seed, stream = rounding.draw(params[0].device)
-            kernels.descend_(
-                list(params),
-                list(directions),
-                list(buffers),
-                lr,
-                momentum,
-                weight_decay,
-                seed,
-                stream,
-            )
-            return
-    plain(params, directions, buffers, lr, momentum, weight_decay, rounding)
+    elif kernels is not None:
+        seed, stream = rounding.draw(params[0].device)
+        moved = list(params), list(directions), list(buffers)
+        kernels.descend_(*moved, lr, momentum, weight_decay, seed, stream)
+    else:
+        plain(params, directions, buffers, lr, momentum, weight_decay, rounding)
 
 
-def _is_served(params: Sequence[Tensor], buffers: Sequence[Tensor]) -> bool:
+def _takes_sgd(params: Sequence[Tensor], buffers: Sequence[Tensor]) -> bool:
     """Whether PyTorch's kernel can take them."""
     return all(t.is_cpu and t.dtype in _EXACT and t.is_contiguous() for t in (*params, *buffers))
+
+
+def _kernels(
+    params: Sequence[Tensor], directions: Sequence[Tensor], buffers: Sequence[Tensor]
+) -> ModuleType | None:
+    """Ours, where they can take them."""
+    narrow = all(t.dtype != torch.float64 for t in (*params, *directions))
+    if params[0].is_cuda and narrow and all(t.is_contiguous() for t in (*params, *buffers)):
+        return Rounding.kernels()
+    return None
 
 
 def plain(

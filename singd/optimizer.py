@@ -210,7 +210,9 @@ class SINGD(KroneckerOptimizer):
 
     def _statistic(self, unit: Unit, side: str, X: Tensor, part: int) -> StructuredMatrix:
         K = unit.member(side, part)
-        if unit.multiplied.setdefault(side, self._pays(unit, K, X)) and unit.bucket is not None:
+        if side not in unit.multiplied:
+            unit.multiplied[side] = self._pays(unit, K, X)
+        if unit.multiplied[side] and unit.bucket is not None:
             return update.product_statistic(unit.bucket.product(unit, 2 * side, part), X)
         compute = torch.float32 if X.dtype == torch.float16 else X.dtype
         wide = torch.promote_types(compute, torch.float32)

@@ -259,12 +259,11 @@ class Step:
 
         That spares copies of both, side by side and back.
         """
-        optimizer, weight = self.optimizer, units[0].weight
-        pair = optimizer._pair(members, products)
-        joint = units[0].group["graft"] is not None or units[0].bias is None
-        if joint or pair is None or pair[0].dtype != weight.dtype:
-            pair = None
-        if pair is None or not isinstance(pair[0], Dense | Diagonal):
+        first, optimizer, pair = units[0], self.optimizer, None
+        if first.bias is not None and first.group["graft"] is None:
+            pair = optimizer._pair(members, products)
+        apart = pair is not None and pair[0].dtype == first.weight.dtype
+        if pair is None or not (apart and isinstance(pair[0], Dense | Diagonal)):
             both = Columns(units)
             G = both.gradients()
             return [(both, optimizer._precondition(members, products, G), G)]

@@ -78,13 +78,6 @@ class BlockDiagonal(StructuredMatrix):
         head = X[..., :h, :] if self.last.shape[-1] else X
         return head.reshape(*X.shape[:-2], count, k, X.shape[-1]), X[..., h:, :]
 
-    @staticmethod
-    def _join(head: Tensor, last: Tensor) -> Tensor:
-        """Inverse of :meth:`_split`."""
-        head = head.flatten(-3, -2)
-        needed = last.shape[-2] or last.requires_grad  # so that it has a gradient, if an empty one
-        return torch.cat([head, last], -2) if needed else head
-
     def _products(self, blocks: Tensor, last: Tensor, X: Tensor) -> Tensor:
         """Blocks times their rows of ``X [..., n, m]``, written side by side."""
         head, rest = self._split(X)
@@ -152,7 +145,8 @@ class BlockDiagonal(StructuredMatrix):
     def solve(self, X: Tensor) -> Tensor:
         """Block by block, k^2 n once and k n a column."""
         head, last = self._split(X)
-        return self._join(Dense(self.blocks).solve(head), Dense(self.last).solve(last))
+        solved = Dense(self.blocks).solve(head).flatten(-3, -2)
+        return torch.cat([solved, Dense(self.last).solve(last)], -2)
 
     def logdet(self) -> Tensor:
         """Sum over the blocks."""
