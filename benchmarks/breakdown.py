@@ -39,10 +39,10 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from benchmarks import nets, optimizers
+from benchmarks.nets import DTYPES
 from benchmarks.results import RESULTS, Row, keep
 from docs.costs import FREE, PRODUCTS, work
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KEY = ("model", "dtype", "T", "method", "part")
 PARTS = {
     "singd.base.KroneckerOptimizer._measure": "capture",

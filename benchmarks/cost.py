@@ -3,55 +3,21 @@
 from __future__ import annotations
 
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.data import load
+from benchmarks.peak import PeakBytes
 from benchmarks.training import backward, batches, build
 
 BLOCK = 10  # steps timed together: factors move at every T-th step only
 STATE_STEPS = 2  # after which every optimizer has all its state
-
-
-class PeakBytes(TorchDispatchMode):
-    """The most bytes alive at once in tensors that operations made or that were :meth:`add`-ed.
-
-    Scratch memory inside an operation is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def add(self, tensors: Iterable[Any]) -> None:
-        for tensor in tensors:
-            if not isinstance(tensor, Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            if storage not in self._seen:
-                self._seen.add(storage)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._free, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-
-    def _free(self, count: int) -> None:
-        self.now -= count
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.add(tree_leaves(out))
-        return out
 
 
 @dataclass

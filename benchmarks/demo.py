@@ -37,7 +37,8 @@ from benchmarks import plot
 from benchmarks.cost import Cost, measure
 from benchmarks.methods import DEFAULT, METHODS, USUAL
 from benchmarks.models import MODELS
-from benchmarks.training import DTYPES, History, steps_of, train
+from benchmarks.nets import DTYPES
+from benchmarks.training import History, steps_of, train
 
 ROUNDS, CHECKS = 5, 6
 COLUMNS = (

@@ -24,9 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,11 +33,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks import nets, optimizers
+from benchmarks import nets, optimizers, workers
+from benchmarks.nets import DTYPES
 from benchmarks.peak import PeakBytes
 from benchmarks.results import RESULTS, Row, keep, read
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KEY = ("model", "dtype", "device", "method")
 EXACT = ("singd:diagonal+embeddings",)  # further methods
 FACTORS = ("K", "C", "S_K", "S_C")  # the state that has the size of the statistics
@@ -132,13 +130,9 @@ def largest_input(model: nn.Module, loss: Any) -> int:
 
 def ask(name: str, case: tuple[str, str, str], T: int, peer: Path | None) -> dict[str, int]:
     """:func:`measure` in a process of its own, of PyPI ``singd`` if ``peer`` says where it is."""
-    places = [str(Path.cwd())] if peer is None else [str(peer.resolve()), str(Path.cwd())]
-    known = os.environ.get("PYTHONPATH", "")
-    command = [sys.executable, "-P", "-W", "ignore", "-m", "benchmarks.memory", "--worker"]
-    arguments = [name, *case, str(T), "peer" if peer else ""]
     done = subprocess.run(
-        [*command, *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([*places, known])},
+        workers.command("memory", name, *case, str(T), "peer" if peer else ""),
+        env=workers.environment(peer),
         stdout=subprocess.PIPE,
         text=True,
         check=True,

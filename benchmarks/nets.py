@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 class Attention(nn.Module):
     """Multi-head attention from linear layers."""

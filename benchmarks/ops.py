@@ -21,7 +21,6 @@ import argparse
 import csv
 import functools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -36,11 +35,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from benchmarks import workers
 from benchmarks.machine import machine
+from benchmarks.nets import DTYPES
+from benchmarks.results import read
 from docs.costs import PRODUCTS, work
 from structured import parse
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SPECS = (
     *("scaled_identity", "diagonal", "block_diagonal(30)", "lower_triangular", "upper_triangular"),
     *(
@@ -142,14 +143,9 @@ class Peer:
     """The other package in a process of its own."""
 
     def __init__(self, path: Path, threads: int) -> None:
-        places = [str(path.resolve()), str(Path.cwd())]
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-W", "ignore", "-m", "benchmarks.ops", "--worker"],
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(places),
-                "OMP_NUM_THREADS": str(threads),
-            },
+            workers.command("ops"),
+            env=workers.environment(path, OMP_NUM_THREADS=str(threads)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -276,10 +272,7 @@ def key(row: dict[str, str]) -> tuple[Any, ...]:
 
 def save(path: Path, table: list[dict[str, str]]) -> list[dict[str, str]]:
     """Write the rows in place of older ones, keep the others; all of them."""
-    kept: dict[tuple[Any, ...], dict[str, str]] = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            kept = {key(row): row for row in csv.DictReader(file)}
+    kept = {key(row): row for row in read(path)}
     merged = [row for _, row in sorted((kept | {key(row): row for row in table}).items())]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from benchmarks.cost import Cost
 from benchmarks.methods import DEFAULT, METHODS, USUAL
 from benchmarks.models import MODELS
-from benchmarks.training import DTYPES, History
+from benchmarks.nets import DTYPES
+from benchmarks.training import History
 
 # Colours of Okabe and Ito, told apart by all eyes; the defaults are thick.
 STYLES: dict[str, dict[str, Any]] = {

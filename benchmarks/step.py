@@ -13,7 +13,6 @@ case by case; rows of methods that are not named stay.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
@@ -21,13 +20,12 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from benchmarks import nets, optimizers
+from benchmarks import nets, optimizers, workers
+from benchmarks.nets import DTYPES
 from benchmarks.results import RESULTS, Row, keep
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KEY = ("model", "dtype", "T", "method")
 BLOCK = 10  # steps of a turn; a multiple of every T
 PATIENCE = 12.0  # seconds after which a slow method has had turns enough
@@ -50,12 +48,9 @@ class Worker:
     """A method in a process of its own; ``peer`` is where PyPI ``singd`` is, if that is meant."""
 
     def __init__(self, name: str, model: str, T: int, dtype: str, peer: Path | None) -> None:
-        places = [str(Path.cwd())] if peer is None else [str(peer.resolve()), str(Path.cwd())]
-        places.append(os.environ.get("PYTHONPATH", ""))
-        command = [sys.executable, "-P", "-W", "ignore", "-m", "benchmarks.step", "--worker"]
         self.process = subprocess.Popen(
-            [*command, name, model, str(T), dtype, "peer" if peer else ""],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
+            workers.command("step", name, model, str(T), dtype, "peer" if peer else ""),
+            env=workers.environment(peer),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

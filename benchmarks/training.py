@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from benchmarks.data import TRAIN_SIZE, Digits, load
 from benchmarks.models import MODELS
+from benchmarks.nets import DTYPES
 
 BATCH = 64
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
-PARTS = ("model", "capture", "factors", "preconditioning", "parameters", "rest")
 
 Row = dict[str, str]
 Cells = Mapping[str, Mapping[str, str]]  # by method and case
@@ -68,25 +67,31 @@ def peaks() -> str:
 
 def parts(T: int) -> str:
     """Milliseconds of a step, part by part."""
-    cells: dict[str, dict[str, str]] = {}
-    for row in read("breakdown.csv"):
-        if row["T"] == str(T):
-            name = f"{row['model'].upper()}, {row['method'].removeprefix('singd:')}"
-            cells.setdefault(name, {})[row["part"]] = f"{float(row['ms']):.2f}"
-    return table(f"T = {T}, ms", cells, PARTS)
+    return by_part(f"T = {T}, ms", T, lambda row: f"{float(row['ms']):.2f}")
 
 
 def predictions(T: int = 1) -> str:
     """Measured time over predicted time, part by part; parts below 0.1 ms are left out."""
+
+    def cell(row: Row) -> str:
+        if float(row["ms"]) < 0.1:
+            return ""
+        ratio = float(row["ms"]) / float(row["predicted ms"])
+        return f"{ratio:.1f} ({float(row['flops']) / 1e6:.0f}, {float(row['bytes']) / 1e6:.0f})"
+
+    return by_part(f"T = {T}", T, cell)
+
+
+def by_part(head: str, T: int, cell: Callable[[Row], str]) -> str:
+    """A line for each model and method, a column for each part of a step."""
     cells: dict[str, dict[str, str]] = {}
+    parts: dict[str, None] = {}
     for row in read("breakdown.csv"):
-        if row["T"] == str(T) and float(row["ms"]) >= 0.1:
+        parts[row["part"]] = None
+        if row["T"] == str(T):
             name = f"{row['model'].upper()}, {row['method'].removeprefix('singd:')}"
-            ratio = float(row["ms"]) / float(row["predicted ms"])
-            flops, data = float(row["flops"]) / 1e6, float(row["bytes"]) / 1e6
-            cell = f"{ratio:.1f} ({flops:.0f}, {data:.0f})"
-            cells.setdefault(name, {})[row["part"]] = cell
-    return table(f"T = {T}", cells, PARTS)
+            cells.setdefault(name, {})[row["part"]] = cell(row)
+    return table(head, cells, parts)
 
 
 def pages() -> dict[str, str]:
