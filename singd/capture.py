@@ -8,6 +8,7 @@ way), the unit is not ``explained`` and must not be preconditioned.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -93,9 +94,24 @@ class Unit:
     def split(self, matrix: Tensor) -> list[Tensor]:
         """A matrix ``[..., d_out, d_in]`` as views shaped like :attr:`parameters`."""
         if self.bias is None:
-            return [self.layer.from_matrix(self.module, matrix)]
-        weight = self.layer.from_matrix(self.module, matrix[..., :-1])
+            return [self.like_weight(matrix)]
+        weight = self.like_weight(matrix[..., :-1])
         return [weight, matrix[..., -1].reshape(self.bias.shape)]
+
+    @functools.cached_property
+    def is_matrix(self) -> bool:
+        """Whether the weight is its own matrix, as most are: to ask its layer takes longer."""
+        own = type(self.layer)
+        plain = (own.to_matrix, own.from_matrix) == (Layer.to_matrix, Layer.from_matrix)
+        return plain and self.layer.shape(self.module) == tuple(self.weight.shape)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight, or its gradient, as ``[..., d_out, d_in]``."""
+        return weight if self.is_matrix else self.layer.to_matrix(self.module, weight)
+
+    def like_weight(self, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`matrix`."""
+        return matrix if self.is_matrix else self.layer.from_matrix(self.module, matrix)
 
     def member(self, name: str, part: int = 0) -> StructuredMatrix:
         """A factor, of one part of the layer."""

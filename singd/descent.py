@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+
 
 import torch
 from torch import Tensor
-from torch.optim.sgd import sgd
 
 from singd.rounding import Rounding
 
@@ -53,19 +52,19 @@ def descend(
         scale = None
     kernels = None if by_torch or isinstance(lr, Tensor) else _kernels(params, directions, buffers)
     if by_torch:
-        rate: Any = lr  # a tensor is none of the stub's types
-        sgd(
-            list(params),
-            [d.to(p.dtype).contiguous() for p, d in zip(params, directions, strict=True)],
-            list(buffers) or [None] * len(params),
-            fused=True,
-            grad_scale=None if scale is None else 1.0 / scale.to(params[0]),  # it divides by that
-            lr=rate,
+        dtype = params[0].dtype
+        torch._fused_sgd_(
+            params,
+            [d.to(dtype).contiguous() for d in directions],
+            buffers,
+            grad_scale=None if scale is None else 1.0 / scale.to(dtype),  # it divides by that
+            lr=lr,
             momentum=momentum,
             weight_decay=weight_decay,
             dampening=0.0,
             nesterov=False,
             maximize=False,
+            is_first_step=False,
         )
     elif kernels is not None:
         seed, stream = rounding.draw(params[0].device)
@@ -76,8 +75,11 @@ def descend(
 
 
 def _takes_sgd(params: Sequence[Tensor], buffers: Sequence[Tensor]) -> bool:
-    """Whether PyTorch's kernel can take them."""
-    return all(t.is_cpu and t.dtype in _EXACT and t.is_contiguous() for t in (*params, *buffers))
+    """Whether PyTorch's kernel can take them: on a CPU, of one dtype, at their place."""
+    dtype = params[0].dtype
+    if not params[0].is_cpu or dtype not in _EXACT:
+        return False
+    return all(t.dtype == dtype and t.is_contiguous() for t in (*params, *buffers))
 
 
 def _kernels(

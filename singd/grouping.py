@@ -151,18 +151,23 @@ class Columns(NamedTuple):
     weights: bool = True
     biases: bool = True
 
+    def matrices(self) -> list[Tensor]:
+        """The gradients of weights as matrices ``[..., d_out, d_in]``; zero where there is none."""
+        matrices = []
+        for unit in self.units:
+            grad = unit.weight.grad
+            grad = torch.zeros_like(unit.weight) if grad is None else grad
+            matrices.append(unit.matrix(grad))
+        return matrices
+
     def gradients(self) -> Tensor:
-        """As matrices, ``[units, ..., d_out, columns]``; zero where there is no gradient.
+        """All side by side, ``[units, ..., d_out, columns]``; zero where there is none.
 
         May share memory with a gradient.
         """
         *rows, d_out, d_in = self.units[0].shape
-        weights, biases = [], []
+        weights, biases = self.matrices() if self.weights else [], []
         for unit in self.units:
-            if self.weights:
-                grad = unit.weight.grad
-                grad = torch.zeros_like(unit.weight) if grad is None else grad
-                weights.append(unit.layer.to_matrix(unit.module, grad))
             if self.biases and unit.bias is not None:
                 grad = unit.bias.grad
                 grad = torch.zeros_like(unit.bias) if grad is None else grad
@@ -181,6 +186,6 @@ class Columns(NamedTuple):
             if self.weights and self.biases:
                 yield from zip(unit.parameters, unit.split(matrix), strict=True)
             elif self.weights:
-                yield unit.weight, unit.layer.from_matrix(unit.module, matrix)
+                yield unit.weight, unit.like_weight(matrix)
             elif unit.bias is not None:
                 yield unit.bias, matrix.reshape(unit.bias.shape)

@@ -17,13 +17,14 @@ from singd.grafting import graft_
 from singd.grouping import Bucket, Columns, Members, Products, joined
 from singd.options import Group, peak_lr
 from singd.rounding import Rounding
+from singd.scaled import CACHES, Scaled
 from singd.update import inner, precondition_apart, product_residual, residual, trust_region
 from structured import Dense, Diagonal
 
 if TYPE_CHECKING:
     from singd.base import KroneckerOptimizer
 
-Naturals = list[tuple[Columns, Tensor]]
+Naturals = list[tuple[Columns, Tensor | Scaled]]
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Step:
         self.buckets = optimizer._buckets
         self.moments: list[tuple[Tensor, dict[str, Tensor]]] = []  # of grafting, if it is taken
         self.bounds: dict[int, Tensor] = {}  # of a group's step, by its id: what scales it
+        self.roundings: dict[int, Rounding] = {}  # of a group's parameters, by its id
         self.report: dict[str, Any] | None = None if optimizer.telemetry is None else {}
 
     def run(self, *, descend: bool = True) -> str | None:
@@ -72,7 +74,8 @@ class Step:
             if self.optimizer._reduce_gradients:
                 distributed.reduce_gradients(self._gradients(), group)
         proposals = [self._propose(bucket, stream=i) for i, bucket in enumerate(self.buckets)]
-        naturals, quadratic = self._naturals(proposals)
+        lazily = descend and self.report is None and self._leaves_caches()
+        naturals, quadratic = self._naturals(proposals, lazily=lazily)
         if self.optimizer.max_skipped is not None:
             bad = self._nonfinite(proposals, naturals, quadratic)
             if bad is not None:
@@ -124,7 +127,8 @@ class Step:
         """
         made = [t for p in proposals if p.updated for m in p.members.values() for t in m.tensors()]
         made += [p.grad for g in self.foreign for p in g["params"] if p.grad is not None]
-        made += [natural for _, natural in naturals] if quadratic is None else [quadratic]
+        seen = [n.quadratic if isinstance(n, Scaled) else n for _, n in naturals]
+        made += seen if quadratic is None else [quadratic]
         made = [t for t in made if t.numel()]
         return None if _all_finite(made) else self._cause(proposals, naturals)
 
@@ -146,7 +150,8 @@ class Step:
                     if not all(finite):
                         return proposal.bucket.units[finite.index(False)].name
         for of, natural in naturals:
-            finite = natural.isfinite().flatten(1).all(1).tolist()
+            whole = natural.whole() if isinstance(natural, Scaled) else natural
+            finite = whole.isfinite().flatten(1).all(1).tolist()
             if not all(finite):
                 return of.units[finite.index(False)].name
         return None
@@ -216,10 +221,17 @@ class Step:
 
     # Parameters ---------------------------------------------------------------------------------
 
-    def _naturals(self, proposals: Sequence[Proposal]) -> tuple[Naturals, Tensor | None]:
+    def _leaves_caches(self) -> bool:
+        """Whether so many weights are preconditioned that it pays to make :class:`Scaled` ones."""
+        return sum(b.units[0].weight.nbytes * len(b.units) for b in self.buckets) > CACHES
+
+    def _naturals(
+        self, proposals: Sequence[Proposal], *, lazily: bool
+    ) -> tuple[Naturals, Tensor | None]:
         """Preconditioned gradients of all units that have any, and the bounds of their steps.
 
-        Also returns the sum that the bounds go by, if it saw all of them.
+        Also returns the sum that the bounds go by, if it saw all of them. ``lazily`` allows to make
+        a gradient at the descent only.
         """
         naturals: Naturals = []
         quadratic: list[Tensor] = []
@@ -231,7 +243,11 @@ class Step:
                 continue
             members, products = proposal.bucket.select(units, proposal.members, proposal.products)
             group = units[0].group
-            for of, natural, G in self._preconditioned(units, members, products):
+            scaled = self._scaled(units, members, products) if lazily else None
+            if scaled is not None:
+                naturals.append((scaled.of, scaled))
+                quadratic.append(peak_lr(group) ** 2 * scaled.quadratic)
+            for of, natural, G in self._preconditioned(units, members, products, scaled):
                 if group["graft"] is not None:
                     self.moments += graft_(natural, G, units, self.optimizer)
                 naturals.append((of, natural))
@@ -252,14 +268,38 @@ class Step:
                     self.report["trust_region"] = nu
         return naturals, total if len(quadratic) == len(naturals) else None
 
+    def _scaled(self, units: Sequence[Unit], members: Members, products: Products) -> Scaled | None:
+        """The weights of equal units, if they are scaled and bounded and nothing else, on a CPU."""
+        first = units[0]
+        if first.group["kl_clip"] is None or first.group["graft"] or not first.weight.is_cpu:
+            return None
+        pair = self.optimizer._pair(members, products)
+        if pair is None:
+            return None
+        KK, CC = pair
+        if not (isinstance(KK, Diagonal) and isinstance(CC, Diagonal)):
+            return None
+        return Scaled(Columns(units, biases=False), KK, CC)
+
     def _preconditioned(
-        self, units: Sequence[Unit], members: Members, products: Products
+        self,
+        units: Sequence[Unit],
+        members: Members,
+        products: Products,
+        scaled: Scaled | None,
     ) -> list[tuple[Columns, Tensor, Tensor]]:
         """Preconditioned and plain gradients of equal units; of weights and biases apart if can be.
 
-        That spares copies of both, side by side and back.
+        That spares copies of both, side by side and back. Without weights where those are
+        ``scaled``.
         """
         first, optimizer, pair = units[0], self.optimizer, None
+        weights, biases = Columns(units, biases=False), Columns(units, weights=False)
+        if scaled is not None:
+            if first.bias is None:
+                return []
+            g = biases.gradients()
+            return [(biases, scaled.biases(g), g)]
         if first.bias is not None and first.group["graft"] is None:
             pair = optimizer._pair(members, products)
         apart = pair is not None and pair[0].dtype == first.weight.dtype
@@ -267,7 +307,6 @@ class Step:
             both = Columns(units)
             G = both.gradients()
             return [(both, optimizer._precondition(members, products, G), G)]
-        weights, biases = Columns(units, biases=False), Columns(units, weights=False)
         G, g = weights.gradients(), biases.gradients()
         of_weights, of_biases = precondition_apart(*pair, G, g)
         return [(weights, of_weights, G), (biases, of_biases, g)]
@@ -275,19 +314,27 @@ class Step:
     def _descend(self, naturals: Naturals) -> None:
         """Move every parameter of the units along its preconditioned gradient."""
         moves: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for of, natural in naturals:
+            if isinstance(natural, Scaled):
+                group = of.units[0].group
+                for some in natural.moves(self.bounds[id(group)]):
+                    self._descend_group(group, some, scale=None)
         for p, direction in _moves(naturals):
-            if p.grad is not None:
-                moves.setdefault(id(self.optimizer._groups[id(p)]), []).append((p, direction))
+            moves.setdefault(id(self.optimizer._groups[id(p)]), []).append((p, direction))
         for group in self.optimizer.param_groups:
             if id(group) in moves:
-                self._descend_group(group, moves[id(group)])
+                self._descend_group(group, moves[id(group)], self.bounds.get(id(group)))
 
-    def _descend_group(self, group: Group, moves: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Weight decay, momentum and the step, for one group."""
+    def _descend_group(
+        self, group: Group, moves: Iterable[tuple[Tensor, Tensor]], scale: Tensor | None
+    ) -> None:
+        """Weight decay, momentum and the step along scaled directions, for one group."""
         devices: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
         for p, direction in moves:
-            devices.setdefault(p.device, []).append((p, direction))
-        rounding = Rounding(group["seed"], group["step"], stream=-1)
+            if p.grad is not None:
+                devices.setdefault(p.device, []).append((p, direction))
+        if id(group) not in self.roundings:
+            self.roundings[id(group)] = Rounding(group["seed"], group["step"], stream=-1)
         for there in devices.values():
             descend(
                 [p for p, _ in there],
@@ -296,8 +343,8 @@ class Step:
                 lr=group["lr"],
                 momentum=group["momentum"],
                 weight_decay=group["weight_decay"],
-                rounding=rounding,
-                scale=self.bounds.get(id(group)),
+                rounding=self.roundings[id(group)],
+                scale=scale,
             )
 
     def _momentum_buffer(self, p: Tensor) -> Tensor:
@@ -309,9 +356,10 @@ class Step:
 
 
 def _moves(naturals: Naturals) -> Iterable[tuple[Tensor, Tensor]]:
-    """Every parameter of the units with its direction."""
+    """Every parameter of the units with its direction, where that is at hand."""
     for of, natural in naturals:
-        yield from of.moves(natural)
+        if isinstance(natural, Tensor):
+            yield from of.moves(natural)
 
 
 def fused(group: Group) -> Group:
