@@ -129,9 +129,9 @@ def square_sums(values: Tensor, approximation: str, *, average: bool) -> Tensor:
     wide = torch.promote_types(values.dtype, torch.float32)
     row = values[..., :1, :1, :].numel() * wide.itemsize
     count = max(1, PIECE // max(1, row))
-    if values.ndim == 3 and values.is_contiguous():  # a product reads squares faster than a sum
-        pieces = (piece.to(wide).square() for piece in values.flatten(0, 1).split(count))
-        sums = [piece.new_ones(len(piece)) @ piece for piece in pieces]
+    if values.ndim == 3 and values.is_contiguous():
+        rows = values.flatten(0, 1)
+        sums = [piece.to(wide).square().sum(0) for piece in rows.split(count)]
     else:
         count = max(1, count // max(1, values.shape[-2]))
         sums = [piece.to(wide).square().sum((-3, -2)) for piece in values.split(count, -3)]

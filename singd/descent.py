@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-
 import torch
 from torch import Tensor
 

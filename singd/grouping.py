@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from singd import cuda_graph
 from singd.capture import Statistics, Unit
@@ -180,12 +180,14 @@ class Columns(NamedTuple):
         torch._foreach_copy_(slots, [*weights, *biases])
         return out
 
-    def moves(self, matrices: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """Every parameter with its part of such matrices."""
+    def moves(self, matrices: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+        """Every parameter that has a gradient with its part of such matrices."""
+        moves: list[tuple[nn.Parameter, Tensor]] = []
         for unit, matrix in zip(self.units, matrices.unbind(), strict=True):
             if self.weights and self.biases:
-                yield from zip(unit.parameters, unit.split(matrix), strict=True)
+                moves += zip(unit.parameters, unit.split(matrix), strict=True)
             elif self.weights:
-                yield unit.weight, unit.like_weight(matrix)
+                moves.append((unit.weight, unit.like_weight(matrix)))
             elif unit.bias is not None:
-                yield unit.bias, matrix.reshape(unit.bias.shape)
+                moves.append((unit.bias, matrix.reshape(unit.bias.shape)))
+        return [move for move in moves if move[0].grad is not None]

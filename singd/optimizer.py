@@ -183,11 +183,9 @@ class SINGD(KroneckerOptimizer):
         wide = unit.group["wide_structure"]
         return tuple(parse(wide if limit is not None and n > limit else s) for n, s in sides)
 
-    def _layout(self, unit: Unit) -> tuple[Any, ...]:
-        group = unit.group
+    def _choices(self, group: Group) -> tuple[Any, ...]:
         given = [group[name] for name in ("structures", "max_dim")]
         return (
-            *super()._layout(unit),
             *(dict(g) if isinstance(g, Mapping) else g for g in given),
             *(group[k] for k in ("wide_structure", "kfac_like", "preconditioner_dtype")),
             group["alpha1"] == 0,

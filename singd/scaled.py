@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from singd.grouping import Columns
 from singd.update import precondition_products
@@ -48,13 +48,13 @@ class Scaled:
         """The same for the biases that go with the weights, ``g [units, ..., d_out, 1]``."""
         return precondition_products(Diagonal(self.KK.d[..., self.d_in :]), self.CC, g)
 
-    def moves(self, nu: Tensor) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    def moves(self, nu: Tensor) -> Iterator[list[tuple[nn.Parameter, Tensor]]]:
         """Parameters with their preconditioned gradients times ``nu``, a few at a time.
 
         What came before is overwritten by what comes next.
         """
         for here, made in self._made(self.columns, self.rows * nu.to(self.dtype)):
-            yield list(self.of._replace(units=self.of.units[here]).moves(made))
+            yield self.of._replace(units=self.of.units[here]).moves(made)
 
     def _roots(self) -> Iterator[Tensor]:
         return (made.view(-1) for _, made in self._made(self.columns.sqrt(), self.rows.sqrt()))

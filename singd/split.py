@@ -159,10 +159,11 @@ class SplitOptimizer(Optimizer):
         """Find every unit's group and state again, after either was replaced."""
         self._groups = {id(p): g for g in self.param_groups for p in g["params"]}
         self._places = [
-            (name, p, module._parameters, key, tuple(p.shape))
+            (name, p, module._parameters, key, p.shape)
             for name, p, module, key in owners_of(self.model)
             if id(p) in self._groups
         ]
+        self._kinds: dict[int, tuple[Any, ...]] = {}  # of the parameters whose state is like them
         self._bucket_list = None
         for unit in self._units:
             unit.group = self._groups.get(id(unit.weight), unit.group)
@@ -189,18 +190,20 @@ class SplitOptimizer(Optimizer):
                     f"{name} was replaced after the optimizer was made (by "
                     "load_state_dict(assign=True)?): make the optimizer afterwards"
                 )
-            if tuple(p.shape) != shape:
+            if p.shape != shape:
                 raise ValueError(
                     f"{name}: expected the shape {list(shape)} it had when the optimizer was made, "
                     f"got {list(p.shape)}: make a new optimizer"
                 )
-            for option, value in self.state.get(p, {}).items():
-                if not isinstance(value, Tensor) or option == "step":
-                    continue
-                if value.dtype != p.dtype or value.device != p.device:
-                    self.state[p][option] = value.to(p)
+            kind = (p.dtype, p.device)
+            if self._kinds.get(id(p)) != kind:
+                self._kinds[id(p)] = kind
+                for option, value in self.state.get(p, {}).items():
+                    if isinstance(value, Tensor) and option != "step":
+                        self.state[p][option] = value.to(p)
+        chosen = {id(g): self._choices(g) for g in self.param_groups if g["rule"] == KRONECKER}
         for unit in self._units:
-            if unit.layout != self._layout(unit):
+            if unit.layout != self._layout(unit, chosen.get(id(unit.group))):
                 self._remake(unit)
 
     def _remake(self, unit: Unit) -> None:
@@ -214,9 +217,14 @@ class SplitOptimizer(Optimizer):
         if unit.structures != before or any(unit.multiplied.values()):
             unit.discard()
 
-    def _layout(self, unit: Unit) -> tuple[Any, ...]:
+    def _choices(self, group: Group) -> tuple[Any, ...]:
+        """The options of a group that what is stored depends on."""
+        return ()
+
+    def _layout(self, unit: Unit, choices: tuple[Any, ...] | None = None) -> tuple[Any, ...]:
         """What the factors of a unit depend on besides statistics."""
-        return tuple(unit.weight.shape), unit.weight.dtype, unit.weight.device
+        choices = self._choices(unit.group) if choices is None else choices
+        return unit.weight.shape, unit.weight.dtype, unit.weight.device, choices
 
     @property
     def _buckets(self) -> list[Bucket]:

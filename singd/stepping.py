@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from singd import distributed
 from singd.capture import Statistics, Unit
@@ -94,9 +94,9 @@ class Step:
                 adamw.state = self.optimizer.state
                 adamw.step()
         else:
-            for p, direction in _moves(naturals):
+            for p, direction in [m for of, n in naturals for m in of.moves(n)]:
+                nu = self.bounds.get(id(self.optimizer._groups[id(p)]))
                 if p.grad is not None:
-                    nu = self.bounds.get(id(self.optimizer._groups[id(p)]))
                     p.grad.copy_(direction if nu is None else direction * nu.to(direction))
         return None
 
@@ -313,39 +313,38 @@ class Step:
 
     def _descend(self, naturals: Naturals) -> None:
         """Move every parameter of the units along its preconditioned gradient."""
-        moves: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        groups = self.optimizer._groups
+        moves: dict[tuple[int, torch.device], list[tuple[nn.Parameter, Tensor]]] = {}
         for of, natural in naturals:
             if isinstance(natural, Scaled):
                 group = of.units[0].group
                 for some in natural.moves(self.bounds[id(group)]):
                     self._descend_group(group, some, scale=None)
-        for p, direction in _moves(naturals):
-            moves.setdefault(id(self.optimizer._groups[id(p)]), []).append((p, direction))
-        for group in self.optimizer.param_groups:
-            if id(group) in moves:
-                self._descend_group(group, moves[id(group)], self.bounds.get(id(group)))
+            else:
+                for move in of.moves(natural):
+                    p, _ = move
+                    moves.setdefault((id(groups[id(p)]), p.device), []).append(move)
+        for there in moves.values():
+            group = groups[id(there[0][0])]
+            self._descend_group(group, there, self.bounds.get(id(group)))
 
     def _descend_group(
-        self, group: Group, moves: Iterable[tuple[Tensor, Tensor]], scale: Tensor | None
+        self, group: Group, moves: list[tuple[nn.Parameter, Tensor]], scale: Tensor | None
     ) -> None:
-        """Weight decay, momentum and the step along scaled directions, for one group."""
-        devices: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
-        for p, direction in moves:
-            if p.grad is not None:
-                devices.setdefault(p.device, []).append((p, direction))
+        """Weight decay, momentum and the step along scaled directions, of parameters of a group."""
         if id(group) not in self.roundings:
             self.roundings[id(group)] = Rounding(group["seed"], group["step"], stream=-1)
-        for there in devices.values():
-            descend(
-                [p for p, _ in there],
-                [direction for _, direction in there],
-                [self._momentum_buffer(p) for p, _ in there] if group["momentum"] else [],
-                lr=group["lr"],
-                momentum=group["momentum"],
-                weight_decay=group["weight_decay"],
-                rounding=self.roundings[id(group)],
-                scale=scale,
-            )
+        params = [p for p, _ in moves]
+        descend(
+            params,
+            [direction for _, direction in moves],
+            [self._momentum_buffer(p) for p in params] if group["momentum"] else [],
+            lr=group["lr"],
+            momentum=group["momentum"],
+            weight_decay=group["weight_decay"],
+            rounding=self.roundings[id(group)],
+            scale=scale,
+        )
 
     def _momentum_buffer(self, p: Tensor) -> Tensor:
         state = self.optimizer.state[p]
@@ -353,13 +352,6 @@ class Step:
             state["momentum_buffer"] = torch.zeros_like(p)
         buffer: Tensor = state["momentum_buffer"]
         return buffer
-
-
-def _moves(naturals: Naturals) -> Iterable[tuple[Tensor, Tensor]]:
-    """Every parameter of the units with its direction, where that is at hand."""
-    for of, natural in naturals:
-        if isinstance(natural, Tensor):
-            yield from of.moves(natural)
 
 
 def fused(group: Group) -> Group:
