@@ -1,13 +1,14 @@
 """The step of the parameters: weight decay, momentum, and a sum that is never rounded to nearest.
 
-One kernel does it for many parameters: ours on a GPU, on the CPU that of :class:`torch.optim.SGD`;
-elsewhere PyTorch's ``foreach`` operations.
+One kernel does it for many parameters: ours on a GPU, on the CPU that of :class:`torch.optim.SGD`,
+or below float32 PyTorch's operations piece by piece; elsewhere its ``foreach`` operations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from singd.rounding import Rounding
 
 _EXACT = (torch.float32, torch.float64)
+PIECE = 1 << 16  # numbers at a time, in the processor's caches
 
 
 def descend(
@@ -44,20 +46,24 @@ def descend(
     """
     if not params:
         return
-    by_torch = _takes_sgd(params, buffers)
-    if scale is not None and not (by_torch and all(p.dtype == torch.float32 for p in params)):
+    ordered = _are_in_order(params, buffers)
+    if ordered and params[0].dtype not in _EXACT:
+        _in_pieces(params, directions, buffers, lr, momentum, weight_decay, rounding, scale)
+        return
+    if scale is not None and not (ordered and params[0].dtype == torch.float32):
         directions = list(directions)
         torch._foreach_mul_(directions, scale.to(directions[0]))
         scale = None
-    kernels = None if by_torch or isinstance(lr, Tensor) else _kernels(params, directions, buffers)
-    if by_torch:
+    kernels = None if ordered or isinstance(lr, Tensor) else _kernels(params, directions, buffers)
+    if ordered:
         dtype = params[0].dtype
+        rate: Any = lr  # either is an overload
         torch._fused_sgd_(
-            params,
+            list(params),
             [d.to(dtype).contiguous() for d in directions],
-            buffers,
+            list(buffers),
             grad_scale=None if scale is None else 1.0 / scale.to(dtype),  # it divides by that
-            lr=lr,
+            lr=rate,
             momentum=momentum,
             weight_decay=weight_decay,
             dampening=0.0,
@@ -73,10 +79,52 @@ def descend(
         plain(params, directions, buffers, lr, momentum, weight_decay, rounding)
 
 
-def _takes_sgd(params: Sequence[Tensor], buffers: Sequence[Tensor]) -> bool:
-    """Whether PyTorch's kernel can take them: on a CPU, of one dtype, at their place."""
+def _in_pieces(
+    params: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    lr: float | Tensor,
+    momentum: float,
+    weight_decay: float,
+    rounding: Rounding,
+    scale: Tensor | None,
+) -> None:
+    """:func:`plain` on so many numbers at a time that what is made of them stays in the caches."""
+    groups = [params, directions, buffers] if buffers else [params, directions]
+    for places in _pieces(groups):
+        p, d, *b = [each[0] if len(each) == 1 else torch.cat(each) for each in places]
+        d = d.float() if scale is None else d.float() * scale
+        plain([p], [d], b, lr, momentum, weight_decay, rounding)
+        if len(places[0]) > 1:  # else they are the places themselves
+            sizes = [len(place) for place in places[0]]
+            torch._foreach_copy_(places[0], p.split(sizes))
+            if b:
+                torch._foreach_copy_(places[2], b[0].split(sizes))
+
+
+def _pieces(groups: Sequence[Sequence[Tensor]]) -> Iterator[list[list[Tensor]]]:
+    """Tensors as vectors, cut alike and put together: at most PIECE numbers at a time."""
+    some: list[list[Tensor]] = [[] for _ in groups]
+    size = 0
+    for tensors in zip(*groups, strict=True):
+        vectors = [t.reshape(-1) for t in tensors]
+        n = len(vectors[0])
+        for start in range(0, n, PIECE):
+            count = min(PIECE, n - start)
+            if size + count > PIECE:
+                yield some
+                some, size = [[] for _ in groups], 0
+            for group, vector in zip(some, vectors, strict=True):
+                group.append(vector if count == n else vector[start : start + count])
+            size += count
+    if size:
+        yield some
+
+
+def _are_in_order(params: Sequence[Tensor], buffers: Sequence[Tensor]) -> bool:
+    """Whether all are on a CPU, of one dtype, and stored in the order of their numbers."""
     dtype = params[0].dtype
-    if not params[0].is_cpu or dtype not in _EXACT:
+    if not params[0].is_cpu:
         return False
     return all(t.dtype == dtype and t.is_contiguous() for t in (*params, *buffers))
 

@@ -43,9 +43,10 @@ def _rounded(x: Tensor, dropped: int, generator: torch.Generator | None) -> Tens
     """``x [n]`` without so many of its last bits, a multiple of them up or down."""
     words = torch.empty(-(-len(x) // 4), dtype=torch.int64, device=x.device)
     noise = words.random_(-(1 << 63), None, generator=generator).view(torch.int16)[: len(x)]
-    bits = x.view(torch.int32) + (noise >> (16 - dropped))  # from [-half, half)
+    noise = noise if dropped == 16 else noise >> (16 - dropped)  # from [-half, half)
+    bits = noise.to(torch.int32).add_(x.view(torch.int32))
     bits.add_(1 << (dropped - 1)).bitwise_and_(-1 << dropped)
-    return torch.where(x == x, bits.view(torch.float32), x)  # a carry might reach NaN's sign
+    return bits.view(torch.float32).add_(x.clamp(-0.0, -0.0))  # NaN, whose sign a carry might reach
 
 
 def leading(alpha: Tensor, t: Tensor) -> Tensor:

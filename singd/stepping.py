@@ -94,7 +94,8 @@ class Step:
                 adamw.state = self.optimizer.state
                 adamw.step()
         else:
-            for p, direction in [m for of, n in naturals for m in of.moves(n)]:
+            whole = [(of, natural) for of, natural in naturals if isinstance(natural, Tensor)]
+            for p, direction in [move for of, natural in whole for move in of.moves(natural)]:
                 nu = self.bounds.get(id(self.optimizer._groups[id(p)]))
                 if p.grad is not None:
                     p.grad.copy_(direction if nu is None else direction * nu.to(direction))
@@ -314,7 +315,7 @@ class Step:
     def _descend(self, naturals: Naturals) -> None:
         """Move every parameter of the units along its preconditioned gradient."""
         groups = self.optimizer._groups
-        moves: dict[tuple[int, torch.device], list[tuple[nn.Parameter, Tensor]]] = {}
+        moves: dict[tuple[Any, ...], list[tuple[nn.Parameter, Tensor]]] = {}
         for of, natural in naturals:
             if isinstance(natural, Scaled):
                 group = of.units[0].group
@@ -323,7 +324,7 @@ class Step:
             else:
                 for move in of.moves(natural):
                     p, _ = move
-                    moves.setdefault((id(groups[id(p)]), p.device), []).append(move)
+                    moves.setdefault((id(groups[id(p)]), p.device, p.dtype), []).append(move)
         for there in moves.values():
             group = groups[id(there[0][0])]
             self._descend_group(group, there, self.bounds.get(id(group)))

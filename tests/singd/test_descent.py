@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from singd import descent
 from singd.descent import descend, plain
 from singd.rounding import Rounding
 
@@ -38,3 +39,24 @@ def test_the_scale_is_that_of_the_directions(
     eps = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).eps  # that of the scale
     for got, wanted in zip(params + buffers, expected + kept, strict=True):
         torch.testing.assert_close(got, wanted, rtol=4 * eps, atol=eps)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 12, 100])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_pieces_are_cut_and_joined(
+    monkeypatch: pytest.MonkeyPatch, momentum: float, piece: int
+) -> None:
+    monkeypatch.setattr(descent, "PIECE", piece)
+    torch.manual_seed(0)
+    params = [torch.randn(s).bfloat16() for s in ((3, 4), (5,), (0,), (2, 3, 1))]
+    directions = [torch.randn(p.shape) for p in params]
+    directions[1] = directions[1].bfloat16()
+    buffers = [torch.randn_like(p) for p in params] if momentum else []
+    expected, kept = [p.clone() for p in params], [b.clone() for b in buffers]
+    nu = torch.tensor(0.3)
+    moves = [nu * d.float() for d in directions]
+    plain(expected, moves, kept, momentum=momentum, rounded=Rounding(0, 0), **OPTIONS)
+    rounding = Rounding(0, 0)
+    descend(params, directions, buffers, momentum=momentum, rounding=rounding, scale=nu, **OPTIONS)
+    for got, wanted in zip(params + buffers, expected + kept, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0.01, atol=1e-4)
