@@ -24,17 +24,17 @@ class Probes:
 
     def __init__(self, layer: Layer, module: nn.Module, weight: nn.Parameter) -> None:
         self.layer, self.module, self.weight = layer, module, weight
+        *_, d_out, d_in = layer.shape(module)
+        self.u, self.v = (_directions(d, weight.device) for d in (d_in, d_out))
         self.before = self._of_gradient()
         self.seen = torch.zeros_like(self.before)
         self.scale = self.seen.new_zeros(())  # of what was summed
 
     def see(self, module: nn.Module, part: int, x: Tensor, g: Tensor) -> None:
         """Include one use of ``module``."""
-        *_, d_out, d_in = self.layer.shape(module)
-        u, v = _directions(d_in, g.device), _directions(d_out, g.device)
         into = self.seen[part] if self.layer.parts > 1 else self.seen
         for piece in self.layer.pieces(module, x, g):
-            into += self.layer.contract(module, *piece, u, v)
+            into += self.layer.contract(module, *piece, self.u, self.v)
         self.scale += _norm(x) * _norm(g)
 
     def explain(self) -> bool | None:
@@ -58,11 +58,10 @@ class Probes:
     def _of_gradient(self) -> Tensor:
         """Of ``weight.grad``, ``[..., probes]``."""
         grad: Any = self.weight.grad
-        *batch, d_out, d_in = self.layer.shape(self.module)
         if grad is None:
+            *batch, _, _ = self.layer.shape(self.module)
             return torch.zeros(*batch, _PROBES, device=self.weight.device)
-        u, v = _directions(d_in, grad.device), _directions(d_out, grad.device)
-        return ((self.layer.to_matrix(self.module, grad).to(u) @ u) * v).sum(-2)
+        return ((self.layer.to_matrix(self.module, grad).to(self.u) @ self.u) * self.v).sum(-2)
 
 
 def _directions(n: int, device: torch.device) -> Tensor:
