@@ -60,3 +60,10 @@ def test_pieces_are_cut_and_joined(
     descend(params, directions, buffers, momentum=momentum, rounding=rounding, scale=nu, **OPTIONS)
     for got, wanted in zip(params + buffers, expected + kept, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0.01, atol=1e-4)
+
+
+def test_no_piece_is_larger_than_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(descent, "PIECE", 7)
+    vectors = [torch.ones(n) for n in (3, 3, 3, 16, 7)]
+    sizes = [sum(map(len, piece)) for (piece,) in descent._pieces([vectors])]
+    assert sizes == [6, 3, 7, 7, 2, 7]

@@ -116,3 +116,30 @@ def test_it_is_left_out_where_somebody_looks_at_the_gradients(
 ) -> None:
     trained(monkeypatch, torch.float32, caches=-1, lr=1e-3, **option)
     assert not made
+
+
+class Twins(nn.Module):
+    """The sum of two equal layers: their gradients and factors are equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = (nn.Linear(32, 32, bias=False) for _ in range(2))
+        self.second.load_state_dict(self.first.state_dict())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.first(x) + self.second(x)
+        return y
+
+
+def test_each_weight_is_rounded_by_numbers_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stepping, "CACHES", -1)
+    monkeypatch.setattr(scaled, "PIECE", 1)
+    net = Twins().bfloat16()
+    wide = (torch.float32, torch.float32)  # factors that no rounding tells apart
+    both = ("diagonal", "diagonal")
+    optimizer = SINGD(net, structures=both, kl_clip=1e-3, preconditioner_dtype=wide)
+    net(torch.randn(8, 32).bfloat16()).square().mean().backward()
+    assert torch.equal(net.first.weight, net.second.weight)
+    optimizer.step()
+    assert not torch.equal(net.first.weight, net.second.weight)
