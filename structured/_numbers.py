@@ -1,7 +1,11 @@
-"""What the structures share: precision, scalars along a batch, norms of parts."""
+"""What the structures share: precision, scalars along a batch, norms of parts, tables."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,3 +46,25 @@ def add_product_(out: Tensor, A: Tensor, B: Tensor, *, beta: float = 1.0) -> Non
         out.copy_(A @ B)
     else:
         out.mul_(beta).add_(A @ B)
+
+
+def tabulated(make: Callable[..., tuple[np.ndarray, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Make arrays of constants once for each set of sizes and ``dtype``, tensors on the CPU.
+
+    What is kept is NumPy's: no transform, inference mode or fake tensor of PyTorch gets into it. To
+    ``torch.compile`` they are constants.
+    """
+
+    @functools.lru_cache(64)
+    def kept(*sizes: int, dtype: torch.dtype) -> tuple[np.ndarray, ...]:
+        name = str(dtype).removeprefix("torch.")
+        arrays = make(*sizes)
+        return tuple(a.astype(name) if a.dtype.kind == "f" else a for a in arrays)
+
+    @functools.wraps(make)
+    def tensors(*sizes: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return tuple(torch.from_numpy(array) for array in kept(*sizes, dtype=dtype))
+
+    # What torch.compiler.assume_constant_result does, less the import of the compiler.
+    tensors._dynamo_marked_constant = True  # type: ignore[attr-defined]  # of a function
+    return tensors
