@@ -1,7 +1,7 @@
 """The orthonormal cosine transform (DCT-II): ``Y_k = w_k sum_j cos(pi k (2 j + 1) / 2n) X_j``.
 
-An FFT runs along rows, so that ``X`` has to be transposed, there and back. For ``n = p q`` with small
-``p`` and ``q``, two products take less. With ``j = q j1 + j2`` and ``b = pi k (2 j2 + 1) / 2n``,
+An FFT runs along rows, so that ``X`` has to be transposed, there and back. For ``n = p q`` with
+small ``p`` and ``q``, two products take less. With ``j = q j1 + j2``, ``b = pi k (2 j2 + 1) / 2n``,
 
     Y_k = w_k sum_j2 (cos(b) U_k,j2 - sin(b) V_k,j2),
     U_k,j2 = sum_j1 cos(pi k j1 / p) X_j,      V_k,j2 = sum_j1 sin(pi k j1 / p) X_j.

@@ -31,21 +31,23 @@ def largest(t: Tensor, batch_ndim: int) -> Tensor:
     return flat.abs().amax(-1) if flat.shape[-1] else flat.sum(-1)
 
 
-def add_product_(out: Tensor, A: Tensor, B: Tensor, *, beta: float = 1.0) -> None:
-    """``out <- beta out + A B``, without a temporary where there is one batch dimension at most.
+def add_product_(
+    out: Tensor, A: Tensor, B: Tensor, *, beta: float = 1.0, alpha: float = 1.0
+) -> None:
+    """``out <- beta out + alpha A B``; no temporary with one batch dimension at most.
 
     For ``beta = 0`` what is in ``out`` does not matter.
     """
     while out.ndim == A.ndim == B.ndim > 3 and out.shape[0] == A.shape[0] == B.shape[0] == 1:
         out, A, B = out[0], A[0], B[0]
     if out.ndim == A.ndim == B.ndim == 2:
-        out.addmm_(A, B, beta=beta)
+        out.addmm_(A, B, beta=beta, alpha=alpha)
     elif out.ndim == A.ndim == B.ndim == 3 and len(out) == len(A) == len(B):
-        out.baddbmm_(A, B, beta=beta)
+        out.baddbmm_(A, B, beta=beta, alpha=alpha)
     elif beta == 0:
-        out.copy_(A @ B)
+        out.copy_(A @ B).mul_(alpha)
     else:
-        out.mul_(beta).add_(A @ B)
+        out.mul_(beta).add_(A @ B, alpha=alpha)
 
 
 def tabulated(make: Callable[..., tuple[np.ndarray, ...]]) -> Callable[..., tuple[Tensor, ...]]:

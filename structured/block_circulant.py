@@ -56,7 +56,7 @@ def _by_product(p: int, X: Tensor) -> bool:
 
 @tabulated
 def _waves(p: int) -> tuple[np.ndarray, ...]:
-    """``cos`` and ``-sin`` of ``2 pi i j / p`` in turn, ``[2 (p // 2 + 1), p]``, and the way back."""
+    """``cos`` and ``-sin`` of ``2 pi i j / p`` in turn, ``[2 (p // 2 + 1), p]``; the way back."""
     half = np.arange(p // 2 + 1)
     angles = np.outer(half, np.arange(p)) % p * (2 * math.pi / p)
     waves = np.stack([np.cos(angles), -np.sin(angles)], 1)
