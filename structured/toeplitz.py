@@ -16,24 +16,10 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
+from structured._autocorrelation import autocorrelation
 from structured._dispatch import symmetric_product
-from structured._fft import irfft, rfft
+from structured._fft import fft_length, irfft, rfft
 from structured._matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
-
-
-def fft_length(n: int) -> int:
-    """The least length ``2^a 3^b 5^c`` of at least ``2n - 1``: no wrap-around, and fast."""
-    length = max(2 * n - 1, 1)
-    while not _is_smooth(length):
-        length += 1
-    return length
-
-
-def _is_smooth(k: int) -> bool:
-    for prime in (2, 3, 5):
-        while k % prime == 0:
-            k //= prime
-    return k == 1
 
 
 def _convolve(t: Tensor, X: Tensor, *, adjoint: bool = False) -> Tensor:
@@ -150,10 +136,7 @@ class _TriangularToeplitz(StructuredMatrix):
         n, m = X.shape[-2:]
         if _gram_is_faster(n, m, X.dtype):
             return self.project(symmetric_product(X))
-        length = fft_length(n)
-        F = rfft(X.mT, length)
-        power = (F.real.square() + F.imag.square()).sum(-2)
-        return self._build([_double_off_diagonal(irfft(power, length)[..., :n], X.dtype)])
+        return self._build([_double_off_diagonal(autocorrelation(X), X.dtype)])
 
     def gram(self) -> Self:
         """``Pi(T^T T)``: the k-th diagonal of the product sums to ``sum_p t_p (n-p-k) t_{p+k}``."""
