@@ -1,4 +1,4 @@
-"""Autocorrelation of the columns of a matrix: sums of the diagonals of ``X X^T`` without forming it.
+"""Autocorrelation of columns: sums along the diagonals of ``X X^T`` without forming it.
 
 The power spectrum, summed over the columns, is that of the sums. Up to some thousand rows two
 products take less than an FFT. With rows ``j = q j1 + j2``, padded with zeros to ``L = p q = 2 n``,
@@ -6,7 +6,7 @@ and ``k = c + p k2``,
 
     F_k = sum_j2 exp(-2 pi i k j2 / L) U_c,j2,      U_c,j2 = sum_j1 exp(-2 pi i c j1 / p) X_j.
 
-As ``X`` is real, ``c`` up to ``p / 2`` is enough. Costs 2 n (p / 2 + 2 q) a column.
+As ``X`` is real, ``c`` up to ``p / 2`` is enough. Costs n (p + 4 q) a column.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ _COLUMNS = 256  # transformed at a time, so that their spectrum stays in the cac
 
 
 def autocorrelation(X: Tensor) -> Tensor:
-    """``sum_i <x_i, x_{i+k}>`` for the rows of ``X [..., n, m]``, ``[..., n]``; float32 at least."""
+    """``sum_i <x_i, x_{i+k}>``, ``[..., n]``, of rows of ``X [..., n, m]``; float32 at least."""
     (n, m), X = X.shape[-2:], X.to(at_least_float32(X.dtype))
     q = max(q for q in range(1, _LARGEST[1] + 1) if n % q == 0)
     p = len(range(2 * n // q))  # an int also where torch.compile has a symbol for n
     if not X.is_cpu or m < _FEWEST or not 0 < p <= _LARGEST[0]:
         return _by_fft(X)
     waves, turns, place = _tables(p, q, dtype=X.dtype)
-    power = sum(_power(waves, turns, columns) for columns in X.split(_COLUMNS, -1))
+    powers = [_power(waves, turns, columns) for columns in X.split(_COLUMNS, -1)]
+    power = torch.stack(powers).sum(0)
     return irfft(power.index_select(-1, place), 2 * n)[..., :n]
 
 
