@@ -122,7 +122,6 @@ class _Triangular(StructuredMatrix):
         """The triangle of ``X X^T``, twice off the diagonal; 5/8 n^2 a column."""
         n, h, shift, batch = self.n, self.R.shape[-1], self._shift, X.shape[:-2]
         R, U = X.new_empty(*batch, n + shift, h), X.new_empty(*batch, n - h, n - h)
-        R[..., :shift, :] = 0
         _write_gram(R[..., shift:, :], X)
         _write_gram(U.mT, X[..., h:, :])
         return self._fold_twice(R, U)

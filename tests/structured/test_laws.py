@@ -50,7 +50,7 @@ OF_PRODUCTS = ("product", "apply", "apply_transpose", "project_gram", "gram", "s
 def test_law_by_fft(law, way, monkeypatch):
     spec, *decision = way
     monkeypatch.setattr(*decision)
-    check(spec, laws=[law])
+    check(spec, laws=[law], sizes=SPECS[spec])
 
 
 @pytest.mark.parametrize("way", BY_BLOCKS, ids=lambda way: f"{way[0]}-{way[2]}")

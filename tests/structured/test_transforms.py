@@ -1,4 +1,4 @@
-"""Transforms by products and by FFT, at sizes where they differ, and their tables."""
+"""Products: transforms by them and by FFT, their tables, and sums in place."""
 
 import pytest
 import scipy.fft
@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from structured import _autocorrelation, _cosine, parse, toeplitz
-from structured._numbers import tabulated
+from structured._numbers import add_product_, tabulated
 
 # n -> (p, q)
 PRODUCTS = {24: (1, 24), 37: (37, 1), 62: (2, 31), 96: (3, 32), 512: (16, 32), 1000: (40, 25)}
@@ -102,3 +102,12 @@ def test_a_table_is_made_once_for_each_size_and_dtype():
             whole, real = table(3, dtype=dtype)
             assert (whole.dtype, real.dtype) == (torch.int64, dtype)
     assert calls == [3, 3]
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (1, 3), (2, 3)])
+@pytest.mark.parametrize(("beta", "alpha"), [(0.0, 1.0), (0.0, 2.0), (1.0, 1.0), (3.0, 2.0)])
+def test_products_added_in_place(batch, beta, alpha):
+    A, B, C = (normal(*batch, *core) for core in [(4, 2), (2, 5), (4, 5)])
+    out = torch.full_like(C, torch.nan) if beta == 0 else C.clone()
+    add_product_(out, A, B, beta=beta, alpha=alpha)
+    torch.testing.assert_close(out, beta * C + alpha * (A @ B))
