@@ -29,7 +29,7 @@ _COLUMNS = 256  # transformed at a time, so that their spectrum stays in the cac
 def autocorrelation(X: Tensor) -> Tensor:
     """``sum_i <x_i, x_{i+k}>``, ``[..., n]``, of rows of ``X [..., n, m]``; float32 at least."""
     (n, m), X = X.shape[-2:], X.to(at_least_float32(X.dtype))
-    q = max(q for q in range(1, _LARGEST[1] + 1) if n % q == 0)
+    q = next(q for q in range(_LARGEST[1], 0, -1) if n % q == 0)
     p = len(range(2 * n // q))  # an int also where torch.compile has a symbol for n
     if not X.is_cpu or m < _FEWEST or not 0 < p <= _LARGEST[0]:
         return _by_fft(X)

@@ -50,7 +50,7 @@ def inverse_cosine(Z: Tensor) -> Tensor:
 
 def _factors(n: int) -> tuple[int, int]:
     """``(p, q)`` with ``p q = n``, the largest q that is allowed."""
-    q = max(q for q in range(1, _LARGEST[1] + 1) if n % q == 0)
+    q = next(q for q in range(_LARGEST[1], 0, -1) if n % q == 0)
     return len(range(n // q)), q  # an int also where torch.compile has a symbol for n
 
 

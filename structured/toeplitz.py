@@ -38,7 +38,7 @@ def _dense_is_faster(n: int, m: int, dtype: torch.dtype) -> bool:
     32, which matrix units need not.
     """
     most, columns = (1024, 2 * m) if dtype.itemsize > 2 else (2048, 8 * m)
-    return n <= 128 or n <= min(most, columns)
+    return n <= 128 or n <= min(512, 32 * m) or n <= min(most, columns)
 
 
 def _gram_is_faster(n: int, m: int, dtype: torch.dtype) -> bool:
@@ -61,6 +61,12 @@ def _last_rows(t: Tensor, count: int) -> Tensor:
     return padded.unfold(-1, t.shape[-1], 1).flip(-2)
 
 
+def _first_rows(t: Tensor, count: int) -> Tensor:
+    """The first ``count`` rows of the upper Toeplitz matrix of ``t``, likewise."""
+    padded = torch.nn.functional.pad(t, (count - 1, 0))
+    return padded.unfold(-1, t.shape[-1], 1).flip(-2)
+
+
 def _multiply(t: Tensor, X: Tensor, *, adjoint: bool = False) -> Tensor:
     """``T X`` (adjoint: ``T^T X``) for the lower Toeplitz matrix of ``t`` and ``X [..., n, m]``."""
     n, m = X.shape[-2:]
@@ -70,8 +76,9 @@ def _multiply(t: Tensor, X: Tensor, *, adjoint: bool = False) -> Tensor:
     if size >= n:
         T = lower(t)
         return (T.mT if adjoint else T) @ X
-    if adjoint:  # T^T is T with rows and columns backwards
-        return _multiply(t, X.flip(-2)).flip(-2)
+    if adjoint:  # each block of rows is the beginning of the last one
+        rows, starts = _first_rows(t, size), range(0, n, size)
+        return torch.cat([rows[..., : n - i, : n - i] @ X[..., i:, :] for i in starts], -2)
     rows = _last_rows(t, size)
     # Each block of rows is the end of the last one, and meets the rows of X so far.
     stops = range(n % size or size, n + 1, size)

@@ -26,9 +26,14 @@ _PANEL = 128  # columns of a Gram matrix; wider ones compute more that is thrown
 _LEAF = 256  # rows; in smaller blocks the zeros cost less than the calls
 
 
+def _tril_(L: Tensor) -> Tensor:
+    """Zeros above the diagonal of ``L``, row by row as it lies in memory."""
+    return L.tril_() if L.stride(-1) == 1 else L.mT.triu_().mT
+
+
 def _tril(L: Tensor) -> Tensor:
-    """``tril(L)``, in the layout of ``L``; a copy first and zeros after take half the time."""
-    return L.clone().tril_() if L.stride(-1) == 1 else L.mT.clone().triu_().mT
+    """``tril(L)``; a copy first and zeros after take half the time of :func:`torch.tril`."""
+    return _tril_(L.clone() if L.stride(-1) == 1 else L.mT.clone().mT)
 
 
 def _product(L: Tensor, X: Tensor) -> Tensor:
@@ -103,7 +108,7 @@ class _Triangular(StructuredMatrix):
         """The member with ``[L1; B]`` in ``R`` and ``L2^T`` in ``U``, in their memory."""
         n, h = self.n, self.R.shape[-1]
         R = R.tril_(-self._shift)
-        R[..., : n - h, h - (n - h) :].add_(U.triu_())
+        R[..., : n - h, h - (n - h) :].add_(_tril_(U.mT).mT)
         return self._build([R])
 
     def _fold_twice(self, R: Tensor, U: Tensor) -> Self:
@@ -265,10 +270,6 @@ class UpperTriangular(_Triangular):
     def orthogonal_project(self, M: Tensor) -> Self:
         """The upper triangle of ``M [..., n, n]``."""
         return self._build([self.mT.orthogonal_project(M.mT).R])
-
-    def project(self, S: Tensor) -> Self:
-        """The triangle of ``S [..., n, n]``, twice off the diagonal."""
-        return super().project(S.mT)
 
     def gram(self) -> Self:
         """``Pi(A^T A)``, half the work of a dense product."""
