@@ -59,7 +59,7 @@ def _adjoint(L: Tensor, X: Tensor) -> Tensor:
 def _write_gram(out: Tensor, X: Tensor) -> None:
     """The first columns of ``2 X X^T``, on and below the diagonal; above it, anything."""
     columns = out.shape[-1]
-    wide = X.is_cpu and X.dtype.itemsize > 2  # elsewhere one large product is faster
+    wide = X.is_cpu and X.dtype.itemsize > 2  # matrix units prefer one large product
     width = max(_PANEL, columns // 8) if wide else max(columns, 1)
     for i in range(0, columns, width):
         panel, rows = out[..., i:, i : i + width], X[..., i:, :]
@@ -124,7 +124,7 @@ class _Triangular(StructuredMatrix):
         return self._fold_twice(self._below(S[..., :h]).mul_(2), 2 * S[..., h:, h:])
 
     def project_gram(self, X: Tensor) -> Self:
-        """The triangle of ``X X^T``, twice off the diagonal; 5/8 n^2 a column."""
+        """The triangle of ``X X^T``, twice off the diagonal; at most 3/4 n^2 a column."""
         n, h, shift, batch = self.n, self.R.shape[-1], self._shift, X.shape[:-2]
         R, U = X.new_empty(*batch, n + shift, h), X.new_empty(*batch, n - h, n - h)
         _write_gram(R[..., shift:, :], X)
