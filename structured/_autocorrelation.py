@@ -69,4 +69,4 @@ def _tables(p: int, q: int, rows: int) -> tuple[np.ndarray, ...]:
 def _by_fft(X: Tensor, length: int) -> Tensor:
     """:func:`autocorrelation`, n log n a column."""
     F = rfft(X.mT, length)
-    return irfft((F.real.square() + F.imag.square()).sum(-2), length)[..., : X.shape[-2]]
+    return irfft(torch.linalg.vecdot(F, F, dim=-2), length)[..., : X.shape[-2]]

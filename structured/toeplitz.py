@@ -98,8 +98,9 @@ def _counts(t: Tensor) -> Tensor:
 
 def _double_off_diagonal(sums: Tensor, dtype: torch.dtype) -> Tensor:
     """Means of the diagonals from their sums ``[..., n]``, all but the main one doubled: ``Pi``."""
-    means = 2 * sums / _counts(sums)
-    return torch.cat([means[..., :1] / 2, means[..., 1:]], -1).to(dtype)
+    weights = 2 / _counts(sums)
+    weights[:1] /= 2
+    return (sums * weights).to(dtype)
 
 
 def diagonal_sums(M: Tensor) -> Tensor:
