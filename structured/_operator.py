@@ -56,10 +56,6 @@ class Operator(ABC):
         """``A X`` where nobody else needs ``X``: its memory may be used."""
         return self.apply(X)
 
-    def _may_overwrite(self, X: Tensor) -> bool:
-        """Whether ``A X`` fits into the memory of ``X``, and no derivative asks for what was."""
-        return X.shape[:-2] == self.batch_shape and not X.requires_grad
-
     @abstractmethod
     def apply_transpose(self, X: Tensor) -> Tensor:
         """``A^T X`` for ``X [..., n, m]``."""
