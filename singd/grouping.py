@@ -151,23 +151,18 @@ class Columns(NamedTuple):
     weights: bool = True
     biases: bool = True
 
-    def matrices(self) -> list[Tensor]:
-        """The gradients of weights as matrices ``[..., d_out, d_in]``; zero where there is none."""
-        matrices = []
-        for unit in self.units:
-            grad = unit.weight.grad
-            grad = torch.zeros_like(unit.weight) if grad is None else grad
-            matrices.append(unit.matrix(grad))
-        return matrices
-
     def gradients(self) -> Tensor:
         """All side by side, ``[units, ..., d_out, columns]``; zero where there is none.
 
         May share memory with a gradient.
         """
         *rows, d_out, d_in = self.units[0].shape
-        weights, biases = self.matrices() if self.weights else [], []
+        weights, biases = [], []
         for unit in self.units:
+            if self.weights:
+                grad = unit.weight.grad
+                grad = torch.zeros_like(unit.weight) if grad is None else grad
+                weights.append(unit.matrix(grad))
             if self.biases and unit.bias is not None:
                 grad = unit.bias.grad
                 grad = torch.zeros_like(unit.bias) if grad is None else grad

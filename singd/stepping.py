@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +17,13 @@ from singd.grafting import graft_
 from singd.grouping import Bucket, Columns, Members, Products, joined
 from singd.options import Group, peak_lr
 from singd.rounding import Rounding
-from singd.scaled import CACHES, Scaled
 from singd.update import inner, precondition_apart, product_residual, residual, trust_region
 from structured import Dense, Diagonal
 
 if TYPE_CHECKING:
     from singd.base import KroneckerOptimizer
 
-Naturals = list[tuple[Columns, Tensor | Scaled]]
+Naturals = list[tuple[Columns, Tensor]]
 
 
 @dataclass
@@ -51,7 +50,6 @@ class Step:
         self.buckets = optimizer._buckets
         self.moments: list[tuple[Tensor, dict[str, Tensor]]] = []  # of grafting, if it is taken
         self.bounds: dict[int, Tensor] = {}  # of a group's step, by its id: what scales it
-        self.roundings: dict[int, Rounding] = {}  # of a group's parameters, by its id
         self.report: dict[str, Any] | None = None if optimizer.telemetry is None else {}
 
     def run(self, *, descend: bool = True) -> str | None:
@@ -74,8 +72,7 @@ class Step:
             if self.optimizer._reduce_gradients:
                 distributed.reduce_gradients(self._gradients(), group)
         proposals = [self._propose(bucket, stream=i) for i, bucket in enumerate(self.buckets)]
-        lazily = descend and self.report is None and self._leaves_caches()
-        naturals, quadratic = self._naturals(proposals, lazily=lazily)
+        naturals, quadratic = self._naturals(proposals)
         if self.optimizer.max_skipped is not None:
             bad = self._nonfinite(proposals, naturals, quadratic)
             if bad is not None:
@@ -94,10 +91,9 @@ class Step:
                 adamw.state = self.optimizer.state
                 adamw.step()
         else:
-            whole = [(of, natural) for of, natural in naturals if isinstance(natural, Tensor)]
-            for p, direction in [move for of, natural in whole for move in of.moves(natural)]:
-                nu = self.bounds.get(id(self.optimizer._groups[id(p)]))
+            for p, direction in _moves(naturals):
                 if p.grad is not None:
+                    nu = self.bounds.get(id(self.optimizer._groups[id(p)]))
                     p.grad.copy_(direction if nu is None else direction * nu.to(direction))
         return None
 
@@ -128,8 +124,7 @@ class Step:
         """
         made = [t for p in proposals if p.updated for m in p.members.values() for t in m.tensors()]
         made += [p.grad for g in self.foreign for p in g["params"] if p.grad is not None]
-        seen = [n.quadratic if isinstance(n, Scaled) else n for _, n in naturals]
-        made += seen if quadratic is None else [quadratic]
+        made += [natural for _, natural in naturals] if quadratic is None else [quadratic]
         made = [t for t in made if t.numel()]
         return None if _all_finite(made) else self._cause(proposals, naturals)
 
@@ -151,8 +146,7 @@ class Step:
                     if not all(finite):
                         return proposal.bucket.units[finite.index(False)].name
         for of, natural in naturals:
-            whole = natural.whole() if isinstance(natural, Scaled) else natural
-            finite = whole.isfinite().flatten(1).all(1).tolist()
+            finite = natural.isfinite().flatten(1).all(1).tolist()
             if not all(finite):
                 return of.units[finite.index(False)].name
         return None
@@ -222,17 +216,10 @@ class Step:
 
     # Parameters ---------------------------------------------------------------------------------
 
-    def _leaves_caches(self) -> bool:
-        """Whether so many weights are preconditioned that it pays to make :class:`Scaled` ones."""
-        return sum(b.units[0].weight.nbytes * len(b.units) for b in self.buckets) > CACHES
-
-    def _naturals(
-        self, proposals: Sequence[Proposal], *, lazily: bool
-    ) -> tuple[Naturals, Tensor | None]:
+    def _naturals(self, proposals: Sequence[Proposal]) -> tuple[Naturals, Tensor | None]:
         """Preconditioned gradients of all units that have any, and the bounds of their steps.
 
-        Also returns the sum that the bounds go by, if it saw all of them. ``lazily`` allows to make
-        a gradient at the descent only.
+        Also returns the sum that the bounds go by, if it saw all of them.
         """
         naturals: Naturals = []
         quadratic: list[Tensor] = []
@@ -244,11 +231,7 @@ class Step:
                 continue
             members, products = proposal.bucket.select(units, proposal.members, proposal.products)
             group = units[0].group
-            scaled = self._scaled(units, members, products) if lazily else None
-            if scaled is not None:
-                naturals.append((scaled.of, scaled))
-                quadratic.append(peak_lr(group) ** 2 * scaled.quadratic)
-            for of, natural, G in self._preconditioned(units, members, products, scaled):
+            for of, natural, G in self._preconditioned(units, members, products):
                 if group["graft"] is not None:
                     self.moments += graft_(natural, G, units, self.optimizer)
                 naturals.append((of, natural))
@@ -269,38 +252,14 @@ class Step:
                     self.report["trust_region"] = nu
         return naturals, total if len(quadratic) == len(naturals) else None
 
-    def _scaled(self, units: Sequence[Unit], members: Members, products: Products) -> Scaled | None:
-        """The weights of equal units, if they are scaled and bounded and nothing else, on a CPU."""
-        first = units[0]
-        if first.group["kl_clip"] is None or first.group["graft"] or not first.weight.is_cpu:
-            return None
-        pair = self.optimizer._pair(members, products)
-        if pair is None:
-            return None
-        KK, CC = pair
-        if not (isinstance(KK, Diagonal) and isinstance(CC, Diagonal)):
-            return None
-        return Scaled(Columns(units, biases=False), KK, CC)
-
     def _preconditioned(
-        self,
-        units: Sequence[Unit],
-        members: Members,
-        products: Products,
-        scaled: Scaled | None,
+        self, units: Sequence[Unit], members: Members, products: Products
     ) -> list[tuple[Columns, Tensor, Tensor]]:
         """Preconditioned and plain gradients of equal units; of weights and biases apart if can be.
 
-        That spares copies of both, side by side and back. Without weights where those are
-        ``scaled``.
+        That spares copies of both, side by side and back.
         """
         first, optimizer, pair = units[0], self.optimizer, None
-        weights, biases = Columns(units, biases=False), Columns(units, weights=False)
-        if scaled is not None:
-            if first.bias is None:
-                return []
-            g = biases.gradients()
-            return [(biases, scaled.biases(g), g)]
         if first.bias is not None and first.group["graft"] is None:
             pair = optimizer._pair(members, products)
         apart = pair is not None and pair[0].dtype == first.weight.dtype
@@ -308,6 +267,7 @@ class Step:
             both = Columns(units)
             G = both.gradients()
             return [(both, optimizer._precondition(members, products, G), G)]
+        weights, biases = Columns(units, biases=False), Columns(units, weights=False)
         G, g = weights.gradients(), biases.gradients()
         of_weights, of_biases = precondition_apart(*pair, G, g)
         return [(weights, of_weights, G), (biases, of_biases, g)]
@@ -316,36 +276,23 @@ class Step:
         """Move every parameter of the units along its preconditioned gradient."""
         groups = self.optimizer._groups
         moves: dict[tuple[Any, ...], list[tuple[nn.Parameter, Tensor]]] = {}
-        for of, natural in naturals:
-            if isinstance(natural, Scaled):
-                group = of.units[0].group
-                for some in natural.moves(self.bounds[id(group)]):
-                    self._descend_group(group, some, scale=None)
-            else:
-                for move in of.moves(natural):
-                    p, _ = move
-                    moves.setdefault((id(groups[id(p)]), p.device, p.dtype), []).append(move)
+        for p, direction in _moves(naturals):
+            moves.setdefault((id(groups[id(p)]), p.device, p.dtype), []).append((p, direction))
+        roundings: dict[int, Rounding] = {}
         for there in moves.values():
-            group = groups[id(there[0][0])]
-            self._descend_group(group, there, self.bounds.get(id(group)))
-
-    def _descend_group(
-        self, group: Group, moves: list[tuple[nn.Parameter, Tensor]], scale: Tensor | None
-    ) -> None:
-        """Weight decay, momentum and the step along scaled directions, of parameters of a group."""
-        if id(group) not in self.roundings:
-            self.roundings[id(group)] = Rounding(group["seed"], group["step"], stream=-1)
-        params = [p for p, _ in moves]
-        descend(
-            params,
-            [direction for _, direction in moves],
-            [self._momentum_buffer(p) for p in params] if group["momentum"] else [],
-            lr=group["lr"],
-            momentum=group["momentum"],
-            weight_decay=group["weight_decay"],
-            rounding=self.roundings[id(group)],
-            scale=scale,
-        )
+            params, directions = [p for p, _ in there], [direction for _, direction in there]
+            group = groups[id(params[0])]
+            fresh = Rounding(group["seed"], group["step"], stream=-1)
+            descend(
+                params,
+                directions,
+                [self._momentum_buffer(p) for p in params] if group["momentum"] else [],
+                lr=group["lr"],
+                momentum=group["momentum"],
+                weight_decay=group["weight_decay"],
+                rounding=roundings.setdefault(id(group), fresh),
+                scale=self.bounds.get(id(group)),
+            )
 
     def _momentum_buffer(self, p: Tensor) -> Tensor:
         state = self.optimizer.state[p]
@@ -353,6 +300,12 @@ class Step:
             state["momentum_buffer"] = torch.zeros_like(p)
         buffer: Tensor = state["momentum_buffer"]
         return buffer
+
+
+def _moves(naturals: Naturals) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Every parameter of the units that has a gradient with its direction."""
+    for of, natural in naturals:
+        yield from of.moves(natural)
 
 
 def fused(group: Group) -> Group:
