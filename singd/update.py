@@ -198,17 +198,11 @@ def precondition_products(KK: Operator, CC: Operator, G: Tensor) -> Tensor:
 
 
 def precondition_apart(KK: Operator, CC: Operator, G: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for ``[G g]``, a weight and its bias ``g [..., d_out, 1]``, without joining them.
-
-    For ``K K^T`` dense or diagonal.
-    """
+    """The same for ``[G g]``, a weight and its bias ``g [..., d_out, 1]``, without joining them."""
     if isinstance(KK, Diagonal):
         weight, bias = Diagonal(KK.d[..., :-1]), Diagonal(KK.d[..., -1:])
         return precondition_products(weight, CC, G), precondition_products(bias, CC, g)
-    P = KK.to_dense()
-    GP = (G @ P[..., :-1, :-1]).addcmul_(g, P[..., -1:, :-1])
-    gP = (G @ P[..., :-1, -1:]).addcmul_(g, P[..., -1:, -1:])
-    return CC.apply(GP), CC.apply(gP)
+    return Kronecker(CC, KK).apply_apart(G, g)
 
 
 def inner(X: Tensor, Y: Tensor) -> Tensor:

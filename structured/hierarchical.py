@@ -254,12 +254,28 @@ class Arrow(Stored, Operator):
         return self._apply(X, own=self._may_overwrite(X))
 
     def _apply(self, X: Tensor, *, own: bool) -> Tensor:
-        k1, (k, n) = self.first, self.W.shape[-2:]
-        Z, ends, d = self.W @ X, _ends(X, k1, k - k1), self.d[..., None]
+        k1, k = self.first, self.W.shape[-2]
+        return self._write(X, self.W @ X, _ends(X, k1, k - k1), own=own)
+
+    rows_apart = True
+
+    def _apply_apart(self, X: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        k1, (k, n), s = self.first, self.W.shape[-2:], X.shape[-2]
+        if s < n - k + k1:  # rows that are not full come second
+            return super()._apply_apart(X, x)
+        Z = self.W[..., :s] @ X
+        add_product_(Z, self.W[..., s:], x)
+        ends = torch.cat([X[..., :k1, :], X[..., n - k + k1 :, :], x], -2)
+        return self._write(X, Z, ends, own=False), Z[..., k - n + s :, :]
+
+    def _write(self, X: Tensor, Z: Tensor, ends: Tensor, *, own: bool) -> Tensor:
+        """The first rows of the product, as many as ``X`` has, from the full ones ``Z``."""
+        k1, (k, n), s = self.first, self.W.shape[-2:], X.shape[-2]
+        d = self.d[..., :s, None]
         Y = X.mul_(d) if own else d * X
         add_product_(Y.narrow(-2, k1, n - k), self.W.narrow(-1, k1, n - k).mT, ends)
         Y[..., :k1, :] = Z[..., :k1, :]
-        Y[..., n - k + k1 :, :] = Z[..., k1:, :]
+        Y[..., n - k + k1 :, :] = Z[..., k1 : k - n + s, :]
         return Y
 
     def apply_transpose(self, X: Tensor) -> Tensor:
