@@ -40,15 +40,15 @@ def mean_trace(H: StructuredMatrix) -> Tensor:
 def statistic(K: StructuredMatrix, A: Tensor) -> StructuredMatrix:
     """What to sum over backward passes, of ``A [..., n, R]``: enough to find ``Pi(K^T A A^T K)``.
 
-    A structure closed under transposition commutes with ``Pi``, so ``Pi(A A^T)`` will do and K is
-    applied once, by :func:`curvature`; any other needs ``Pi(K^T A A^T K)`` itself.
+    Where that depends on ``Pi(A A^T)`` alone, so for all structures closed under transposition,
+    K is applied once, by :func:`curvature`; any other needs ``Pi(K^T A A^T K)`` itself.
     """
-    return K.project_gram(A if K.closed_under_transpose else K.apply_transpose(A))
+    return K.project_gram(A if K.closed_under_congruence else K.apply_transpose(A))
 
 
 def curvature(K: StructuredMatrix, U: StructuredMatrix) -> StructuredMatrix:
     """``H_K = Pi(K^T S K)`` from the :func:`statistic` ``U`` of ``S``."""
-    return K.mT.matmul(U).matmul(K) if K.closed_under_transpose else U
+    return K.congruence(U) if K.closed_under_congruence else U
 
 
 def ikfac_momentum(

@@ -150,6 +150,15 @@ class StructuredMatrix(Stored, Operator):
         """``Pi(A^T A)``."""
         return self.project_gram(self.to_dense().mT)
 
+    @property
+    def closed_under_congruence(self) -> bool:
+        """Whether ``Pi(S)`` is all that ``Pi(A^T S A)`` depends on; see :meth:`congruence`."""
+        return self.closed_under_transpose
+
+    def congruence(self, U: Self) -> StructuredMatrix:
+        """``Pi(A^T S A)`` from ``U = Pi(S)``; see :attr:`closed_under_congruence`."""
+        return self.mT.matmul(U).matmul(self)
+
     def trace(self) -> Tensor:
         """Sum of the diagonal, ``[...]``."""
         return self.to_dense().diagonal(dim1=-2, dim2=-1).sum(-1)

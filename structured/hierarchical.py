@@ -157,6 +157,29 @@ class Hierarchical(StructuredMatrix):
         d = self.d.square() + self._middle(V.square().sum(-2))
         return self._projected(d, _ends(V, *self._sizes, -1).mT @ V)
 
+    closed_under_congruence = True
+
+    def congruence(self, U: Self) -> Self:
+        """The rows ``J^T A^T S A = (V J)^T (Q D + Q J V)``, with ``Q = J^T S``; (k1 + k2)^2 n.
+
+        And on the diagonal, ``D S D + 2 D V^T Q + V^T Q J V``.
+        """
+        V, Q, D = self._rows, U._symmetric_rows(), self._diagonal
+        QJV = _ends(Q, *self._sizes, -1) @ V
+        mixed, own = self._middle((V * Q).sum(-2)), self._middle((V * QJV).sum(-2))
+        d = self.d * (self.d * U.d + 2 * mixed) + own
+        corner = _ends(V, *self._sizes, -1)
+        return self._projected(d, corner.mT @ torch.addcmul(QJV, Q, D[..., None, :]))
+
+    def _symmetric_rows(self) -> Tensor:
+        """``J^T S``, the full rows of the symmetric matrix ``S`` that :meth:`_projected` saw."""
+        k1, k2 = self._sizes
+        Q, n = 0.5 * self._rows, self.top.shape[-1]
+        Q[..., :k1, :k1].mul_(2)
+        Q[..., k1:, n - k2 :].mul_(2)
+        Q[..., k1:, :k1] = Q[..., :k1, n - k2 :].mT
+        return Q
+
     def _outer_rows(self) -> Tensor:
         """``J^T A A^T = V D + V V^T J^T``, the full rows of ``A A^T``, ``[..., k, n]``."""
         k1, k2 = self._sizes

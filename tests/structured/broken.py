@@ -224,6 +224,13 @@ class TwiceTheNorm(LowerTriangular):
 @fails("transpose_closure", "outer")
 class ClaimsClosure(LowerTriangular):
     closed_under_transpose = True
+    closed_under_congruence = False
+
+
+@fails("congruence")
+class ForgetsToTranspose(Dense):
+    def congruence(self, U):
+        return self.matmul(U).matmul(self)
 
 
 @fails("addition", "copies")
