@@ -70,9 +70,10 @@ def singd_momenta(
     ``1/2 (tr(H_C)/d_out H_K + lambda tr(C^T C)/d_out Pi(K^T K) - I)``, and K and C exchanged.
     """
     KK, CC = K.gram(), C.gram()
-    m_K = mean_trace(H_C) * H_K + (damping * mean_trace(CC)) * KK
-    m_C = mean_trace(H_K) * H_C + (damping * mean_trace(KK)) * CC
-    return 0.5 * m_K.add_scaled_identity(-1.0), 0.5 * m_C.add_scaled_identity(-1.0)
+    h_K, h_C, k, c = (0.5 * mean_trace(H) for H in (H_K, H_C, KK, CC))
+    m_K = _weighted_sum_(damping * c, KK, h_C, H_K)
+    m_C = _weighted_sum_(damping * k, CC, h_K, H_C)
+    return m_K.add_scaled_identity(-0.5), m_C.add_scaled_identity(-0.5)
 
 
 def residual(K: StructuredMatrix, U: StructuredMatrix, damping: float) -> Tensor:
@@ -85,7 +86,7 @@ def factor_step(
     K: StructuredMatrix, m_K: StructuredMatrix, lr_cov: float | Tensor
 ) -> StructuredMatrix:
     """``K (I - beta_1 m_K)``, the exponential map of the group to first order."""
-    return K - lr_cov * K.matmul(m_K)
+    return _weighted_sum_(-lr_cov, K.matmul(m_K), 1.0, K)
 
 
 def normalized(lr_cov: float, m_K: StructuredMatrix) -> Tensor:

@@ -157,7 +157,11 @@ class StructuredMatrix(Stored, Operator):
 
     def congruence(self, U: Self) -> StructuredMatrix:
         """``Pi(A^T S A)`` from ``U = Pi(S)``; see :attr:`closed_under_congruence`."""
-        return self.mT.matmul(U).matmul(self)
+        transposed = self.mT
+        if transposed.layout == self.layout:
+            return transposed.matmul(U).matmul(self)
+        product = self.apply_transpose(U.to_dense().mT).mT  # U A
+        return self.orthogonal_project(self.apply_transpose(product))
 
     def trace(self) -> Tensor:
         """Sum of the diagonal, ``[...]``."""

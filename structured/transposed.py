@@ -25,8 +25,6 @@ class Transposed(StructuredMatrix):
         """As ``A``."""
         return self.A.closed_under_transpose
 
-    closed_under_congruence = False  # the transpose is of another class
-
     @classmethod
     def zeros(cls, n: int, structure: StructureLike, **opts: Any) -> Self:
         """The zero matrix of size ``n`` in the transpose of ``structure``."""
