@@ -16,13 +16,18 @@ _RUN = 1024  # numbers; a norm adds them up one after the other, which in the en
 
 def sums_of_squares(X: Tensor) -> Tensor:
     """``diag(X X^T)``, ``[..., n]``, for ``X [..., n, m]``."""
-    wide = X.numel() >= 1 << 18 and X.dtype.itemsize >= 4
-    if wide and X.is_cpu and X.stride(-1) == 1 and not X.requires_grad:
-        # one pass over contiguous rows; vecdot writes the squares out first
+    if _norms_pay(X):
         whole = X.shape[-1] // _RUN * _RUN
         runs, rest = X[..., :whole].unflatten(-1, (-1, _RUN)), X[..., whole:]
         return (_norm(runs).square().sum(-1) + _norm(rest).square()).to(X.dtype)
     return torch.linalg.vecdot(X, X)
+
+
+def _norms_pay(X: Tensor) -> bool:
+    """Whether norms of contiguous rows are faster: one pass; vecdot writes the squares out."""
+    if X.numel() < 1 << 18 or X.stride(-1) != 1 or X.requires_grad:
+        return False
+    return X.is_cpu and X.dtype in (torch.float32, torch.float64)
 
 
 def _norm(X: Tensor) -> Tensor:
@@ -43,10 +48,11 @@ def add_symmetric_product_(out: Tensor, X: Tensor, beta: float = 1.0, alpha: flo
     Args:
         out: ``[..., n, n]``, in float32 as a rule, also where ``X`` is in bfloat16.
         X: ``[..., n, m]``.
-        beta: Factor of what ``out`` holds.
+        beta: Factor of what ``out`` holds, which does not matter if it is 0.
         alpha: Factor of the product.
     """
-    out.mul_(beta).add_(symmetric_product(X.to(out.dtype)), alpha=alpha)
+    before = out.mul_(beta) if beta else out.zero_()
+    before.add_(symmetric_product(X.to(out.dtype)), alpha=alpha)
 
 
 def _panels_pay(X: Tensor) -> bool:

@@ -48,7 +48,7 @@ def add_product_(out: Tensor, A: Tensor, B: Tensor, *, beta: float = 1.0) -> Non
 
     For ``beta = 0`` what is in ``out`` does not matter.
     """
-    while out.ndim == A.ndim == B.ndim > 3 and out.shape[0] == A.shape[0] == B.shape[0] == 1:
+    while out.ndim == A.ndim == B.ndim > 3 and len(out) == 1:
         out, A, B = out[0], A[0], B[0]
     if out.ndim == A.ndim == B.ndim > 3 and out.is_cpu and out.numel() >= _PANEL * max(1, len(out)):
         for i in range(len(out)):

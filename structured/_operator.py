@@ -64,10 +64,6 @@ class Operator(ABC):
         joined = self.apply(torch.cat([X.mT, x.mT], -1).mT)
         return joined[..., : X.shape[-2], :], joined[..., X.shape[-2] :, :]
 
-    def _may_overwrite(self, X: Tensor) -> bool:
-        """Whether ``A X`` fits into the memory of ``X``, and no derivative asks for what was."""
-        return X.shape[:-2] == self.batch_shape and not X.requires_grad
-
     @abstractmethod
     def apply_transpose(self, X: Tensor) -> Tensor:
         """``A^T X`` for ``X [..., n, m]``."""

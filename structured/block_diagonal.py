@@ -112,7 +112,8 @@ class BlockDiagonal(StructuredMatrix):
 
     def _apply_to_own(self, X: Tensor) -> Tensor:
         """By panels, each written back while it is in the cache."""
-        if not self._may_overwrite(X):
+        differentiated = any(t.requires_grad for t in (X, self.blocks, self.last))
+        if differentiated or X.shape[:-2] != self.batch_shape:
             return self.apply(X)
         h, sizes = self._head, self.blocks.shape[-3:-1]
         rows = X[..., :h, :].unflatten(-2, sizes)

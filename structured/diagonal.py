@@ -54,7 +54,7 @@ class Diagonal(StructuredMatrix):
         return self.d[..., None] * X
 
     def _apply_to_own(self, X: Tensor) -> Tensor:
-        return X.mul_(self.d[..., None]) if self._may_overwrite(X) else self.apply(X)
+        return self.apply(X) if X.requires_grad else X.mul_(self.d[..., None])
 
     rows_apart = True
 

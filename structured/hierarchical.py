@@ -274,7 +274,7 @@ class Arrow(Stored, Operator):
         return self._apply(X, own=False)
 
     def _apply_to_own(self, X: Tensor) -> Tensor:
-        return self._apply(X, own=self._may_overwrite(X))
+        return self._apply(X, own=not any(t.requires_grad for t in (X, self.d, self.W)))
 
     def _apply(self, X: Tensor, *, own: bool) -> Tensor:
         k1, k = self.first, self.W.shape[-2]

@@ -89,7 +89,7 @@ def _multiply(t: Tensor, X: Tensor, *, adjoint: bool = False) -> Tensor:
     rows = _last_rows(t, size)
     # Each block of rows is the end of the last one, and meets the rows of X so far.
     stops = range(n % size or size, n + 1, size)
-    first = rows[..., size - stops[0] :, -stops[0] :] @ X[..., : stops[0], :]
+    first = rows[..., -stops[0] :, -stops[0] :] @ X[..., : stops[0], :]
     return torch.cat([first, *(rows[..., -stop:] @ X[..., :stop, :] for stop in stops[1:])], -2)
 
 

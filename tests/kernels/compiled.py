@@ -44,7 +44,7 @@ def report(text: str) -> dict[str, bool]:
 
 
 def main() -> None:
-    cut = symmetric_product.TILINGS[0]
+    cut = symmetric_product.LARGE
     tile = {"TILE": cut.size, "DEPTH": cut.depth, "BAND": symmetric_product.BAND, "ADD": False}
     numbers = {"alpha": "fp32", "beta": "fp32"}
     move = {"table": "*i64", "seed": "*i64"}

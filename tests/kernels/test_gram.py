@@ -6,10 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from structured import Dense, Diagonal, _dispatch, _gram, kernels
 
 pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
 from structured.kernels import _layout
 from structured.kernels import sums_of_squares as squares
 from structured.kernels import symmetric_product as product
@@ -104,6 +108,68 @@ def test_every_tile_has_its_number(tiles):
     out = torch.zeros(16 * tiles, 16 * tiles, device=DEVICE)
     product.launch_add(out, X, 1.0, 1.0, cut)
     assert torch.equal(out, X @ X.mT)
+
+
+@triton.jit
+def _numbers(rows, columns, places, tiles, ROWS: tl.constexpr, COUNT: tl.constexpr):
+    """What the kernel of the product makes of many places at once."""
+    ramp = tl.arange(0, COUNT)
+    if ROWS:
+        tl.store(rows + ramp, product._row_of(tl.load(places + ramp)))
+    else:
+        i, j = product._tile_of(tl.load(places + ramp), tiles, product.BAND)
+        tl.store(rows + ramp, i)
+        tl.store(columns + ramp, j)
+
+
+def test_rows_of_a_triangle():
+    """Beside every hundredth row's ends, to where int32 ends; float32 is off by one there."""
+    row = torch.cat([torch.arange(1, 1000), torch.arange(1000, 46_300, 100)])
+    first = row * (row + 1) // 2
+    place = torch.cat([first - 1, first, first + 1])
+    expected = torch.cat([row - 1, row, row])
+    count = triton.next_power_of_2(len(place))
+    places = torch.zeros(count, dtype=torch.int32, device=DEVICE)
+    places[: len(place)] = place
+    rows = torch.empty_like(places)
+    _numbers[(1,)](rows, rows, places, 0, ROWS=True, COUNT=count)
+    assert torch.equal(rows[: len(place)].cpu(), expected.int())
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 7, 8, 9, 16, 20, 40])
+def test_numbers_of_tiles(tiles):
+    """Every tile on or below the diagonal once, in bands of rows that go down their columns."""
+    count = tiles * (tiles + 1) // 2
+    padded = triton.next_power_of_2(count)
+    places = torch.arange(padded, dtype=torch.int32, device=DEVICE).clamp(max=count - 1)
+    rows, columns = torch.empty_like(places), torch.empty_like(places)
+    _numbers[(1,)](rows, columns, places, tiles, ROWS=False, COUNT=padded)
+    expected = []
+    for first in range(0, tiles, product.BAND):
+        band = range(first, min(first + product.BAND, tiles))
+        expected += [(i, j) for j in range(first) for i in band]
+        expected += [(i, j) for i in band for j in range(first, i + 1)]
+    assert list(zip(rows[:count].tolist(), columns[:count].tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 16, 17, 64, 65, 999])
+def test_tilings_suit_the_device(n, dtype):
+    """Powers of two, one tile for a small block, 64 KiB at most for each stage of a product."""
+    size, depth, warps, _ = product.tiling(n, dtype)
+    assert all(value == triton.next_power_of_2(value) for value in (size, depth, warps))
+    assert size >= min(n, 64)
+    assert 16 <= depth * dtype.itemsize <= 256
+    assert 2 * size * depth * dtype.itemsize <= 1 << 16
+
+
+@pytest.mark.parametrize("columns", [20, 5000])
+def test_what_is_replaced_does_not_matter(columns):
+    X = matrix((33, columns), torch.float32, "rows")
+    for add in (product.launch_add, _gram.add_symmetric_product_):
+        out = torch.full((33, 33), torch.nan, device=DEVICE)
+        add(out, X, 0.0, 2.0)
+        assert torch.equal(out, 2 * X @ X.mT)
 
 
 def test_parts_fill_the_device_and_cover_the_columns(monkeypatch):
@@ -217,6 +283,7 @@ def test_sums_in_place_on_the_cpu(module):
         ((384, 1366), torch.bfloat16, False),
         ((384, 1365), torch.float32, False),
         ((383, 9999), torch.float32, False),
+        ((512, 1024), torch.float32, True),
         ((768, 768), torch.float32, True),
         ((999, 998), torch.float32, False),
     ],
@@ -224,6 +291,29 @@ def test_sums_in_place_on_the_cpu(module):
 def test_where_products_by_panels_pay(shape, dtype, pays):
     assert _gram._panels_pay(torch.empty(shape, dtype=dtype)) is pays
     assert not _gram._panels_pay(torch.empty(shape, dtype=dtype, device="meta"))
+
+
+def test_panels_do_five_eighths_of_the_work():
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        _gram.symmetric_product(torch.empty(1024, 1024))
+    assert counter.get_total_flops() == 2 * 1024**3 * 5 // 8
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "pays"),
+    [
+        ((256, 1024), torch.float32, True),
+        ((2, 128, 1024), torch.float64, True),
+        ((256, 1023), torch.float32, False),
+        ((512, 1024), torch.bfloat16, False),
+    ],
+)
+def test_where_norms_pay(shape, dtype, pays):
+    X = torch.empty(shape, dtype=dtype)
+    assert _gram._norms_pay(X) is pays
+    assert not _gram._norms_pay(torch.empty(*shape[:-2], *shape[:-3:-1], dtype=dtype).mT)
+    assert not _gram._norms_pay(torch.empty(shape, dtype=dtype, requires_grad=True))
+    assert not _gram._norms_pay(torch.empty(shape, dtype=dtype, device="meta"))
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -37,7 +37,8 @@ SWAPS: dict[type, type] = {
 
 # The first two arguments may change places.
 SYMMETRIC = (
-    "allclose", "equal", "flip", "joint_norm", "max", "maximum", "min", "minimum", "promote_types",
+    "allclose", "broadcast_shapes", "equal", "flip", "joint_norm", "max", "maximum", "min",
+    "minimum", "promote_types",
 )  # fmt: skip
 
 

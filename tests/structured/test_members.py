@@ -1,6 +1,7 @@
 """What a member does beside the laws: torch functions, NumPy, odd arguments, Kronecker products."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.peak import PeakBytes
 from structured import (
     Dense,
     Diagonal,
@@ -19,6 +21,7 @@ from structured import (
     parse,
     static,
 )
+from structured._numbers import add_product_
 from structured._operations import OPERATIONS, dense_of
 from structured._strategies import Operands
 from tests.structured.specs import SPECS
@@ -274,6 +277,29 @@ def test_kronecker_of_unlike_factors():
         kronecker() @ torch.zeros(5, 1, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("argument", ["3", 3.0, None, A])
+def test_what_is_no_tensor_is_named(argument):
+    name = type(argument).__name__
+    with pytest.raises(TypeError, match=rf"^Dense\.apply: expected a tensor, got {name}$"):
+        A.apply(argument)
+    with pytest.raises(TypeError, match=rf"^Dense\.project: expected a tensor, got {name}$"):
+        A.project(argument)
+
+
+def test_sums_of_products_broadcast():
+    """Along any batch dimension of either factor; no temporary where only the last is not 1."""
+    for batches in itertools.product(itertools.product((1, 3), repeat=2), repeat=2):
+        A, B = (torch.ones(*batch, 2, 2) for batch in batches)
+        shape = torch.broadcast_shapes(*batches)
+        for beta in (0.0, 1.0):
+            out = torch.full((*shape, 2, 2), 5.0)
+            with PeakBytes() as count:
+                count.add([out, A, B])
+                add_product_(out, A, B, beta=beta)
+            assert torch.equal(out, torch.full_like(out, 2 + 5 * beta))
+            assert count.largest == 0 or shape[0] == 3 or batches[0] != batches[1]
+
+
 @pytest.mark.parametrize(
     ("spec", "wrong"),
     [
@@ -356,3 +382,35 @@ def test_kronecker_products_in_one_memory(spec, batch):
         torch.testing.assert_close(
             leaf.grad, (CC.to_dense() @ ones @ KK.to_dense()).sum_to_size(shape)
         )
+
+
+@pytest.mark.parametrize("spec", ["diagonal", "hierarchical(1, 1)"])
+def test_the_second_product_takes_no_memory(spec):
+    C, K = (parse(spec).identity(n).outer() for n in (40, 30))
+    G = torch.ones(40, 30)
+    with PeakBytes() as count:
+        before = count.add([G, *(t for A in (C, K) for t in vars(A).values())])
+        Kronecker(C, K).apply_matrix(G)
+    narrow = 4 * 4 * 40  # rows and ends of a hierarchical factor
+    assert count.peak - before <= G.nbytes + (narrow if spec != "diagonal" else 0)
+
+
+@pytest.mark.parametrize("spec", ["diagonal", "hierarchical(1, 1)"])
+@pytest.mark.parametrize("trained", ["C", "K", "G", "C K G"])
+def test_gradients_of_kronecker_products(spec, trained):
+    generator = torch.Generator().manual_seed(0)
+    parts = [parse(spec)(n, dtype=torch.float64) for n in (4, 3)]
+    tensors = [t for A in parts for t in A.tensors()]
+    values = [
+        torch.randn(t.shape, generator=generator).double() for t in (*tensors, torch.zeros(4, 3))
+    ]
+    names = [name for name, A in zip("CK", parts, strict=True) for _ in A.tensors()] + ["G"]
+    for value, name in zip(values, names, strict=True):
+        value.requires_grad_(name in trained)
+
+    def product(*values):
+        count = len(parts[0].tensors())
+        C, K = parts[0].with_tensors(values[:count]), parts[1].with_tensors(values[count:-1])
+        return Kronecker(C.outer(), K.outer()).apply_matrix(values[-1])
+
+    assert torch.autograd.gradcheck(product, values)

@@ -41,6 +41,7 @@ def test_a_factory_gives_a_member():
         ("diagonl", r"unknown name 'diagonl', did you mean 'diagonal'\? Known: "),
         ("block_diagonal", r"structure 'block_diagonal': .* missing 1 required positional"),
         ("hierarchical(1)", r"structure 'hierarchical\(1\)': .* missing 1 required positional"),
+        ("low_rank_lower", r"structure 'low_rank_lower': .* missing 1 required positional"),
         ("block_diagonal(0)", r"block_diagonal\(k\): expected an integer k >= 1, got 0"),
         ("block_diagonal(2.0)", r"block_diagonal\(k\): expected an integer k >= 1, got 2\.0"),
         ("hierarchical(2, 0)", r"hierarchical\(k1, k2\): expected integers >= 1, got 0"),
