@@ -65,8 +65,8 @@ class StructuredMatrix(Stored, Operator):
     **You may** write fast versions of ``shape``, ``mT``, ``matmul``, ``apply``,
     ``apply_transpose``, ``orthogonal_project``, ``project``, ``project_gram``, ``gram``, ``trace``,
     ``trace_product``, ``congruence``, ``add_scaled_identity``, ``solve``, ``logdet``, ``max_abs``
-    and ``frobenius_norm``. Each has a correct default through :meth:`to_dense`. Arguments are checked
-    before your method sees them.
+    and ``frobenius_norm``. Each has a correct default through :meth:`to_dense`. Arguments are
+    checked before your method sees them.
 
     **You get** ``A @ B``, ``A @ X``, ``X @ A``, ``A + B``, ``A - B``, ``c * A``, ``A / c``, ``-A``,
     ``shape``, ``dtype``, ``device``, ``batch_shape``, ``identity``, ``zeros_like``, ``to``,
