@@ -30,3 +30,18 @@ def irfft(F: Tensor, length: int) -> Tensor:
     if F.numel() and length:
         return torch.fft.irfft(F, length)
     return F.real.new_zeros((*F.shape[:-1], length))
+
+
+def fft_length(n: int) -> int:
+    """The least length ``2^a 3^b 5^c`` of at least ``2n - 1``: no wrap-around, and fast."""
+    length = max(2 * n - 1, 1)
+    while not _is_smooth(length):
+        length += 1
+    return length
+
+
+def _is_smooth(k: int) -> bool:
+    for prime in (2, 3, 5):
+        while k % prime == 0:
+            k //= prime
+    return k == 1

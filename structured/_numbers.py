@@ -1,9 +1,11 @@
-"""What the structures share: precision, scalars along a batch, norms of parts."""
+"""What the structures share: precision, scalars along a batch, norms of parts, tables."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,21 +45,46 @@ def panels(A: Tensor, X: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     return A.split(count), X.split(count)
 
 
-def add_product_(out: Tensor, A: Tensor, B: Tensor, *, beta: float = 1.0) -> None:
-    """``out <- beta out + A B``, without a temporary where there is one batch dimension at most.
+def add_product_(
+    out: Tensor, A: Tensor, B: Tensor, *, beta: float = 1.0, alpha: float = 1.0
+) -> None:
+    """``out <- beta out + alpha A B``; no temporary with one batch dimension at most.
 
     For ``beta = 0`` what is in ``out`` does not matter.
     """
     while out.ndim == A.ndim == B.ndim > 3 and len(out) == 1:
         out, A, B = out[0], A[0], B[0]
-    if out.ndim == A.ndim == B.ndim > 3 and out.is_cpu and out.numel() >= _PANEL * max(1, len(out)):
+    large = out.is_cpu and out.numel() >= _PANEL * max(1, len(out))
+    if large and out.ndim == A.ndim == B.ndim > 3 and len(out) == len(A) == len(B):
         for i in range(len(out)):
-            add_product_(out[i], A[i], B[i], beta=beta)
+            add_product_(out[i], A[i], B[i], beta=beta, alpha=alpha)
     elif out.ndim == A.ndim == B.ndim == 2:
-        out.addmm_(A, B, beta=beta)
+        out.addmm_(A, B, beta=beta, alpha=alpha)
     elif out.ndim == A.ndim == B.ndim == 3 and len(out) == len(A) == len(B):
-        out.baddbmm_(A, B, beta=beta)
+        out.baddbmm_(A, B, beta=beta, alpha=alpha)
     elif beta == 0:
-        out.copy_(A @ B)
+        out.copy_(A @ B).mul_(alpha)
     else:
-        out.mul_(beta).add_(A @ B)
+        out.mul_(beta).add_(A @ B, alpha=alpha)
+
+
+def tabulated(make: Callable[..., tuple[np.ndarray, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Make arrays of constants once for each set of sizes and ``dtype``, tensors on the CPU.
+
+    What is kept is NumPy's: no transform, inference mode or fake tensor of PyTorch gets into it. To
+    ``torch.compile`` they are constants.
+    """
+
+    @functools.lru_cache(64)
+    def kept(*sizes: int, dtype: torch.dtype) -> tuple[np.ndarray, ...]:
+        name = str(dtype).removeprefix("torch.")
+        arrays = make(*sizes)
+        return tuple(a.astype(name) if a.dtype.kind == "f" else a for a in arrays)
+
+    @functools.wraps(make)
+    def tensors(*sizes: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return tuple(torch.from_numpy(array) for array in kept(*sizes, dtype=dtype))
+
+    # What torch.compiler.assume_constant_result does, less the import of the compiler.
+    tensors._dynamo_marked_constant = True  # type: ignore[attr-defined]  # of a function
+    return tensors

@@ -13,11 +13,13 @@ import math
 from collections.abc import Sequence
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Size, Tensor
 
 from structured._fft import irfft, rfft
 from structured._matrix import Scalar, StructuredMatrix, at_least_float32, largest
+from structured._numbers import tabulated
 from structured.dense import Dense
 
 # In the Fourier basis a complex block ``F`` is held as its real and imaginary parts on top of each
@@ -29,8 +31,9 @@ _BY_PRODUCT = 64  # blocks; up to here a product beats an FFT, which has to tran
 def _spectrum(blocks: Tensor, p: int) -> Tensor:
     """FFT over the ``p`` blocks ``[..., p, k, m]``: half of it, ``[..., p // 2 + 1, 2 k, m]``."""
     wide, (k, m) = blocks.to(at_least_float32(blocks.dtype)), blocks.shape[-2:]
-    if 0 < p <= _BY_PRODUCT:
-        F = _waves(p, wide) @ wide.reshape(*wide.shape[:-2], k * m)
+    if _by_product(p, wide):
+        waves, _ = _waves(len(range(p)), dtype=wide.dtype)
+        F = waves @ wide.reshape(*wide.shape[:-2], k * m)
         return F.reshape(*F.shape[:-2], p // 2 + 1, 2 * k, m)
     F = torch.view_as_real(rfft(wide.movedim(-3, -1), p))  # [..., k, m, p // 2 + 1, 2]
     return F.movedim((-2, -1), (-4, -3)).flatten(-3, -2)
@@ -39,21 +42,27 @@ def _spectrum(blocks: Tensor, p: int) -> Tensor:
 def _series(F: Tensor, p: int) -> Tensor:
     """Inverse of :func:`_spectrum`."""
     half, (k, m) = F.shape[:-2], (F.shape[-2] // 2, F.shape[-1])
-    if 0 < p <= _BY_PRODUCT:
-        count = F.new_full((p // 2 + 1, 1, 1), 2 / p)
-        count[:: p // 2 if p % 2 == 0 else p] /= 2  # these have no conjugate beside them
-        waves = (count * _waves(p, F).unflatten(0, (-1, 2))).flatten(0, 1)
-        Y = waves.mT @ F.reshape(*half[:-1], 2 * half[-1], k * m)
+    if _by_product(p, F):
+        _, back = _waves(len(range(p)), dtype=F.dtype)
+        Y = back @ F.reshape(*half[:-1], 2 * half[-1], k * m)
         return Y.reshape(*half[:-1], p, k, m)
     return irfft(torch.complex(*F.chunk(2, -2)).movedim(-3, -1), p).movedim(-1, -3)
 
 
-def _waves(p: int, like: Tensor) -> Tensor:
-    """``cos`` and ``-sin`` of ``2 pi i j / p`` in turn, ``[2 (p // 2 + 1), p]``."""
-    place = torch.arange(p, dtype=torch.float64, device=like.device)
-    turns = torch.outer(place[: p // 2 + 1], place) % p  # exact
-    angles = turns * (2 * math.pi / p)
-    return torch.stack([angles.cos(), -angles.sin()], 1).flatten(0, 1).to(like.dtype)
+def _by_product(p: int, X: Tensor) -> bool:
+    """A GPU transposes fast."""
+    return X.is_cpu and 0 < p <= _BY_PRODUCT
+
+
+@tabulated
+def _waves(p: int) -> tuple[np.ndarray, ...]:
+    """``cos`` and ``-sin`` of ``2 pi i j / p`` in turn, ``[2 (p // 2 + 1), p]``; the way back."""
+    half = np.arange(p // 2 + 1)
+    angles = np.outer(half, np.arange(p)) % p * (2 * math.pi / p)
+    waves = np.stack([np.cos(angles), -np.sin(angles)], 1)
+    count = np.where(half % (p / 2) == 0, 1, 2)  # 0 and p / 2 have no conjugate beside them
+    back = count[:, None, None] * waves / p
+    return waves.reshape(-1, p), np.ascontiguousarray(back.reshape(-1, p).T)
 
 
 def _as_factor(F: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
+from structured._autocorrelation import autocorrelation
 from structured._fft import fft, irfft, rfft
 from structured._matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
 
@@ -109,7 +110,8 @@ class Circulant(StructuredMatrix):
 
     def project_gram(self, X: Tensor) -> Self:
         """Cyclic autocorrelation of the columns of ``X [..., n, m]``, n log n a column."""
-        return self._with_spectrum(_power(rfft(X.mT, self.n)).sum(-2) / max(self.n, 1))
+        sums = autocorrelation(X, cyclic=True)
+        return self._build([(sums / max(self.n, 1)).to(self.dtype)])
 
     def gram(self) -> Self:
         """``C^T C``, which is circulant."""

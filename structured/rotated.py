@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Size, Tensor
 
-from structured._fft import irfft, rfft
+from structured._cosine import cosine, inverse_cosine
 from structured._matrix import Scalar, StructuredMatrix, at_least_float32, static
 from structured._spec import StructureLike, parse, words
+
+_COLUMNS = 256  # transformed at a time on the CPU (measured)
 
 # The largest of the small products that a Hadamard matrix falls into.
 _SYLVESTER = functools.reduce(torch.kron, [torch.tensor([[1.0, 1.0], [1.0, -1.0]])] * 5)
@@ -47,38 +49,8 @@ def _sylvester(X: Tensor) -> Tensor:
     return X
 
 
-def _cosine(X: Tensor) -> Tensor:
-    """``C X`` for ``X [..., n, m]``, ``C`` the orthonormal DCT-II; a real FFT of length n a column.
-
-    Source: Makhoul, IEEE Trans. ASSP 28(1), 1980: even places, then odd ones backwards. The real
-    parts of the twisted spectrum are the first half of the transform, the imaginary the last.
-    """
-    n, rows = X.shape[-2], X.mT
-    F = rfft(torch.cat([rows[..., ::2], rows[..., 1::2].flip(-1)], -1), n) * _twist(n, X)
-    return torch.cat([F.real, -F.imag[..., 1 : (n + 1) // 2].flip(-1)], -1).mT
-
-
-def _inverse_cosine(Z: Tensor) -> Tensor:
-    """``C^T Z``, the inverse of :func:`_cosine`."""
-    n, rows = Z.shape[-2], Z.mT
-    mirrored = torch.nn.functional.pad(rows.flip(-1)[..., : n // 2], (1, 0))
-    F = torch.complex(rows[..., : n // 2 + 1], -mirrored) / _twist(n, Z)
-    v = irfft(F, n)
-    evens, odds = v[..., : (n + 1) // 2], v[..., (n + 1) // 2 :].flip(-1)
-    odds = torch.nn.functional.pad(odds, (0, n % 2))
-    return torch.stack([evens, odds], -1).flatten(-2)[..., :n].mT
-
-
-def _twist(n: int, like: Tensor) -> Tensor:
-    """``w_k exp(-i pi k / 2n)`` that make the DCT-II orthonormal, ``[n // 2 + 1]``."""
-    places = torch.arange(n // 2 + 1, dtype=like.dtype, device=like.device)
-    norms = torch.full_like(places, math.sqrt(2 / max(n, 1)))
-    norms[:1] /= math.sqrt(2)
-    return torch.polar(norms, places * (-math.pi / (2 * max(n, 1))))
-
-
 # name -> (Q X, Q^T X)
-_TRANSFORMS = {"cosine": (_inverse_cosine, _cosine), "hadamard": (_hadamard, _hadamard)}
+_TRANSFORMS = {"cosine": (inverse_cosine, cosine), "hadamard": (_hadamard, _hadamard)}
 words(*_TRANSFORMS)
 
 
@@ -151,6 +123,12 @@ class Rotated(StructuredMatrix):
         Q = self.Q.to(wide.dtype)
         return ((Q.mT if transpose else Q) @ wide).to(X.dtype)
 
+    def _by_columns(self, function: Callable[[Tensor], Tensor], X: Tensor) -> Tensor:
+        """``function`` of some columns at a time, so that what lies between stays in the cache."""
+        if X.shape[-1] <= _COLUMNS or not X.is_cpu or not isinstance(self.Q, str):
+            return function(X)
+        return torch.cat([function(columns) for columns in X.split(_COLUMNS, -1)], -1)
+
     def to_dense(self) -> Tensor:
         """``Q A Q^T``."""
         return self._rotate(self._rotate(self.A.to_dense()).mT).mT
@@ -171,11 +149,13 @@ class Rotated(StructuredMatrix):
 
     def apply(self, X: Tensor) -> Tensor:
         """``Q (A (Q^T X))``."""
-        return self._rotate(self.A.apply(self._unrotate(X)))
+        return self._by_columns(lambda x: self._rotate(self.A.apply(self._unrotate(x))), X)
 
     def apply_transpose(self, X: Tensor) -> Tensor:
         """``Q (A^T (Q^T X))``."""
-        return self._rotate(self.A.apply_transpose(self._unrotate(X)))
+        return self._by_columns(
+            lambda x: self._rotate(self.A.apply_transpose(self._unrotate(x))), X
+        )
 
     def orthogonal_project(self, M: Tensor) -> Self:
         """``Q P_A(Q^T M Q) Q^T``."""
@@ -187,7 +167,7 @@ class Rotated(StructuredMatrix):
 
     def project_gram(self, X: Tensor) -> Self:
         """``Q Pi_A(Y Y^T) Q^T`` with ``Y = Q^T X``."""
-        return self._build([self.A.project_gram(self._unrotate(X))])
+        return self._build([self.A.project_gram(self._by_columns(self._unrotate, X))])
 
     def gram(self) -> Self:
         """``Q Pi_A(A^T A) Q^T``."""

@@ -16,24 +16,10 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
+from structured._autocorrelation import autocorrelation
 from structured._dispatch import symmetric_product
-from structured._fft import irfft, rfft
+from structured._fft import fft_length, irfft, rfft
 from structured._matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
-
-
-def fft_length(n: int) -> int:
-    """The least length ``2^a 3^b 5^c`` of at least ``2n - 1``: no wrap-around, and fast."""
-    length = max(2 * n - 1, 1)
-    while not _is_smooth(length):
-        length += 1
-    return length
-
-
-def _is_smooth(k: int) -> bool:
-    for prime in (2, 3, 5):
-        while k % prime == 0:
-            k //= prime
-    return k == 1
 
 
 def _convolve(t: Tensor, X: Tensor, *, adjoint: bool = False) -> Tensor:
@@ -52,7 +38,7 @@ def _dense_is_faster(n: int, m: int, dtype: torch.dtype) -> bool:
     32, which matrix units need not.
     """
     most, columns = (1024, 2 * m) if dtype.itemsize > 2 else (2048, 8 * m)
-    return n <= 128 or n <= min(most, columns)
+    return n <= 128 or n <= min(512, 32 * m) or n <= min(most, columns)
 
 
 def _gram_is_faster(n: int, m: int, dtype: torch.dtype) -> bool:
@@ -75,6 +61,12 @@ def _last_rows(t: Tensor, count: int) -> Tensor:
     return padded.unfold(-1, t.shape[-1], 1).flip(-2)
 
 
+def _first_rows(t: Tensor, count: int) -> Tensor:
+    """The first ``count`` rows of the upper Toeplitz matrix of ``t``, likewise."""
+    padded = torch.nn.functional.pad(t, (count - 1, 0))
+    return padded.unfold(-1, t.shape[-1], 1).flip(-2)
+
+
 def _multiply(t: Tensor, X: Tensor, *, adjoint: bool = False) -> Tensor:
     """``T X`` (adjoint: ``T^T X``) for the lower Toeplitz matrix of ``t`` and ``X [..., n, m]``."""
     n, m = X.shape[-2:]
@@ -84,8 +76,9 @@ def _multiply(t: Tensor, X: Tensor, *, adjoint: bool = False) -> Tensor:
     if size >= n:
         T = lower(t)
         return (T.mT if adjoint else T) @ X
-    if adjoint:  # T^T is T with rows and columns backwards
-        return _multiply(t, X.flip(-2)).flip(-2)
+    if adjoint:  # each block of rows is the beginning of the last one
+        rows, starts = _first_rows(t, size), range(0, n, size)
+        return torch.cat([rows[..., : n - i, : n - i] @ X[..., i:, :] for i in starts], -2)
     rows = _last_rows(t, size)
     # Each block of rows is the end of the last one, and meets the rows of X so far.
     stops = range(n % size or size, n + 1, size)
@@ -105,8 +98,9 @@ def _counts(t: Tensor) -> Tensor:
 
 def _double_off_diagonal(sums: Tensor, dtype: torch.dtype) -> Tensor:
     """Means of the diagonals from their sums ``[..., n]``, all but the main one doubled: ``Pi``."""
-    means = 2 * sums / _counts(sums)
-    return torch.cat([means[..., :1] / 2, means[..., 1:]], -1).to(dtype)
+    weights = 2 / _counts(sums)
+    weights[:1] /= 2
+    return (sums * weights).to(dtype)
 
 
 def diagonal_sums(M: Tensor) -> Tensor:
@@ -150,10 +144,7 @@ class _TriangularToeplitz(StructuredMatrix):
         n, m = X.shape[-2:]
         if _gram_is_faster(n, m, X.dtype):
             return self.project(symmetric_product(X))
-        length = fft_length(n)
-        F = rfft(X.mT, length)
-        power = (F.real.square() + F.imag.square()).sum(-2)
-        return self._build([_double_off_diagonal(irfft(power, length)[..., :n], X.dtype)])
+        return self._build([_double_off_diagonal(autocorrelation(X), X.dtype)])
 
     def gram(self) -> Self:
         """``Pi(T^T T)``: the k-th diagonal of the product sums to ``sum_p t_p (n-p-k) t_{p+k}``."""

@@ -20,15 +20,27 @@ from torch.linalg import solve_triangular
 from torch.nn.functional import pad
 
 from structured._matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
+from structured._numbers import add_product_
 
+_PANEL = 128  # columns of a Gram matrix; wider ones compute more that is thrown away
 _LEAF = 256  # rows; in smaller blocks the zeros cost less than the calls
+
+
+def _tril_(L: Tensor) -> Tensor:
+    """Zeros above the diagonal of ``L``, row by row as it lies in memory."""
+    return L.tril_() if L.stride(-1) == 1 else L.mT.triu_().mT
+
+
+def _tril(L: Tensor) -> Tensor:
+    """``tril(L)``; a copy first and zeros after take half the time of :func:`torch.tril`."""
+    return _tril_(L.clone() if L.stride(-1) == 1 else L.mT.clone().mT)
 
 
 def _product(L: Tensor, X: Tensor) -> Tensor:
     """``tril(L) X`` by halves: most of what is above the diagonal is neither read nor copied."""
     h = L.shape[-1] // 2
     if L.shape[-1] <= _LEAF:
-        return L.tril() @ X
+        return _tril(L) @ X
     x1, x2 = X[..., :h, :], X[..., h:, :]
     y2 = L[..., h:, :h] @ x1 + _product(L[..., h:, h:], x2)
     return torch.cat([_product(L[..., :h, :h], x1), y2], -2)
@@ -38,10 +50,20 @@ def _adjoint(L: Tensor, X: Tensor) -> Tensor:
     """``tril(L)^T X``, likewise."""
     h = L.shape[-1] // 2
     if L.shape[-1] <= _LEAF:
-        return L.tril().mT @ X
+        return _tril(L).mT @ X
     x1, x2 = X[..., :h, :], X[..., h:, :]
     y1 = _adjoint(L[..., :h, :h], x1) + L[..., h:, :h].mT @ x2
     return torch.cat([y1, _adjoint(L[..., h:, h:], x2)], -2)
+
+
+def _write_gram(out: Tensor, X: Tensor) -> None:
+    """The first columns of ``2 X X^T``, on and below the diagonal; above it, anything."""
+    columns = out.shape[-1]
+    wide = X.is_cpu and X.dtype.itemsize > 2  # matrix units prefer one large product
+    width = max(_PANEL, columns // 8) if wide else max(columns, 1)
+    for i in range(0, columns, width):
+        panel, rows = out[..., i:, i : i + width], X[..., i:, :]
+        add_product_(panel, rows, rows[..., : panel.shape[-1], :].mT, beta=0.0, alpha=2.0)
 
 
 class _Triangular(StructuredMatrix):
@@ -83,10 +105,10 @@ class _Triangular(StructuredMatrix):
         return pad(columns, (0, 0, self._shift, 0))
 
     def _fold(self, R: Tensor, U: Tensor) -> Self:
-        """The member with ``[L1; B]`` in ``R`` and ``L2^T`` in ``U``, and nothing else of them."""
+        """The member with ``[L1; B]`` in ``R`` and ``L2^T`` in ``U``, in their memory."""
         n, h = self.n, self.R.shape[-1]
         R = R.tril_(-self._shift)
-        R[..., : n - h, h - (n - h) :] += U.triu()
+        R[..., : n - h, h - (n - h) :].add_(_tril_(U.mT).mT)
         return self._build([R])
 
     def _fold_twice(self, R: Tensor, U: Tensor) -> Self:
@@ -102,10 +124,12 @@ class _Triangular(StructuredMatrix):
         return self._fold_twice(self._below(S[..., :h]).mul_(2), 2 * S[..., h:, h:])
 
     def project_gram(self, X: Tensor) -> Self:
-        """The triangle of ``X X^T``, twice off the diagonal; 3/4 n^2 a column."""
-        h = self.R.shape[-1]
-        x1, x2 = X[..., :h, :], X[..., h:, :]
-        return self._fold_twice(self._below(X) @ (2 * x1).mT, x2 @ (2 * x2).mT)
+        """The triangle of ``X X^T``, twice off the diagonal; at most 3/4 n^2 a column."""
+        n, h, shift, batch = self.n, self.R.shape[-1], self._shift, X.shape[:-2]
+        R, U = X.new_empty(*batch, n + shift, h), X.new_empty(*batch, n - h, n - h)
+        _write_gram(R[..., shift:, :], X)
+        _write_gram(U.mT, X[..., h:, :])
+        return self._fold_twice(R, U)
 
     def trace(self) -> Tensor:
         """Sum of the diagonal."""
@@ -185,7 +209,7 @@ class LowerTriangular(_Triangular):
     def orthogonal_project(self, M: Tensor) -> Self:
         """The lower triangle of ``M [..., n, n]``."""
         h = self.R.shape[-1]
-        return self._fold(self._below(M[..., :h]), M[..., h:, h:].mT)
+        return self._fold(self._below(M[..., :h]), M[..., h:, h:].mT.clone())
 
     def gram(self) -> Self:
         """``Pi(A^T A)``, half the work of a dense product."""
@@ -246,10 +270,6 @@ class UpperTriangular(_Triangular):
     def orthogonal_project(self, M: Tensor) -> Self:
         """The upper triangle of ``M [..., n, n]``."""
         return self._build([self.mT.orthogonal_project(M.mT).R])
-
-    def project(self, S: Tensor) -> Self:
-        """The triangle of ``S [..., n, n]``, twice off the diagonal."""
-        return super().project(S.mT)
 
     def gram(self) -> Self:
         """``Pi(A^T A)``, half the work of a dense product."""

@@ -110,6 +110,9 @@ def test_projection_of_a_matrix(spec):
     ("faster", "n", "columns", "dtype", "expected"),
     [
         (toeplitz._dense_is_faster, 64, 1, torch.float32, True),
+        (toeplitz._dense_is_faster, 512, 16, torch.float32, True),
+        (toeplitz._dense_is_faster, 512, 15, torch.float32, False),
+        (toeplitz._dense_is_faster, 513, 17, torch.float32, False),
         (toeplitz._dense_is_faster, 900, 900, torch.float32, True),
         (toeplitz._dense_is_faster, 900, 250, torch.float32, False),
         (toeplitz._dense_is_faster, 900, 250, torch.bfloat16, True),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from structured import circulant, parse, toeplitz, triangular
+from structured import _cosine, block_circulant, circulant, parse, rotated, toeplitz, triangular
 from structured.testing import LAWS, check
 from tests.structured.specs import ALIASES, NESTINGS, SPECS
 
@@ -27,6 +27,8 @@ BY_FFT = [
     ("lower_toeplitz", toeplitz, "_dense_is_faster", never),
     ("upper_toeplitz", toeplitz, "_dense_is_faster", never),
     ("circulant", circulant, "_dense_is_faster", never),
+    ("block_circulant(2)", block_circulant, "_BY_PRODUCT", 0),
+    ("rotated(diagonal, cosine)", _cosine, "_LARGEST", (0, 1)),
 ]
 BY_BLOCKS = [
     ("lower_toeplitz", toeplitz, "_block_size", lambda n, dtype: 2),
@@ -34,6 +36,11 @@ BY_BLOCKS = [
     ("lower_triangular", triangular, "_LEAF", 1),
     ("upper_triangular", triangular, "_LEAF", 1),
     ("upper_toeplitz", toeplitz, "_gram_is_faster", never),
+    ("lower_triangular", triangular, "_PANEL", 1),
+    ("upper_triangular", triangular, "_PANEL", 2),
+    ("rotated(diagonal, cosine)", _cosine, "_LARGEST", (12, 2)),
+    ("rotated(diagonal, cosine)", rotated, "_COLUMNS", 1),
+    ("rotated(lower_triangular, hadamard)", rotated, "_COLUMNS", 2),
 ]
 OF_PRODUCTS = ("product", "apply", "apply_transpose", "project_gram", "gram", "solve", "batches")
 
@@ -43,7 +50,7 @@ OF_PRODUCTS = ("product", "apply", "apply_transpose", "project_gram", "gram", "s
 def test_law_by_fft(law, way, monkeypatch):
     spec, *decision = way
     monkeypatch.setattr(*decision)
-    check(spec, laws=[law])
+    check(spec, laws=[law], sizes=SPECS[spec])
 
 
 @pytest.mark.parametrize("way", BY_BLOCKS, ids=lambda way: f"{way[0]}-{way[2]}")

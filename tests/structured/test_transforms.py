@@ -1,0 +1,118 @@
+"""Products: transforms by them and by FFT, their tables, and sums in place."""
+
+import pytest
+import scipy.fft
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from structured import _autocorrelation, _cosine, parse, toeplitz
+from structured._numbers import add_product_, tabulated
+
+# n -> (p, q)
+PRODUCTS = {24: (1, 24), 37: (37, 1), 62: (2, 31), 96: (3, 32), 512: (16, 32), 1000: (40, 25)}
+FFTS = {67: (67, 1), 785: (157, 5), 4096: (128, 32)}
+BOUNDS = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def normal(*shape, dtype=torch.float64):
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
+
+
+def near(actual, expected, bound):
+    scale = expected.abs().max()
+    assert (actual.double() - expected).abs().max() <= bound * scale
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("n", PRODUCTS | FFTS)
+def test_cosine_transforms_against_scipy(n, dtype):
+    C, X = parse("rotated(diagonal, cosine)")(n), normal(2, n, 3).to(dtype)
+    forth = torch.from_numpy(scipy.fft.dct(X.double().numpy(), norm="ortho", axis=-2))
+    back = torch.from_numpy(scipy.fft.idct(X.double().numpy(), norm="ortho", axis=-2))
+    near(C._unrotate(X), forth, BOUNDS[dtype])
+    near(C._rotate(X), back, BOUNDS[dtype])
+    near(C._rotate(X.mT.contiguous().mT), back, BOUNDS[dtype])
+
+
+def test_which_cosine_transforms_are_products():
+    X = torch.ones(1)
+    for n, factors in (PRODUCTS | FFTS).items():
+        assert _cosine._factors(n) == factors
+        assert _cosine._by_product(factors[0], X) is (n in PRODUCTS)
+    assert not _cosine._by_product(1, X.to("meta"))
+
+
+@pytest.mark.parametrize("columns", [0, 3, 200, 256, 300])
+@pytest.mark.parametrize("n", [131, 160, 510, 900])
+def test_autocorrelation(n, columns, monkeypatch):
+    """By FFT and by product, whole and by parts."""
+    X = normal(2, n, columns)
+    sums = toeplitz.diagonal_sums(X @ X.mT)
+    monkeypatch.setattr(_autocorrelation, "_FEWEST", 1)
+    torch.testing.assert_close(_autocorrelation.autocorrelation(X), sums)
+    torch.testing.assert_close(_autocorrelation._by_fft(X, 2 * n), sums)
+    for spec in ("lower_toeplitz", "circulant"):
+        A = parse(spec)(n, dtype=torch.float64)
+        (ours,), (theirs,) = (B.tensors() for B in (A.project_gram(X), A.project(X @ X.mT)))
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_which_autocorrelations_are_products(monkeypatch):
+    """Of many columns, at sizes with factors."""
+
+    def count(n, columns, **options):
+        calls.clear()
+        _autocorrelation.autocorrelation(torch.ones(n, columns), **options)
+        return len(calls)
+
+    calls, by_fft = [], _autocorrelation._by_fft
+    monkeypatch.setattr(_autocorrelation, "_by_fft", lambda *of: calls.append(of) or by_fft(*of))
+    assert count(512, 127) == count(4096, 128) == count(131, 128) == 1
+    assert count(512, 128) == count(2048, 128) == count(100, 128) == 0
+    assert count(4096, 128, cyclic=True) == count(131, 128, cyclic=True) == 0
+    assert count(257, 128, cyclic=True) == 1
+
+
+@pytest.mark.parametrize("spec", ["rotated(diagonal, cosine)", "block_circulant(4)"])
+@pytest.mark.parametrize("mode", [torch.inference_mode, FakeTensorMode])
+def test_tables_made_in_a_mode_serve_outside(spec, mode):
+    n = 88 if mode is FakeTensorMode else 92  # sizes that no other test has
+    with mode():
+        parse(spec)(n).apply(torch.ones(n, 1))
+    A, X = parse(spec).identity(n), torch.ones(n, 1, requires_grad=True)
+    A.apply(X).sum().backward()
+    torch.testing.assert_close(X.grad, torch.ones(n, 1))
+
+
+@pytest.mark.parametrize("spec", ["rotated(diagonal, cosine)", "lower_toeplitz", "circulant"])
+def test_products_compile_for_any_size(spec):
+    """Sizes may change: PyTorch then has symbols for them."""
+    torch.compiler.reset()
+    project = torch.compile(lambda A, X: A.project_gram(X), fullgraph=True, backend="eager")
+    for n in (132, 144, 160):
+        A, X = parse(spec)(n), normal(n, 130, dtype=torch.float32)
+        torch.testing.assert_close(project(A, X).trace(), A.project_gram(X).trace())
+
+
+def test_a_table_is_made_once_for_each_size_and_dtype():
+    calls = []
+
+    @tabulated
+    def table(n):
+        calls.append(n)
+        return torch.arange(n).numpy(), torch.ones(n, dtype=torch.float64).numpy()
+
+    for _ in range(2):
+        for dtype in (torch.float32, torch.float64):
+            whole, real = table(3, dtype=dtype)
+            assert (whole.dtype, real.dtype) == (torch.int64, dtype)
+    assert calls == [3, 3]
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (1, 3), (2, 3)])
+@pytest.mark.parametrize(("beta", "alpha"), [(0.0, 1.0), (0.0, 2.0), (1.0, 1.0), (3.0, 2.0)])
+def test_products_added_in_place(batch, beta, alpha):
+    A, B, C = (normal(*batch, *core) for core in [(4, 2), (2, 5), (4, 5)])
+    out = torch.full_like(C, torch.nan) if beta == 0 else C.clone()
+    add_product_(out, A, B, beta=beta, alpha=alpha)
+    torch.testing.assert_close(out, beta * C + alpha * (A @ B))
