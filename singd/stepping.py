@@ -18,7 +18,6 @@ from singd.grouping import Bucket, Columns, Members, Products, joined
 from singd.options import Group, peak_lr
 from singd.rounding import Rounding
 from singd.update import inner, precondition_apart, product_residual, residual, trust_region
-from structured import Dense, Diagonal
 
 if TYPE_CHECKING:
     from singd.base import KroneckerOptimizer
@@ -263,7 +262,7 @@ class Step:
         if first.bias is not None and first.group["graft"] is None:
             pair = optimizer._pair(members, products)
         apart = pair is not None and pair[0].dtype == first.weight.dtype
-        if pair is None or not (apart and isinstance(pair[0], Dense | Diagonal)):
+        if pair is None or not (apart and pair[0].rows_apart):
             both = Columns(units)
             G = both.gradients()
             return [(both, optimizer._precondition(members, products, G), G)]

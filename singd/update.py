@@ -40,15 +40,15 @@ def mean_trace(H: StructuredMatrix) -> Tensor:
 def statistic(K: StructuredMatrix, A: Tensor) -> StructuredMatrix:
     """What to sum over backward passes, of ``A [..., n, R]``: enough to find ``Pi(K^T A A^T K)``.
 
-    A structure closed under transposition commutes with ``Pi``, so ``Pi(A A^T)`` will do and K is
-    applied once, by :func:`curvature`; any other needs ``Pi(K^T A A^T K)`` itself.
+    Where that depends on ``Pi(A A^T)`` alone, so for all structures closed under transposition,
+    K is applied once, by :func:`curvature`; any other needs ``Pi(K^T A A^T K)`` itself.
     """
-    return K.project_gram(A if K.closed_under_transpose else K.apply_transpose(A))
+    return K.project_gram(A if K.closed_under_congruence else K.apply_transpose(A))
 
 
 def curvature(K: StructuredMatrix, U: StructuredMatrix) -> StructuredMatrix:
     """``H_K = Pi(K^T S K)`` from the :func:`statistic` ``U`` of ``S``."""
-    return K.mT.matmul(U).matmul(K) if K.closed_under_transpose else U
+    return K.congruence(U) if K.closed_under_congruence else U
 
 
 def ikfac_momentum(
@@ -70,9 +70,10 @@ def singd_momenta(
     ``1/2 (tr(H_C)/d_out H_K + lambda tr(C^T C)/d_out Pi(K^T K) - I)``, and K and C exchanged.
     """
     KK, CC = K.gram(), C.gram()
-    m_K = mean_trace(H_C) * H_K + (damping * mean_trace(CC)) * KK
-    m_C = mean_trace(H_K) * H_C + (damping * mean_trace(KK)) * CC
-    return 0.5 * m_K.add_scaled_identity(-1.0), 0.5 * m_C.add_scaled_identity(-1.0)
+    h_K, h_C, k, c = (0.5 * mean_trace(H) for H in (H_K, H_C, KK, CC))
+    m_K = _weighted_sum_(damping * c, KK, h_C, H_K)
+    m_C = _weighted_sum_(damping * k, CC, h_K, H_C)
+    return m_K.add_scaled_identity(-0.5), m_C.add_scaled_identity(-0.5)
 
 
 def residual(K: StructuredMatrix, U: StructuredMatrix, damping: float) -> Tensor:
@@ -85,7 +86,7 @@ def factor_step(
     K: StructuredMatrix, m_K: StructuredMatrix, lr_cov: float | Tensor
 ) -> StructuredMatrix:
     """``K (I - beta_1 m_K)``, the exponential map of the group to first order."""
-    return K - lr_cov * K.matmul(m_K)
+    return _weighted_sum_(-lr_cov, K.matmul(m_K), 1.0, K)
 
 
 def normalized(lr_cov: float, m_K: StructuredMatrix) -> Tensor:
@@ -198,17 +199,11 @@ def precondition_products(KK: Operator, CC: Operator, G: Tensor) -> Tensor:
 
 
 def precondition_apart(KK: Operator, CC: Operator, G: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for ``[G g]``, a weight and its bias ``g [..., d_out, 1]``, without joining them.
-
-    For ``K K^T`` dense or diagonal.
-    """
+    """The same for ``[G g]``, a weight and its bias ``g [..., d_out, 1]``, without joining them."""
     if isinstance(KK, Diagonal):
         weight, bias = Diagonal(KK.d[..., :-1]), Diagonal(KK.d[..., -1:])
         return precondition_products(weight, CC, G), precondition_products(bias, CC, g)
-    P = KK.to_dense()
-    GP = (G @ P[..., :-1, :-1]).addcmul_(g, P[..., -1:, :-1])
-    gP = (G @ P[..., :-1, -1:]).addcmul_(g, P[..., -1:, -1:])
-    return CC.apply(GP), CC.apply(gP)
+    return Kronecker(CC, KK).apply_apart(G, g)
 
 
 def inner(X: Tensor, Y: Tensor) -> Tensor:

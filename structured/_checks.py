@@ -103,6 +103,7 @@ def _raise_shape(A: Operator, X: Tensor, operation: str, columns: int | str) -> 
 CHECKS: dict[str, Callable[[Any, Any, str], None]] = {
     "matmul": check_member,
     "trace_product": check_member,
+    "congruence": check_member,
     "apply": check_columns,
     "apply_transpose": check_columns,
     "solve": check_columns,

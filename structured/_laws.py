@@ -244,6 +244,15 @@ def transpose_closure(A: StructuredMatrix, K: StructuredMatrix, S: Tensor) -> No
     assert_close(inside, outside, "Pi(K^T S K), expected K^T Pi(S) K")
 
 
+def congruence(K: StructuredMatrix, S: Tensor) -> None:
+    """``Pi(K^T S K)`` from ``Pi(S)``, where ``closed_under_congruence``."""
+    if not K.closed_under_congruence:
+        return
+    dense, S = K.to_dense(), S.sum(tuple(range(S.ndim - 2))).expand(K.shape)
+    expected = _definition.projection(K, dense.mT @ S @ dense)
+    assert_close(K.congruence(K.project(S)), expected, "Pi(K^T S K) from Pi(S)")
+
+
 ALGEBRA = (
     linear,
     tensors,
@@ -270,4 +279,5 @@ ALGEBRA = (
     max_abs,
     frobenius_norm,
     transpose_closure,
+    congruence,
 )

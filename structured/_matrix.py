@@ -64,9 +64,9 @@ class StructuredMatrix(Stored, Operator):
 
     **You may** write fast versions of ``shape``, ``mT``, ``matmul``, ``apply``,
     ``apply_transpose``, ``orthogonal_project``, ``project``, ``project_gram``, ``gram``, ``trace``,
-    ``trace_product``, ``add_scaled_identity``, ``solve``, ``logdet``, ``max_abs`` and
-    ``frobenius_norm``. Each has a correct default through :meth:`to_dense`. Arguments are checked
-    before your method sees them.
+    ``trace_product``, ``congruence``, ``add_scaled_identity``, ``solve``, ``logdet``, ``max_abs``
+    and ``frobenius_norm``. Each has a correct default through :meth:`to_dense`. Arguments are
+    checked before your method sees them.
 
     **You get** ``A @ B``, ``A @ X``, ``X @ A``, ``A + B``, ``A - B``, ``c * A``, ``A / c``, ``-A``,
     ``shape``, ``dtype``, ``device``, ``batch_shape``, ``identity``, ``zeros_like``, ``to``,
@@ -75,7 +75,8 @@ class StructuredMatrix(Stored, Operator):
 
     ``closed_under_transpose`` says that the transpose of every member is a member (dense, diagonal,
     block-diagonal). Then ``Pi(K^T S K) = K^T Pi(S) K``: curvature may be collected before K is
-    applied. It may be a property where it depends on the parts.
+    applied. It may be a property where it depends on the parts. ``closed_under_congruence`` says
+    no more than that, and follows; a structure may say it alone and bring its :meth:`congruence`.
     """
 
     closed_under_transpose = False
@@ -149,6 +150,19 @@ class StructuredMatrix(Stored, Operator):
     def gram(self) -> Self:
         """``Pi(A^T A)``."""
         return self.project_gram(self.to_dense().mT)
+
+    @property
+    def closed_under_congruence(self) -> bool:
+        """Whether ``Pi(S)`` is all that ``Pi(A^T S A)`` depends on; see :meth:`congruence`."""
+        return self.closed_under_transpose
+
+    def congruence(self, U: Self) -> StructuredMatrix:
+        """``Pi(A^T S A)`` from ``U = Pi(S)``; see :attr:`closed_under_congruence`."""
+        transposed = self.mT
+        if transposed.layout == self.layout:
+            return transposed.matmul(U).matmul(self)
+        product = self.apply_transpose(U.to_dense().mT).mT  # U A
+        return self.orthogonal_project(self.apply_transpose(product))
 
     def trace(self) -> Tensor:
         """Sum of the diagonal, ``[...]``."""

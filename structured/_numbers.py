@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -31,6 +31,20 @@ def largest(t: Tensor, batch_ndim: int) -> Tensor:
     return flat.abs().amax(-1) if flat.shape[-1] else flat.sum(-1)
 
 
+_PANEL = 1 << 16  # numbers: 256 KiB in float32, a part of what a core's cache holds
+
+
+def panels(A: Tensor, X: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Two tensors of one batch shape in pieces along it, ``X`` by about :data:`_PANEL` numbers."""
+    if X.numel() <= _PANEL or not X.is_cpu:
+        return [A], [X]
+    if X.numel() > _PANEL * len(X) and X.ndim > 3:
+        pairs = [panels(a, x) for a, x in zip(A, X, strict=True)]
+        return [a for each, _ in pairs for a in each], [x for _, each in pairs for x in each]
+    count = max(1, _PANEL * len(X) // X.numel())
+    return A.split(count), X.split(count)
+
+
 def add_product_(
     out: Tensor, A: Tensor, B: Tensor, *, beta: float = 1.0, alpha: float = 1.0
 ) -> None:
@@ -40,7 +54,11 @@ def add_product_(
     """
     while out.ndim == A.ndim == B.ndim > 3 and len(out) == 1:
         out, A, B = out[0], A[0], B[0]
-    if out.ndim == A.ndim == B.ndim == 2:
+    large = out.is_cpu and out.numel() >= _PANEL * max(1, len(out))
+    if large and out.ndim == A.ndim == B.ndim > 3 and len(out) == len(A) == len(B):
+        for i in range(len(out)):
+            add_product_(out[i], A[i], B[i], beta=beta, alpha=alpha)
+    elif out.ndim == A.ndim == B.ndim == 2:
         out.addmm_(A, B, beta=beta, alpha=alpha)
     elif out.ndim == A.ndim == B.ndim == 3 and len(out) == len(A) == len(B):
         out.baddbmm_(A, B, beta=beta, alpha=alpha)

@@ -34,6 +34,9 @@ OPERATIONS = {
     "project_gram": Operation(lambda o: o.A.project_gram(o.X), lambda o: 2 * o.X @ o.X.mT),
     "gram": Operation(lambda o: o.A.gram(), lambda o: 2 * o.A.mT @ o.A),
     "outer": Operation(lambda o: _outer(o.A, o.X), lambda o: o.A @ (o.A.mT @ o.X)),
+    "congruence": Operation(
+        lambda o: _congruence(o.A, o.B), lambda o: 2 * o.A.mT @ (o.B + o.B.mT) @ o.A + o.A
+    ),
     "trace": Operation(lambda o: o.A.trace(), lambda o: o.A.diagonal(dim1=-2, dim2=-1).sum(-1)),
     "trace_product": Operation(
         lambda o: o.A.trace_product(o.B), lambda o: (o.A * o.B.mT).sum((-2, -1))
@@ -57,6 +60,11 @@ def _outer(A: StructuredMatrix, X: Tensor) -> Tensor:
     """``A A^T X``, by one operator where there is one."""
     product = A.outer()
     return A.apply(A.apply_transpose(X)) if product is None else product.apply(X)
+
+
+def _congruence(A: StructuredMatrix, U: StructuredMatrix) -> StructuredMatrix:
+    """``Pi(A^T S A)`` where that is known from ``U = Pi(S)``."""
+    return A.congruence(U) if A.closed_under_congruence else A.clone()
 
 
 def tensors_of(result: Any) -> list[Tensor]:

@@ -56,6 +56,14 @@ class Operator(ABC):
         """``A X`` where nobody else needs ``X``: its memory may be used."""
         return self.apply(X)
 
+    rows_apart = False
+    """Whether rows that come in two parts are multiplied without joining them."""
+
+    def _apply_apart(self, X: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``A [X; x]`` for rows in two parts, the result in the same two."""
+        joined = self.apply(torch.cat([X.mT, x.mT], -1).mT)
+        return joined[..., : X.shape[-2], :], joined[..., X.shape[-2] :, :]
+
     @abstractmethod
     def apply_transpose(self, X: Tensor) -> Tensor:
         """``A^T X`` for ``X [..., n, m]``."""

@@ -19,7 +19,7 @@ from torch import Size, Tensor
 
 from structured._dispatch import symmetric_product
 from structured._matrix import Scalar, StructuredMatrix, joint_norm, largest
-from structured._numbers import add_product_
+from structured._numbers import add_product_, panels
 from structured.dense import Dense
 
 
@@ -75,17 +75,26 @@ class BlockDiagonal(StructuredMatrix):
     def _split(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of ``X`` by block: ``[..., n // k, k, m]`` and ``[..., n % k, m]``."""
         h, (count, k) = self._head, self.blocks.shape[-3:-1]
-        head = X[..., :h, :] if self.last.shape[-1] else X
-        return head.reshape(*X.shape[:-2], count, k, X.shape[-1]), X[..., h:, :]
+        return X[..., :h, :].reshape(*X.shape[:-2], count, k, X.shape[-1]), X[..., h:, :]
 
     def _products(self, blocks: Tensor, last: Tensor, X: Tensor) -> Tensor:
         """Blocks times their rows of ``X [..., n, m]``, written side by side."""
-        head, rest = self._split(X)
-        Y = X.new_empty(*torch.broadcast_shapes(self.batch_shape, X.shape[:-2]), *X.shape[-2:])
-        h = self._head
-        add_product_(Y[..., :h, :].unflatten(-2, blocks.shape[-3:-1]), blocks, head, beta=0.0)
-        add_product_(Y[..., h:, :], last, rest, beta=0.0)
+        Y, h = self._empty_like(X), self._head
+        self._head_product_(Y, blocks, X)
+        add_product_(Y[..., h:, :], last, X[..., h:, :], beta=0.0)
         return Y
+
+    def _empty_like(self, X: Tensor) -> Tensor:
+        """Room for a product with ``X``, laid out as it is."""
+        if X.shape[:-2] == self.batch_shape:
+            return torch.empty_like(X)
+        return X.new_empty(*torch.broadcast_shapes(self.batch_shape, X.shape[:-2]), *X.shape[-2:])
+
+    def _head_product_(self, Y: Tensor, blocks: Tensor, X: Tensor) -> None:
+        """Write the products of the equal blocks into the first rows of ``Y``."""
+        h, sizes = self._head, blocks.shape[-3:-1]
+        Y, X = (t[..., :h, :].unflatten(-2, sizes) for t in (Y, X))
+        add_product_(Y, blocks, X, beta=0.0)
 
     @property
     def mT(self) -> BlockDiagonal:
@@ -99,6 +108,32 @@ class BlockDiagonal(StructuredMatrix):
     def apply(self, X: Tensor) -> Tensor:
         """Block by block, k n a column."""
         return self._products(self.blocks, self.last, X)
+
+    def _apply_to_own(self, X: Tensor) -> Tensor:
+        """By panels, each written back while it is in the cache."""
+        differentiated = any(t.requires_grad for t in (X, self.blocks, self.last))
+        if differentiated or X.shape[:-2] != self.batch_shape:
+            return self.apply(X)
+        h, sizes = self._head, self.blocks.shape[-3:-1]
+        rows = X[..., :h, :].unflatten(-2, sizes)
+        for blocks, panel in zip(*panels(self.blocks, rows), strict=True):
+            panel.copy_(blocks @ panel)
+        if h < X.shape[-2]:
+            X[..., h:, :] = self.last @ X[..., h:, :]
+        return X
+
+    rows_apart = True
+
+    def _apply_apart(self, X: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Only the rows of the last block are joined."""
+        h, s = self._head, X.shape[-2]
+        if s < h:
+            return super()._apply_apart(X, x)
+        Y = self._empty_like(X)
+        self._head_product_(Y, self.blocks, X)
+        end = self.last @ torch.cat([X[..., h:, :], x], -2)
+        Y[..., h:, :] = end[..., : s - h, :]
+        return Y, end[..., s - h :, :]
 
     def apply_transpose(self, X: Tensor) -> Tensor:
         """Block by block, k n a column."""

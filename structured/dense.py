@@ -17,6 +17,7 @@ from torch import Size, Tensor
 
 from structured._dispatch import symmetric_product
 from structured._matrix import Scalar, StructuredMatrix, largest, trailing
+from structured._numbers import add_product_
 
 
 class Dense(StructuredMatrix):
@@ -44,6 +45,15 @@ class Dense(StructuredMatrix):
     def mT(self) -> Dense:
         """``M^T``."""
         return Dense(self.M.mT)
+
+    rows_apart = True
+
+    def _apply_apart(self, X: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        s, M = X.shape[-2], self.M.mT
+        Y, y = X.mT @ M[..., :s, :s], X.mT @ M[..., :s, s:]
+        add_product_(Y, x.mT, M[..., s:, :s])
+        add_product_(y, x.mT, M[..., s:, s:])
+        return Y.mT, y.mT
 
     def matmul(self, other: Self) -> Self:
         """``M N``."""

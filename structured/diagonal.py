@@ -56,6 +56,12 @@ class Diagonal(StructuredMatrix):
     def _apply_to_own(self, X: Tensor) -> Tensor:
         return self.apply(X) if X.requires_grad else X.mul_(self.d[..., None])
 
+    rows_apart = True
+
+    def _apply_apart(self, X: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        d, s = self.d[..., None], X.shape[-2]
+        return d[..., :s, :] * X, d[..., s:, :] * x
+
     def apply_transpose(self, X: Tensor) -> Tensor:
         """The same as :meth:`apply`."""
         return self.d[..., None] * X

@@ -157,6 +157,29 @@ class Hierarchical(StructuredMatrix):
         d = self.d.square() + self._middle(V.square().sum(-2))
         return self._projected(d, _ends(V, *self._sizes, -1).mT @ V)
 
+    closed_under_congruence = True
+
+    def congruence(self, U: Self) -> Self:
+        """The rows ``J^T A^T S A = (V J)^T (Q D + Q J V)``, with ``Q = J^T S``; (k1 + k2)^2 n.
+
+        And on the diagonal, ``D S D + 2 D V^T Q + V^T Q J V``.
+        """
+        V, Q, D = self._rows, U._symmetric_rows(), self._diagonal
+        QJV = _ends(Q, *self._sizes, -1) @ V
+        mixed, own = self._middle((V * Q).sum(-2)), self._middle((V * QJV).sum(-2))
+        d = self.d * (self.d * U.d + 2 * mixed) + own
+        corner = _ends(V, *self._sizes, -1)
+        return self._projected(d, corner.mT @ torch.addcmul(QJV, Q, D[..., None, :]))
+
+    def _symmetric_rows(self) -> Tensor:
+        """``J^T S``, the full rows of the symmetric matrix ``S`` that :meth:`_projected` saw."""
+        k1, k2 = self._sizes
+        Q, n = 0.5 * self._rows, self.top.shape[-1]
+        Q[..., :k1, :k1].mul_(2)
+        Q[..., k1:, n - k2 :].mul_(2)
+        Q[..., k1:, :k1] = Q[..., :k1, n - k2 :].mT
+        return Q
+
     def _outer_rows(self) -> Tensor:
         """``J^T A A^T = V D + V V^T J^T``, the full rows of ``A A^T``, ``[..., k, n]``."""
         k1, k2 = self._sizes
@@ -254,12 +277,28 @@ class Arrow(Stored, Operator):
         return self._apply(X, own=not any(t.requires_grad for t in (X, self.d, self.W)))
 
     def _apply(self, X: Tensor, *, own: bool) -> Tensor:
-        k1, (k, n) = self.first, self.W.shape[-2:]
-        Z, ends, d = self.W @ X, _ends(X, k1, k - k1), self.d[..., None]
+        k1, k = self.first, self.W.shape[-2]
+        return self._write(X, self.W @ X, _ends(X, k1, k - k1), own=own)
+
+    rows_apart = True
+
+    def _apply_apart(self, X: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        k1, (k, n), s = self.first, self.W.shape[-2:], X.shape[-2]
+        if s < n - k + k1:  # rows that are not full come second
+            return super()._apply_apart(X, x)
+        Z = self.W[..., :s] @ X
+        add_product_(Z, self.W[..., s:], x)
+        ends = torch.cat([X[..., :k1, :], X[..., n - k + k1 :, :], x], -2)
+        return self._write(X, Z, ends, own=False), Z[..., k - n + s :, :]
+
+    def _write(self, X: Tensor, Z: Tensor, ends: Tensor, *, own: bool) -> Tensor:
+        """The first rows of the product, as many as ``X`` has, from the full ones ``Z``."""
+        k1, (k, n), s = self.first, self.W.shape[-2:], X.shape[-2]
+        d = self.d[..., :s, None]
         Y = X.mul_(d) if own else d * X
         add_product_(Y.narrow(-2, k1, n - k), self.W.narrow(-1, k1, n - k).mT, ends)
         Y[..., :k1, :] = Z[..., :k1, :]
-        Y[..., n - k + k1 :, :] = Z[..., k1:, :]
+        Y[..., n - k + k1 :, :] = Z[..., k1 : k - n + s, :]
         return Y
 
     def apply_transpose(self, X: Tensor) -> Tensor:

@@ -97,7 +97,6 @@ def test_preconditioning_applies_both_factors(structure: str) -> None:
     close(update.precondition(K, C, G, CC=CC), c @ c.T @ G @ k @ k.T)
     if KK is not None and CC is not None:
         close(update.precondition_products(KK, CC, G), c @ c.T @ G @ k @ k.T)
-    if structure in ("dense", "diagonal"):
         of_weight, of_bias = update.precondition_apart(KK, CC, G[:, :-1], G[:, -1:])
         close(torch.cat([of_weight, of_bias], -1), c @ c.T @ G @ k @ k.T)
 

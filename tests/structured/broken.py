@@ -90,6 +90,8 @@ class BecomesItsBase(Diagonal):
 
 @fails("zeros", "product", "gram", "add_scaled_identity")
 class ReturnsItsBase(Diagonal):
+    closed_under_congruence = False
+
     def zeros_like(self):
         return Diagonal(super().zeros_like().d)
 
@@ -123,7 +125,7 @@ class LikeItself(Diagonal):
         return self.clone()
 
 
-@fails("apply_transpose", "stationarity")
+@fails("apply_transpose", "stationarity", "congruence")
 class AssumesSymmetry(Dense):
     def apply_transpose(self, X):
         return self.apply(X)
@@ -224,6 +226,13 @@ class TwiceTheNorm(LowerTriangular):
 @fails("transpose_closure", "outer")
 class ClaimsClosure(LowerTriangular):
     closed_under_transpose = True
+    closed_under_congruence = False
+
+
+@fails("congruence")
+class ForgetsToTranspose(Dense):
+    def congruence(self, U):
+        return self.matmul(U).matmul(self)
 
 
 @fails("addition", "copies")

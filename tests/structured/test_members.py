@@ -317,14 +317,59 @@ def test_what_a_function_makes_is_checked(spec, wrong):
         member.with_tensors([wrong(t) for t in member.tensors()])
 
 
-@pytest.mark.parametrize("spec", ["diagonal", "hierarchical(1, 1)", "dense"])
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+@pytest.mark.parametrize(("n", "m"), [(7, 5), (64, 520), (130, 2100)])
+def test_block_diagonal_by_panels(batch, n, m):
+    """Small products at once, large ones in pieces; either way the memory is the argument's."""
+    A = parse("block_diagonal(3)")(n, batch_shape=batch, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    A = A.map(lambda t: torch.randn(t.shape, generator=generator).to(t))
+    X = torch.randn(*batch, n, m, generator=generator, dtype=torch.float64)
+    expected = A.to_dense() @ X
+    torch.testing.assert_close(A.apply(X), expected)
+    torch.testing.assert_close(A.apply(X.mT.contiguous().mT), expected)
+    result = A._apply_to_own(X)
+    torch.testing.assert_close(result, expected)
+    assert result.data_ptr() == X.data_ptr()
+
+
+def symmetric_pair(spec, batch, *sizes):
+    """``A A^T`` for random members of a structure, and a generator."""
+    generator = torch.Generator().manual_seed(0)
+
+    def product(n):
+        A = parse(spec)(n, batch_shape=batch, dtype=torch.float64)
+        return A.map(lambda t: torch.randn(t.shape, generator=generator).to(t)).outer()
+
+    return *map(product, sizes), generator
+
+
+IN_PARTS = ["diagonal", "hierarchical(1, 1)", "hierarchical(1, 2)", "dense", "block_diagonal(2)"]
+
+
+@pytest.mark.parametrize("spec", [*IN_PARTS, "circulant"])
+@pytest.mark.parametrize("batch", [(), (2,), (1, 3)])
+@pytest.mark.parametrize("first", [0, 1, 3, 4, 5])
+def test_kronecker_products_of_columns_in_two_parts(spec, batch, first):
+    CC, KK, generator = symmetric_pair(spec, batch, 3, 5)
+    for shape in ((3, 5), (*batch, 3, 5), (4, *batch, 3, 5)):
+        G = torch.randn(shape, generator=generator, dtype=torch.float64)
+        leaf, before = G.clone().requires_grad_(), G.clone()
+        expected = CC.to_dense() @ G @ KK.to_dense()
+        for whole in (G, leaf):
+            parts = Kronecker(CC, KK).apply_apart(whole[..., :first], whole[..., first:])
+            torch.testing.assert_close(torch.cat(parts, -1), expected)
+        assert torch.equal(G, before)
+        torch.cat(parts, -1).sum().backward()
+        ones = CC.to_dense() @ torch.ones_like(expected) @ KK.to_dense()
+        torch.testing.assert_close(leaf.grad, ones.sum_to_size(shape))
+
+
+@pytest.mark.parametrize("spec", IN_PARTS)
 @pytest.mark.parametrize("batch", [(), (2,), (1, 3)])
 def test_kronecker_products_in_one_memory(spec, batch):
     """The second product overwrites the first, but never ``G``, and not where gradients are."""
-    C, K = (parse(spec)(n, batch_shape=batch, dtype=torch.float64) for n in (4, 3))
-    generator = torch.Generator().manual_seed(0)
-    C, K = (A.map(lambda t: torch.randn(t.shape, generator=generator).to(t)) for A in (C, K))
-    CC, KK = C.outer(), K.outer()
+    CC, KK, generator = symmetric_pair(spec, batch, 4, 3)
     for shape in ((4, 3), (*batch, 4, 3), (5, *batch, 4, 3)):
         G = torch.randn(shape, generator=generator, dtype=torch.float64)
         expected = CC.to_dense() @ G @ KK.to_dense()
