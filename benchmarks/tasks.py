@@ -1,4 +1,4 @@
-"""Four tasks with data that ships in packages: a CNN, a ViT, a GCN and a character-level GPT.
+"""Five tasks with data that ships in packages: a CNN, a ViT, a GCN and a character-level GPT.
 
 What is searched for is judged on ``"validation"`` data, what is reported on ``"test"`` data.
 """
@@ -162,8 +162,11 @@ def python_topics() -> Text:
     return Text(train, {"validation": validation, "test": test}, len(place))
 
 
+@dataclass(frozen=True)
 class TextTask:
     """The next character, from up to 64 before it."""
+
+    spread: float = 1.0  # of the embeddings at the start: PyTorch's, or 0.02 as in GPT-2
 
     steps = 1000
     loss_average = "batch+sequence"
@@ -173,7 +176,10 @@ class TextTask:
     length, batch = 64, 16
 
     def model(self) -> nn.Module:
-        return nets.GPT(64, 2, python_topics().vocabulary, self.length)
+        model = nets.GPT(64, 2, python_topics().vocabulary, self.length)
+        with torch.no_grad():
+            model.embed.weight.mul_(self.spread)
+        return model
 
     def batches(self, split: str, steps: int, seed: int) -> Iterator[Any]:
         generator, text = torch.Generator().manual_seed(seed), python_topics().train
@@ -200,4 +206,5 @@ TASKS: dict[str, Task] = {
     "ViT": DigitsTask("ViT"),
     "GCN": GraphTask(),
     "GPT": TextTask(),
+    "GPT, embeddings 0.02": TextTask(0.02),
 }

@@ -41,7 +41,8 @@ class KroneckerOptimizer(SplitOptimizer):
         params: Parameters or parameter groups, as for any optimizer; all trainable parameters of
             ``model`` if ``None``.
         defaults: Options of the preconditioned groups.
-        adamw: Options of :class:`torch.optim.AdamW` for all other parameters.
+        adamw: Options of :class:`torch.optim.AdamW` for all other parameters; ``lr=3e-3`` unless
+            given.
         layers: Types among :data:`singd.layers.OPTIONAL` that are preconditioned as well; or "all".
         max_skipped: Steps in a row that may be skipped since something was not finite; ``None``
             looks for nothing, and spares the wait for the device that it takes.

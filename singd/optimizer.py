@@ -75,7 +75,8 @@ class SINGD(KroneckerOptimizer):
         wide_structure: See ``max_dim``.
         layers: Further types to precondition, by diagonal factors: embeddings and normalizations,
             as listed in :data:`singd.layers.OPTIONAL`; or ``"all"`` of them.
-        adamw: Options of :class:`torch.optim.AdamW` for all other parameters.
+        adamw: Options of :class:`torch.optim.AdamW` for all other parameters; ``lr=3e-3`` unless
+            given.
         seed: Of the stochastic rounding.
         max_skipped: Steps in a row that may be skipped since a gradient or statistic was not
             finite, before that is an error. ``None`` looks for nothing, and spares the wait for

@@ -26,6 +26,7 @@ from singd.plan import find_units, owners_of
 from structured import Structure
 
 KRONECKER, ADAMW = "kronecker", "adamw"
+ADAMW_LR = 3e-3  # embeddings and norms learn too slowly beside curvature at AdamW's own 1e-3
 
 
 class SplitOptimizer(Optimizer):
@@ -54,7 +55,7 @@ class SplitOptimizer(Optimizer):
         self._layers: tuple[type[nn.Module], ...] = tuple(named)
         for layer in self._layers:
             one_of("layers", layer, tuple(OPTIONAL))
-        self._adamw = AdamW([torch.zeros(0)], **(adamw or {}))
+        self._adamw = AdamW([torch.zeros(0)], **{"lr": ADAMW_LR, **(adamw or {})})
         self._units: list[Unit] = []
         self._groups: dict[int, Group] = {}  # by id of a parameter
         self._bucket_list: list[Bucket] | None = None

@@ -201,6 +201,17 @@ def test_all_other_parameters_are_trained_by_adamw() -> None:
 
 
 @pytest.mark.parametrize("optimizer_class", [SINGD, KFAC])
+def test_the_default_rate_of_adamw(optimizer_class: Any) -> None:
+    def rates(**options: Any) -> list[float]:
+        optimizer = optimizer_class(Mixed(), **options)
+        return [group["lr"] for group in optimizer.param_groups if group["rule"] == "adamw"]
+
+    assert rates() == [3e-3]
+    assert rates(lr=0.5, adamw={"weight_decay": 0.1}) == [3e-3]
+    assert rates(lr=0.5, adamw={"lr": 0.25}) == [0.25]
+
+
+@pytest.mark.parametrize("optimizer_class", [SINGD, KFAC])
 def test_nothing_is_left_out_and_nothing_is_trained_twice(optimizer_class: Any) -> None:
     model = Mixed()
     optimizer = optimizer_class(model, T=1)
