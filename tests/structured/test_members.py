@@ -345,6 +345,7 @@ def symmetric_pair(spec, batch, *sizes):
 
 
 IN_PARTS = ["diagonal", "hierarchical(1, 1)", "hierarchical(1, 2)", "dense", "block_diagonal(2)"]
+IN_PARTS += ["block_diagonal(3)"]
 
 
 @pytest.mark.parametrize("spec", [*IN_PARTS, "circulant"])
@@ -363,6 +364,38 @@ def test_kronecker_products_of_columns_in_two_parts(spec, batch, first):
         torch.cat(parts, -1).sum().backward()
         ones = CC.to_dense() @ torch.ones_like(expected) @ KK.to_dense()
         torch.testing.assert_close(leaf.grad, ones.sum_to_size(shape))
+
+
+@pytest.mark.parametrize("spec", ["dense", "diagonal", "block_diagonal(3)", "lower_triangular"])
+@pytest.mark.parametrize("first", [0, 1, 3, 4, 5])
+def test_products_of_rows_in_two_parts(spec, first):
+    generator = torch.Generator().manual_seed(0)
+    A = parse(spec)(5, dtype=torch.float64)
+    A = A.map(lambda t: torch.randn(t.shape, generator=generator).to(t))
+    X = torch.randn(5, 2, generator=generator, dtype=torch.float64)
+    Y, y = A._apply_apart(X[:first], X[first:])
+    torch.testing.assert_close(Y, (A.to_dense() @ X)[:first])
+    torch.testing.assert_close(y, (A.to_dense() @ X)[first:])
+
+
+@pytest.mark.parametrize(
+    ("spec", "closed"),
+    [
+        *[(spec, True) for spec in ("dense", "diagonal", "block_diagonal(2)", "circulant")],
+        *[(spec, True) for spec in ("hierarchical(1, 1)", "tied(2, dense)", "scaled_identity")],
+        *[(spec, False) for spec in ("lower_toeplitz", "upper_triangular", "low_rank_lower(1)")],
+        ("transposed(hierarchical(1, 1))", False),
+    ],
+)
+def test_of_which_structures_statistics_need_no_factor(spec, closed):
+    assert parse(spec)(4).closed_under_congruence is closed
+
+
+def test_a_congruence_is_of_members_of_one_structure():
+    with pytest.raises(TypeError, match=r"^Dense\.congruence: expected a member"):
+        A.congruence(A.M)
+    with pytest.raises(ValueError, match=r"^congruence: expected two members of one structure"):
+        A.congruence(Diagonal.zeros(3))
 
 
 @pytest.mark.parametrize("spec", IN_PARTS)
@@ -395,7 +428,7 @@ def test_the_second_product_takes_no_memory(spec):
     assert count.peak - before <= G.nbytes + (narrow if spec != "diagonal" else 0)
 
 
-@pytest.mark.parametrize("spec", ["diagonal", "hierarchical(1, 1)"])
+@pytest.mark.parametrize("spec", ["diagonal", "hierarchical(1, 1)", "block_diagonal(2)"])
 @pytest.mark.parametrize("trained", ["C", "K", "G", "C K G"])
 def test_gradients_of_kronecker_products(spec, trained):
     generator = torch.Generator().manual_seed(0)

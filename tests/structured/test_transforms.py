@@ -5,12 +5,22 @@ import scipy.fft
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from structured import _autocorrelation, _cosine, parse, toeplitz
-from structured._numbers import add_product_, tabulated
+from benchmarks.peak import PeakBytes
+from structured import _autocorrelation, _cosine, parse, toeplitz, triangular
+from structured._numbers import _PANEL, add_product_, panels, tabulated
 
 # n -> (p, q)
-PRODUCTS = {24: (1, 24), 37: (37, 1), 62: (2, 31), 96: (3, 32), 512: (16, 32), 1000: (40, 25)}
-FFTS = {67: (67, 1), 785: (157, 5), 4096: (128, 32)}
+PRODUCTS = {
+    24: (1, 24),
+    37: (37, 1),
+    62: (2, 31),
+    96: (3, 32),
+    66: (3, 22),
+    512: (16, 32),
+    1000: (40, 25),
+}
+PRODUCTS |= {2048: (64, 32)}
+FFTS = {67: (67, 1), 785: (157, 5), 2080: (65, 32), 4096: (128, 32)}
 BOUNDS = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
@@ -116,3 +126,48 @@ def test_products_added_in_place(batch, beta, alpha):
     out = torch.full_like(C, torch.nan) if beta == 0 else C.clone()
     add_product_(out, A, B, beta=beta, alpha=alpha)
     torch.testing.assert_close(out, beta * C + alpha * (A @ B))
+
+
+def test_large_products_are_added_without_a_temporary():
+    A, out = torch.ones(2, 2, 256, 256), torch.zeros(2, 2, 256, 256)
+    with PeakBytes() as count:
+        count.add([A, out])
+        add_product_(out, A, A)
+    assert count.largest == 0
+    assert torch.equal(out, A @ A)
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [
+        ((0, 2, 5), 1),
+        ((7, 2, 5), 1),
+        ((8, 2, _PANEL // 4), 4),
+        ((8, 2, _PANEL // 6), 3),
+        ((3, 2, _PANEL), 3),
+        ((2, 3, 2, 7), 1),
+        ((2, 3, 2, _PANEL // 2), 6),
+        ((2, 8, 2, _PANEL // 4), 8),
+        ((8, 2, 2, _PANEL // 8), 4),
+    ],
+)
+def test_panels_fit_into_a_cache(shape, count):
+    """Along the batch, in order, as many items as fit and one at least."""
+    X = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    A = X[..., :2].expand(*shape[:-1], 2)
+    first, second = panels(A, X)
+    assert len(first) == len(second) == count
+    assert all(len(x) == 1 or x.numel() <= _PANEL for x in second)
+    for pieces, whole in ((first, A), (second, X)):
+        assert torch.equal(torch.cat([piece.reshape(-1) for piece in pieces]), whole.reshape(-1))
+    assert len(panels(A.to("meta"), X.to("meta"))[0]) == 1
+
+
+@pytest.mark.parametrize("n", [7, 300, 1100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_panels_of_a_triangular_gram_matrix(n, dtype):
+    X = torch.randint(-3, 4, (n, 2), generator=torch.Generator().manual_seed(0)).to(dtype)
+    for columns in (n, n // 2):
+        out = torch.empty(n, columns, dtype=dtype)
+        triangular._write_gram(out, X)
+        assert torch.equal(out.tril(), (2 * X @ X[:columns].mT).tril())
