@@ -4,6 +4,7 @@ import pytest
 import scipy.fft
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.peak import PeakBytes
 from structured import _autocorrelation, _cosine, parse, toeplitz, triangular
@@ -126,6 +127,25 @@ def test_products_added_in_place(batch, beta, alpha):
     out = torch.full_like(C, torch.nan) if beta == 0 else C.clone()
     add_product_(out, A, B, beta=beta, alpha=alpha)
     torch.testing.assert_close(out, beta * C + alpha * (A @ B))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_below_float32_no_product_is_summed_in_place(batch, dtype):
+    """PyTorch's kernels for it take a hundred times as long on a CPU if anything is transposed."""
+    names = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    A, out = torch.ones(*batch, 256, 256, dtype=dtype), torch.ones(*batch, 256, 256, dtype=dtype)
+    for beta in (0.0, 1.0):
+        with Watch():
+            add_product_(out, A, A, beta=beta)
+        assert (out == 256 * (1 + beta)).all()
+    assert bool({"addmm_", "baddbmm_"} & set(names)) is (dtype == torch.float32)
 
 
 def test_large_products_are_added_without_a_temporary():
