@@ -414,7 +414,7 @@ def test_a_weight_that_is_also_used_in_another_way_is_left_to_adamw() -> None:
 
     model, bare = Tied(), Tied()
     bare.load_state_dict(model.state_dict())
-    optimizer, adamw = SINGD(model, T=1), torch.optim.AdamW(bare.parameters())
+    optimizer, adamw = SINGD(model, T=1), torch.optim.AdamW(bare.parameters(), lr=3e-3)
 
     def step(X: Tensor) -> None:
         for net, method in ((model, optimizer), (bare, adamw)):
