@@ -6,6 +6,7 @@ or below float32 PyTorch's operations piece by piece; elsewhere its ``foreach`` 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
@@ -48,7 +49,10 @@ def descend(
         return
     ordered = _are_in_order(params, buffers)
     if ordered and params[0].dtype not in _EXACT:
-        _in_pieces(params, directions, buffers, lr, momentum, weight_decay, rounding, scale)
+        step = functools.partial(
+            plain, lr=lr, momentum=momentum, weight_decay=weight_decay, rounded=rounding
+        )
+        _in_pieces(step, params, directions, buffers, scale)
         return
     if scale is not None and not (ordered and params[0].dtype == torch.float32):
         directions = list(directions)
@@ -80,21 +84,18 @@ def descend(
 
 
 def _in_pieces(
+    step: Callable[..., None],
     params: Sequence[Tensor],
     directions: Sequence[Tensor],
     buffers: Sequence[Tensor],
-    lr: float | Tensor,
-    momentum: float,
-    weight_decay: float,
-    rounding: Rounding,
     scale: Tensor | None,
 ) -> None:
-    """:func:`plain` on so many numbers at a time that what is made of them stays in the caches."""
+    """``step`` on so many numbers at a time that what is made of them stays in the caches."""
     groups = [params, directions, buffers] if buffers else [params, directions]
     for places in _pieces(groups):
         p, d, *b = [each[0] if len(each) == 1 else torch.cat(each) for each in places]
         d = d.float() if scale is None else d.float() * scale
-        plain([p], [d], b, lr, momentum, weight_decay, rounding)
+        step([p], [d], b)
         if len(places[0]) > 1:  # else they are the places themselves
             sizes = [len(place) for place in places[0]]
             torch._foreach_copy_(places[0], p.split(sizes))

@@ -200,9 +200,6 @@ def precondition_products(KK: Operator, CC: Operator, G: Tensor) -> Tensor:
 
 def precondition_apart(KK: Operator, CC: Operator, G: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """The same for ``[G g]``, a weight and its bias ``g [..., d_out, 1]``, without joining them."""
-    if isinstance(KK, Diagonal):
-        weight, bias = Diagonal(KK.d[..., :-1]), Diagonal(KK.d[..., -1:])
-        return precondition_products(weight, CC, G), precondition_products(bias, CC, g)
     return Kronecker(CC, KK).apply_apart(G, g)
 
 
