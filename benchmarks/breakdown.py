@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from benchmarks import nets, optimizers
+from benchmarks import nets, optimizers, workers
 from benchmarks.nets import DTYPES
 from benchmarks.results import RESULTS, Row, keep
 from docs.costs import FREE, PRODUCTS, work
@@ -54,6 +54,7 @@ PARTS = {
 }
 NAMES = ("model", "capture", "factors", "preconditioning", "parameters", "rest")
 SECONDS = 6.0  # for a method
+WARMUP = 5  # periods, with the first looks whether the layers explain the gradients
 
 Around = Callable[[str], AbstractContextManager[Any]]
 
@@ -185,7 +186,7 @@ def breakdown(
     with watched(clock):
         model, loss = nets.make(model_name, DTYPES[dtype])
         optimizer = optimizers.make(name, model, T)
-        period(loss, optimizer, T)
+        warm_up(loss, optimizer, T)
         clock.seconds.clear()
         until = time.perf_counter() + seconds
         while len(periods) < 3 or time.perf_counter() < until:
@@ -199,7 +200,7 @@ def breakdown(
     with watched(demand.within):
         model, loss = nets.make(model_name, DTYPES[dtype])
         optimizer = optimizers.make(name, model, T)
-        period(loss, optimizer, T)
+        warm_up(loss, optimizer, T)
         with demand:
             period(loss, optimizer, T, demand)
     return {
@@ -207,6 +208,12 @@ def breakdown(
         | {key: demand.total[part][key] / T for key in COUNTED}
         for part in NAMES
     }
+
+
+def warm_up(loss: Callable[[], Tensor], optimizer: Any, T: int) -> None:
+    """Take the steps that are not like all later ones."""
+    for _ in range(WARMUP):
+        period(loss, optimizer, T)
 
 
 def period(
@@ -263,4 +270,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    workers.keep_memory("breakdown")
     main()

@@ -88,10 +88,13 @@ class Layer:
         """
         return [(x, g)]
 
-    def contract(self, module: Any, x: Tensor, g: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """``v^T (dL/dW) u`` of what the layer saw, for ``u [d_in, k]`` and ``v [d_out, k]``."""
-        left, right = self.grads(module, g).to(v) @ v, self.inputs(module, x).to(u) @ u
-        return (left * right).sum((-3, -2))
+    def inputs_along(self, module: Any, x: Tensor, u: Tensor) -> Tensor:
+        """:meth:`inputs` times directions ``u [d_in, k]``, ``[..., N, P, k]``."""
+        return self.inputs(module, x).to(u) @ u
+
+    def grads_along(self, module: Any, g: Tensor, v: Tensor) -> Tensor:
+        """:meth:`grads` times directions ``v [d_out, k]``, ``[..., N, P, k]``."""
+        return self.grads(module, g).to(v) @ v
 
 
 def _positions(x: Tensor) -> Tensor:
@@ -131,11 +134,16 @@ def square_sums(values: Tensor, approximation: str, *, average: bool) -> Tensor:
     count = max(1, PIECE // max(1, row))
     if values.ndim == 3 and values.is_contiguous():
         rows = values.flatten(0, 1)
-        sums = [piece.to(wide).square().sum(0) for piece in rows.split(count)]
+        sums = [_column_sums(piece.to(wide).square()) for piece in rows.split(count)]
     else:
         count = max(1, count // max(1, values.shape[-2]))
         sums = [piece.to(wide).square().sum((-3, -2)) for piece in values.split(count, -3)]
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+
+def _column_sums(X: Tensor) -> Tensor:
+    """On a CPU by a product: a sum reads what the other cores have just written."""
+    return X.new_ones(len(X)) @ X if X.is_cpu else X.sum(0)
 
 
 def _reduced(values: Tensor, average: bool) -> Tensor:

@@ -103,6 +103,24 @@ class Convolution(Layer):
         """``[(groups,) N, P, d_out / groups]``."""
         return self._channels(module, _batched(module, g))
 
+    def inputs_along(self, module: Any, x: Tensor, u: Tensor) -> Tensor:
+        """A convolution with ``u`` for the kernel: no patches."""
+        return self._correlated(module, self._padded(module, _batched(module, x)), u)
+
+    def _correlated(self, module: Any, x: Tensor, u: Tensor) -> Tensor:
+        """The patches of ``x``, padded already, times ``u [d, k]``: ``[(groups,) N, P, k]``."""
+        groups, k = module.groups, u.shape[-1]
+        kernel = u.mT.reshape(k, -1, *module.kernel_size)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(module.kernel_size) - 1]
+        along = convolve(
+            x.to(u),
+            kernel.repeat(groups, *[1] * (kernel.ndim - 1)),
+            stride=module.stride,
+            dilation=module.dilation,
+            groups=groups,
+        )
+        return self._channels(module, along)
+
     def _channels(self, module: Any, g: Tensor) -> Tensor:
         flat = g.flatten(2).unflatten(1, (module.groups, g.shape[1] // module.groups))
         return flat[:, 0].mT if module.groups == 1 else flat.movedim(1, 0).mT
@@ -131,6 +149,7 @@ class TransposedConvolution(Convolution):
 
     joins_bias = False
     columns, square_sums = Layer.columns, Layer.square_sums  # its inputs are no patches
+    inputs_along = Layer.inputs_along
 
     def shape(self, module: Any) -> tuple[int, ...]:
         """``(d_out, d_in)``, or ``(groups, d_out, d_in / groups)``."""
@@ -144,6 +163,14 @@ class TransposedConvolution(Convolution):
 
     def grads(self, module: Any, g: Tensor) -> Tensor:
         """The patches of the output, ``[(groups,) N, P, d_out]``."""
+        return self._patches(module, self._reached(module, g)).movedim(-3, -1)
+
+    def grads_along(self, module: Any, g: Tensor, v: Tensor) -> Tensor:
+        """A convolution with ``v`` for the kernel: no patches."""
+        return self._correlated(module, self._reached(module, g), v)
+
+    def _reached(self, module: Any, g: Tensor) -> Tensor:
+        """What patches of the output reach, with its padding."""
         g = self._padded(module, _batched(module, g))
         for d, (size, stride, dilation, extra) in enumerate(
             zip(
@@ -156,7 +183,7 @@ class TransposedConvolution(Convolution):
         ):
             positions = (g.shape[2 + d] - extra - dilation * (size - 1) - 1) // stride + 1
             g = g.narrow(2 + d, 0, (positions - 1) * stride + dilation * (size - 1) + 1)
-        return self._patches(module, g).movedim(-3, -1)
+        return g
 
     def _patched(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         return g, x

@@ -33,9 +33,10 @@ class Probes:
     def see(self, module: nn.Module, part: int, x: Tensor, g: Tensor) -> None:
         """Include one use of ``module``."""
         into = self.seen[part] if self.layer.parts > 1 else self.seen
-        for piece in self.layer.pieces(module, x, g):
-            into += self.layer.contract(module, *piece, self.u, self.v)
-        self.scale += _norm(x) * _norm(g)
+        right = self.layer.inputs_along(module, x, self.u)
+        left = self.layer.grads_along(module, g, self.v)
+        self.scale += torch.linalg.vector_norm(left) * torch.linalg.vector_norm(right) / _PROBES
+        into += (left * right).sum((-3, -2))
 
     def explain(self) -> bool | None:
         """Whether the two agree but for a positive factor (of a gradient scaler, of averaging).
@@ -67,10 +68,3 @@ class Probes:
 def _directions(n: int, device: torch.device) -> Tensor:
     """Random directions ``[n, probes]``, always the same."""
     return torch.randn(n, _PROBES, generator=torch.Generator().manual_seed(n)).to(device)
-
-
-def _norm(x: Tensor) -> Tensor:
-    """In float32; integers count as ones."""
-    if not x.is_floating_point():
-        return torch.tensor(x.numel() ** 0.5, device=x.device)
-    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).float()

@@ -53,12 +53,12 @@ class Embedding(Transposed):
             counts[module.padding_idx] = 0
         return counts.to(torch.promote_types(module.weight.dtype, torch.float32)), x.numel()
 
-    def contract(self, module: Any, x: Tensor, g: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """As :meth:`Layer.contract`; the padding row has no gradient."""
-        u = u.clone()
+    def inputs_along(self, module: Any, x: Tensor, u: Tensor) -> Tensor:
+        """Rows of ``u``, without one-hot rows; the padding row has no gradient."""
         if module.padding_idx is not None:
-            u[module.padding_idx] = 0
-        return ((g.flatten(0, -2).to(v) @ v) * u[x.flatten()]).sum(0)
+            u = u.index_fill(0, torch.tensor(module.padding_idx, device=u.device), 0.0)
+        N = x.shape[0] if x.ndim else 1
+        return u[x].reshape(N, x.numel() // max(N, 1), u.shape[-1])
 
 
 class Normalization(Layer):

@@ -57,7 +57,11 @@ def check_layer(module: nn.Module, x: torch.Tensor, layer: Layer | None = None) 
 
     u = torch.randn(d_in, 3, dtype=weight.dtype, device=weight.device)
     v = torch.randn(d_out, 3, dtype=weight.dtype, device=weight.device)
-    _close("contract(x, g, u, v)", layer.contract(module, x, g, u, v), (matrix @ u * v).sum(-2))
+    right, left = layer.inputs_along(module, x.detach(), u), layer.grads_along(module, g, v)
+    for name, product in (("inputs_along(x, u)", right), ("grads_along(g, v)", left)):
+        _equal(f"{name}.shape", list(product.shape), [*batch, *grads.shape[-3:-1], 3])
+    both = (left * right).sum((-3, -2))
+    _close("inputs_along(x, u) grads_along(g, v)", both, (matrix @ u * v).sum(-2))
 
 
 def _equal(name: str, got: list[int], expected: list[int]) -> None:
