@@ -6,10 +6,10 @@
 Every method lives in a process of its own, and the processes take turns of ten steps each (of one
 period of updates, where those take long), so that whatever else the machine does falls on all
 alike; medians over the turns are compared. ``ratio`` is our time over SGD's, divided by that of
-PyPI ``singd``. Five turns (fewer, where they take long) come before: ours looks in its first passes,
-and ever more rarely, whether the layers explain the gradients. A method that cannot run is left
-out, with a word on why. ``step.csv`` is kept up case by case; rows of methods that are not named
-stay.
+PyPI ``singd``. Five turns (fewer, where they take long) come before: ours looks in its first
+passes, and ever more rarely, whether the layers explain the gradients. A method that cannot run is
+left out, with a word on why. ``step.csv`` is kept up case by case; rows of methods that are not
+named stay.
 """
 
 from __future__ import annotations

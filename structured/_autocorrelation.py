@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from structured._dispatch import sums_of_squares
-from structured._fft import fft_length, irfft, rfft
+from structured._fft import factors, fft_length, irfft, rfft
 from structured._numbers import at_least_float32, tabulated
 
 _LARGEST = (256, 16)  # p and q: up to here products are faster than FFTs (measured),
@@ -32,9 +32,7 @@ def autocorrelation(X: Tensor, *, cyclic: bool = False) -> Tensor:
     ``cyclic``: the row after the last is the first, and ``L = n``.
     """
     (n, m), X = X.shape[-2:], X.to(at_least_float32(X.dtype))
-    q = next(q for q in range(_LARGEST[1], 0, -1) if n % q == 0)
-    # ints also where torch.compile has a symbol for n
-    rows = len(range(n // q))
+    rows, q = factors(n, _LARGEST[1])
     p = rows if cyclic else 2 * rows
     if not X.is_cpu or m < _FEWEST or not 0 < p <= _LARGEST[0]:
         return _by_fft(X, n if cyclic else fft_length(n))

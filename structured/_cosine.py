@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from structured._fft import irfft, rfft
+from structured._fft import factors, irfft, rfft
 from structured._numbers import tabulated
 
 _LARGEST = (64, 32)  # p and q: up to here products are faster than FFTs (measured)
@@ -27,7 +27,7 @@ _LARGEST = (64, 32)  # p and q: up to here products are faster than FFTs (measur
 def cosine(X: Tensor) -> Tensor:
     """``C X`` for ``X [..., n, m]``, not empty, in float32 or float64."""
     n, m = X.shape[-2:]
-    p, q = _factors(n)
+    p, q = factors(n, _LARGEST[1])
     if not _by_product(p, X):
         return by_fft(X)
     waves, turns, _, place = _tables(p, q, dtype=X.dtype)
@@ -39,19 +39,13 @@ def cosine(X: Tensor) -> Tensor:
 def inverse_cosine(Z: Tensor) -> Tensor:
     """``C^T Z``, the inverse of :func:`cosine`."""
     n, m = Z.shape[-2:]
-    p, q = _factors(n)
+    p, q = factors(n, _LARGEST[1])
     if not _by_product(p, Z):
         return inverse_by_fft(Z)
     waves, turns, order, _ = _tables(p, q, dtype=Z.dtype)
     F = turns.mT @ Z.index_select(-2, order).unflatten(-2, (p, q))
     X = waves.mT @ F.reshape(*Z.shape[:-2], 2 * p, q * m)
     return X.reshape(Z.shape)
-
-
-def _factors(n: int) -> tuple[int, int]:
-    """``(p, q)`` with ``p q = n``, the largest q that is allowed."""
-    q = next(q for q in range(_LARGEST[1], 0, -1) if n % q == 0)
-    return len(range(n // q)), q  # an int also where torch.compile has a symbol for n
 
 
 def _by_product(p: int, X: Tensor) -> bool:

@@ -40,6 +40,12 @@ def fft_length(n: int) -> int:
     return length
 
 
+def factors(n: int, largest: int) -> tuple[int, int]:
+    """``(p, q)`` with ``p q = n``, the largest ``q`` that is no more than ``largest``."""
+    q = next(q for q in range(largest, 0, -1) if n % q == 0)
+    return len(range(n // q)), q  # an int also where torch.compile has a symbol for n
+
+
 def _is_smooth(k: int) -> bool:
     for prime in (2, 3, 5):
         while k % prime == 0:

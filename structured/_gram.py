@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from structured._numbers import at_least_float32
+from structured._numbers import accumulate_, at_least_float32
 
 _RUN = 1024  # numbers; a norm adds them up one after the other, which in the end loses digits
 
@@ -51,8 +51,7 @@ def add_symmetric_product_(out: Tensor, X: Tensor, beta: float = 1.0, alpha: flo
         beta: Factor of what ``out`` holds, which does not matter if it is 0.
         alpha: Factor of the product.
     """
-    before = out.mul_(beta) if beta else out.zero_()
-    before.add_(symmetric_product(X.to(out.dtype)), alpha=alpha)
+    accumulate_(out, symmetric_product(X.to(out.dtype)), beta=beta, alpha=alpha)
 
 
 def _panels_pay(X: Tensor) -> bool:

@@ -45,6 +45,12 @@ def panels(A: Tensor, X: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     return A.split(count), X.split(count)
 
 
+def accumulate_(out: Tensor, M: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> None:
+    """``out <- beta out + alpha M``. For ``beta = 0`` what is in ``out`` does not matter."""
+    before = out.mul_(beta) if beta else out.zero_()
+    before.add_(M, alpha=alpha)
+
+
 def add_product_(
     out: Tensor, A: Tensor, B: Tensor, *, beta: float = 1.0, alpha: float = 1.0
 ) -> None:
@@ -56,7 +62,7 @@ def add_product_(
     slow = out.is_cpu and out.dtype.itemsize < 4
     while out.ndim == A.ndim == B.ndim > 3 and len(out) == 1:
         out, A, B = out[0], A[0], B[0]
-    large = out.is_cpu and out.numel() >= _PANEL * max(1, len(out))
+    large = out.is_cpu and 2 * out.numel() >= _PANEL * max(1, len(out))
     if large and out.ndim == A.ndim == B.ndim > 3 and len(out) == len(A) == len(B):
         for i in range(len(out)):
             add_product_(out[i], A[i], B[i], beta=beta, alpha=alpha)
@@ -64,10 +70,8 @@ def add_product_(
         out.addmm_(A, B, beta=beta, alpha=alpha)
     elif out.ndim == A.ndim == B.ndim == 3 and len(out) == len(A) == len(B) and not slow:
         out.baddbmm_(A, B, beta=beta, alpha=alpha)
-    elif beta == 0:
-        out.copy_(A @ B).mul_(alpha)
     else:
-        out.mul_(beta).add_(A @ B, alpha=alpha)
+        accumulate_(out, A @ B, beta=beta, alpha=alpha)
 
 
 def tabulated(make: Callable[..., tuple[np.ndarray, ...]]) -> Callable[..., tuple[Tensor, ...]]:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from structured._numbers import accumulate_
 from structured.kernels._layout import as_batch, parts
 
 BAND = 8  # rows of tiles
@@ -175,9 +176,4 @@ def _run(out: Tensor, X: Tensor, add: tuple[float, float] | None, cut: Tiling | 
         num_stages=stages,
     )
     if count > 1:
-        total = target.sum(0).view(out.shape)
-        if add is None:
-            out.copy_(total)
-        else:
-            before = out.mul_(beta) if beta else out.zero_()
-            before.add_(total, alpha=alpha)
+        accumulate_(out, target.sum(0).view(out.shape), beta=beta, alpha=alpha)

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.peak import PeakBytes
 from structured import _autocorrelation, _cosine, parse, toeplitz, triangular
+from structured._fft import factors
 from structured._numbers import _PANEL, add_product_, panels, tabulated
 
 # n -> (p, q)
@@ -47,9 +48,9 @@ def test_cosine_transforms_against_scipy(n, dtype):
 
 def test_which_cosine_transforms_are_products():
     X = torch.ones(1)
-    for n, factors in (PRODUCTS | FFTS).items():
-        assert _cosine._factors(n) == factors
-        assert _cosine._by_product(factors[0], X) is (n in PRODUCTS)
+    for n, sizes in (PRODUCTS | FFTS).items():
+        assert factors(n, _cosine._LARGEST[1]) == sizes
+        assert _cosine._by_product(sizes[0], X) is (n in PRODUCTS)
     assert not _cosine._by_product(1, X.to("meta"))
 
 
