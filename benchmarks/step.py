@@ -3,13 +3,13 @@
     python -m benchmarks.step --models mlp,gpt --T 10 --peer .peer
     python -m benchmarks.step --models vgg --T 1 --methods singd:dense,muon --dtypes bf16
 
-Every method lives in a process of its own, and the processes take turns of ten steps each (of one
-period of updates, where those take long), so that whatever else the machine does falls on all
-alike; medians over the turns are compared. ``ratio`` is our time over SGD's, divided by that of
-PyPI ``singd``. Five turns (fewer, where they take long) come before: ours looks in its first
-passes, and ever more rarely, whether the layers explain the gradients. A method that cannot run is
-left out, with a word on why. ``step.csv`` is kept up case by case; rows of methods that are not
-named stay.
+Every method lives in a process of its own, and the processes take turns of ten steps each, after
+three that do not count (of one period of updates, where those take long), so that whatever else the
+machine does falls on all alike; medians over the turns are compared. ``ratio`` is our time over
+SGD's, divided by that of PyPI ``singd``. Five turns (fewer, where they take long) come before: ours
+looks in its first passes, and ever more rarely, whether the layers explain the gradients. A method
+that cannot run is left out, with a word on why. ``step.csv`` is kept up case by case; rows of
+methods that are not named stay.
 """
 
 from __future__ import annotations
@@ -32,19 +32,29 @@ KEY = ("model", "dtype", "T", "method")
 BLOCK = 10  # steps of a turn; a multiple of every T
 PATIENCE = 12.0  # seconds after which a slow method has had turns enough
 WARMUP = 5  # turns
+BEFORE = 3  # steps in a turn that do not count
 
 
 def worker(name: str, model_name: str, T: int, dtype: str, peer: bool) -> None:
-    """Take as many steps as every line read says, and answer with the seconds of each."""
+    """Take as many steps as every line read says, and answer with the seconds of each.
+
+    The line also says how many to take before, to have the data in the caches again.
+    """
     model, loss = nets.make(model_name, DTYPES[dtype])
     method = optimizers.make(name, model, T, peer=peer)
-    for line in sys.stdin:
+
+    def steps(count: int) -> float:
         start = time.perf_counter()
-        for _ in range(int(line)):
+        for _ in range(count):
             method.zero_grad()
             loss().backward()
             method.step()
-        print((time.perf_counter() - start) / int(line), flush=True)
+        return time.perf_counter() - start
+
+    for line in sys.stdin:
+        before, count = map(int, line.split())
+        steps(before)
+        print(steps(count) / count, flush=True)
 
 
 class Worker:
@@ -58,7 +68,7 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.T, self.steps = T, T
+        self.T, self.steps, self.before = T, T, 0
         self.seconds: list[float] = []
         self.spent = 0.0
 
@@ -68,7 +78,8 @@ class Worker:
             once = self.turn()
         except (OSError, RuntimeError):
             return False
-        self.steps = self.T if once * BLOCK > PATIENCE / 4 else BLOCK
+        if once * BLOCK <= PATIENCE / 4:
+            self.steps, self.before = BLOCK, BEFORE
         for _ in range(WARMUP - 1):
             if self.spent < PATIENCE:
                 self.turn()
@@ -79,12 +90,12 @@ class Worker:
         """Seconds of a step, on average over one turn."""
         if self.process.stdin is None or self.process.stdout is None:
             raise RuntimeError("the worker has no pipes")
-        self.process.stdin.write(f"{self.steps}\n")
+        self.process.stdin.write(f"{self.before} {self.steps}\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"a worker ended: {self.process.args}")
-        self.spent += self.steps * float(line)
+        self.spent += (self.before + self.steps) * float(line)
         return float(line)
 
     def close(self) -> None:
@@ -97,8 +108,13 @@ class Worker:
 def rows(
     model: str, T: int, dtype: str, names: Sequence[str], peer: Path | None, rounds: int
 ) -> Iterator[Row]:
-    """Measure methods on one model; SGD first."""
-    methods = {
+    """Measure methods on one model; SGD first.
+
+    A process before them takes turns as they do and is not looked at: the scheduler was seen to
+    keep both threads of the first of many processes on one core, for two to three times the time.
+    """
+    methods = {"": Worker("sgd", model, T, dtype, None)}
+    methods |= {
         name: Worker(
             name.removeprefix("PyPI "), model, T, dtype, peer if name.startswith("PyPI ") else None
         )
@@ -112,6 +128,7 @@ def rows(
             for method in methods.values():
                 if len(method.seconds) < 2 or method.spent < PATIENCE:
                     method.seconds.append(method.turn())
+        methods.pop("").close()
         times = {name: statistics.median(method.seconds) for name, method in methods.items()}
     finally:
         for method in methods.values():

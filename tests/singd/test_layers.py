@@ -152,11 +152,21 @@ def test_a_layer_off_the_law_is_seen() -> None:
         def from_matrix(self, module: Any, matrix: Tensor) -> Tensor:
             return matrix.flip(0)
 
+    class Summed(Layer):
+        def inputs_along(self, module: Any, x: Tensor, u: Tensor) -> Tensor:
+            return super().inputs_along(module, x, u).sum(-2, keepdim=True)
+
+    class Opposite(Layer):
+        def grads_along(self, module: Any, g: Tensor, v: Tensor) -> Tensor:
+            return -super().grads_along(module, g, v)
+
     linear, x = nn.Linear(4, 3, dtype=F64), torch.randn(2, 5, 4, dtype=F64)
     for broken, law_broken in (
         (Unscaled(), "sum over rows of B"),
         (Flat(), "shape"),
         (Turned(), "from_matrix"),
+        (Summed(), "inputs_along.*shape"),
+        (Opposite(), "inputs_along.* grads_along"),
     ):
         with pytest.raises(AssertionError, match=law_broken):
             check_layer(linear, x, broken)
