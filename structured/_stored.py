@@ -184,8 +184,9 @@ class Stored:
     @classmethod
     def _unflatten(cls, parts: Iterable[Any], statics: Iterable[Any]) -> Self:
         member = object.__new__(cls)  # transforms put placeholders here: no checks
-        member.__dict__.update(zip(cls._fields, parts, strict=True))
-        member.__dict__.update(zip(cls._static, statics, strict=True))
+        for names, values in ((cls._fields, parts), (cls._static, statics)):
+            for name, value in zip(names, values, strict=True):
+                object.__setattr__(member, name, value)  # frozen; torch.compile follows this
         return member
 
 
