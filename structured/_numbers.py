@@ -45,7 +45,7 @@ def panels(A: Tensor, X: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     return A.split(count), X.split(count)
 
 
-def accumulate_(out: Tensor, M: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> None:
+def accumulate_(out: Tensor, M: Tensor, *, beta: float, alpha: float) -> None:
     """``out <- beta out + alpha M``. For ``beta = 0`` what is in ``out`` does not matter."""
     before = out.mul_(beta) if beta else out.zero_()
     before.add_(M, alpha=alpha)
