@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from singd._layer import PIECE, Layer, square_sums
 
+_CORRELATE = (F.conv1d, F.conv2d, F.conv3d)  # by the number of dimensions, from one on
+
 
 class Convolution(Layer):
     """Convolutions in one, two or three dimensions: every position sees one patch of the input."""
@@ -92,7 +94,7 @@ class Convolution(Layer):
             positions.append((size - dilation * (kernel - 1) - 1) // stride + 1)
             reached.append((positions[-1] - 1) * stride + dilation * (kernel - 1) + 1)
         squares = squares[(slice(None), *(slice(r) for r in reached))]
-        correlate = (F.conv1d, F.conv2d, F.conv3d)[len(positions) - 1]
+        correlate = _CORRELATE[len(positions) - 1]
         grid = squares.new_ones((1, 1, *positions))
         sums = correlate(squares[:, None], grid, stride=module.dilation, dilation=module.stride)
         sums = sums.reshape(module.groups, -1) if module.groups > 1 else sums.flatten()
@@ -111,8 +113,7 @@ class Convolution(Layer):
         """The patches of ``x``, padded already, times ``u [d, k]``: ``[(groups,) N, P, k]``."""
         groups, k = module.groups, u.shape[-1]
         kernel = u.mT.reshape(k, -1, *module.kernel_size)
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(module.kernel_size) - 1]
-        along = convolve(
+        along = _CORRELATE[len(module.kernel_size) - 1](
             x.to(u),
             kernel.repeat(groups, *[1] * (kernel.ndim - 1)),
             stride=module.stride,

@@ -38,8 +38,7 @@ class Embedding(Transposed):
 
     def inputs(self, module: Any, x: Tensor) -> Tensor:
         """One-hot rows, ``[N, P, d_in]``; the padding row is never picked."""
-        N = x.shape[0] if x.ndim else 1
-        hot = F.one_hot(x.reshape(N, x.numel() // max(N, 1)), module.num_embeddings)
+        hot = F.one_hot(self._picked(x), module.num_embeddings)
         if module.padding_idx is not None:
             hot[..., module.padding_idx] = 0
         return hot.to(module.weight.dtype)
@@ -56,9 +55,14 @@ class Embedding(Transposed):
     def inputs_along(self, module: Any, x: Tensor, u: Tensor) -> Tensor:
         """Rows of ``u``, without one-hot rows; the padding row has no gradient."""
         if module.padding_idx is not None:
-            u = u.index_fill(0, torch.tensor(module.padding_idx, device=u.device), 0.0)
+            u = u.clone()
+            u[module.padding_idx] = 0
+        return u[self._picked(x)]
+
+    def _picked(self, x: Tensor) -> Tensor:
+        """The rows that are picked, ``[N, P]``."""
         N = x.shape[0] if x.ndim else 1
-        return u[x].reshape(N, x.numel() // max(N, 1), u.shape[-1])
+        return x.reshape(N, x.numel() // max(N, 1))
 
 
 class Normalization(Layer):
