@@ -8,7 +8,7 @@ what it stores and how it turns statistics into a preconditioned gradient.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from singd import checkpoint, cuda_graph, distributed
 from singd._layer import PIECE, flatten_rows, square_sums
 from singd.amp import calling_scale
-from singd.capture import Statistics, Unit
-from singd.grouping import Members, Products
+from singd.capture import Form, Statistics, Unit
+from singd.grouping import Job, Members, Products
 from singd.loss_scale import LossCheck
 from singd.options import Group, keep_peak
 from singd.plan import Plan, make_plan
@@ -60,23 +60,20 @@ class KroneckerOptimizer(SplitOptimizer):
     def _statistic(self, unit: Unit, side: str, X: Tensor, part: int) -> StructuredMatrix:
         """What to sum of the columns ``X [..., n, R]``; ``side`` is ``"K"`` or ``"C"``.
 
-        ``unit.multiplied[side]`` says whether that is ``P S`` in place of ``S``.
+        What has another form than S is said in ``unit.forms[side]``.
         """
 
+    def _form(self, unit: Unit, side: str) -> Form:
+        """What is summed of a side as far as the options say: the same on every rank."""
+        return "S"
+
     @abstractmethod
-    def _update(
-        self,
-        group: Group,
-        old: Members,
-        products: Products,
-        U_K: StructuredMatrix,
-        U_C: StructuredMatrix,
-        multiplied: Collection[str],
-    ) -> Members:
+    def _update(self, group: Group, jobs: Iterable[Job]) -> Iterator[Members]:
         """New values of what is stored, from the statistics of the Kronecker factors.
 
-        ``products`` are those of ``old``, if any are kept; the statistics of the sides
-        ``multiplied`` are multiplied by them already.
+        Args:
+            group: Of the parameters.
+            jobs: All that are due in the group; each holds sums until it is taken.
         """
 
     def _products(self, group: Group, members: Members) -> Products:
@@ -123,8 +120,7 @@ class KroneckerOptimizer(SplitOptimizer):
         size = max(PIECE, sum(t.nbytes for t in K.tensors()))
         whole = isinstance(K, Diagonal)
         pieces = [(x, g)] if whole else list(unit.layer.pieces(module, x, g, size))
-        if len(pieces) > 1:  # a piece does not show how many rows there are
-            unit.multiplied.update(dict.fromkeys("KC", False))
+        unit.whole = len(pieces) == 1
         each = (self._statistics(unit, module, *piece, part) for piece in pieces)
         seen = next(each)
         for other in each:
@@ -324,5 +320,5 @@ class KroneckerOptimizer(SplitOptimizer):
         checkpoint.load(self, state_dict)
         self._bind()
         for unit in self._units:
-            if any(unit.multiplied.values()):
-                unit.discard()  # those were other products
+            if any(form != "S" for form in unit.forms.values()):
+                unit.discard()  # those were other factors

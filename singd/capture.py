@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from structured import Structure, StructuredMatrix
 
 if TYPE_CHECKING:
     from singd.grouping import Bucket
+
+Form = Literal["S", "PS", "H"]
+"""What is summed: ``Pi(S)``; ``K K^T S``, where rows are few; or ``Pi(K^T S K)``."""
 
 
 @dataclass
@@ -69,7 +72,8 @@ class Unit:
     statistics: dict[int, Statistics] = field(default_factory=dict)  # by part of the layer
     passes: dict[int, Pass] = field(default_factory=dict)  # under way
     counted: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)  # by root, part
-    multiplied: dict[str, bool] = field(default_factory=dict)  # by side: P S is summed, not S
+    forms: dict[str, Form] = field(default_factory=dict)  # by side: what is summed
+    whole: bool = True  # whether a use of the layer is seen as one, not in pieces
     called: int = -1  # the step of the last forward pass
     passed_by: bool = False  # a forward since the last step was not wanted
     explained: bool | None = None  # whether what is seen explains the gradient
@@ -175,11 +179,11 @@ class Unit:
     def __getstate__(self) -> dict[str, Any]:
         """For copies: without what was seen, and what :meth:`singd.SINGD` finds again."""
         fresh: dict[str, Any] = {"statistics": {}, "passes": {}, "counted": {}, "structures": ()}
-        return vars(self) | fresh | {"members": {}, "layout": (), "bucket": None, "multiplied": {}}
+        return vars(self) | fresh | {"members": {}, "layout": (), "bucket": None, "forms": {}}
 
     def discard(self) -> None:
         """Forget what was seen since the last step."""
-        for seen in (self.statistics, self.passes, self.counted, self.multiplied):
+        for seen in (self.statistics, self.passes, self.counted, self.forms):
             seen.clear()
         self.passed_by = False
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from singd import cuda_graph
-from singd.capture import Statistics, Unit
+from singd.capture import Form, Statistics, Unit
+from singd.update import curvature
 from structured import StructuredMatrix
 
 Members = dict[str, StructuredMatrix]
@@ -125,23 +127,37 @@ def stack(members: Sequence[StructuredMatrix]) -> StructuredMatrix:
     return first.map(lambda *ts: torch.stack(ts), *members[1:])
 
 
+@dataclass
+class Job:
+    """Units of a bucket whose factors are due, and what was seen of them."""
+
+    old: Members
+    products: Products
+    sums: dict[str, StructuredMatrix]  # by side, averages over rows
+    forms: dict[str, Form]
+
+
 def joined(
     units: Sequence[Unit],
     side: str,
+    old: Members,
     products: Products,
-    multiplied: Collection[str],
     average: Callable[[Statistics, Unit], StructuredMatrix],
-) -> StructuredMatrix:
-    """The averages of units side by side, and so the parts of their layers, if there are any."""
+) -> tuple[StructuredMatrix, Form]:
+    """The averages of units side by side, in one form; so the parts of layers that have some."""
+    forms: list[Form] = [unit.forms.get(side, "S") for unit in units]
+    form: Form = next((f for f in forms if f != "S"), "S")
     joined = []
     for index, unit in enumerate(units):
         parts = [average(seen, unit) for _, seen in sorted(unit.statistics.items())]
         U = parts[0] if unit.layer.parts == 1 else stack(parts)
-        if side in multiplied and not unit.multiplied.get(side):
-            P = products[2 * side].map(lambda t: t[index])  # noqa: B023  # called at once
-            U = P.matmul(U.to(P.dtype))
+        if forms[index] != form:
+            source = old[side] if form == "H" else products[2 * side]
+            own = source.map(lambda t: t[index])  # noqa: B023  # called at once
+            wide = own.to(U.dtype) if form == "H" else own
+            U = curvature(wide, U) if form == "H" else own.matmul(U.to(own.dtype))
         joined.append(U)
-    return stack(joined)
+    return stack(joined), form
 
 
 class Columns(NamedTuple):

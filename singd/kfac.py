@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from singd import update
 from singd.base import KroneckerOptimizer
 from singd.capture import Unit
-from singd.grouping import Members, Products
+from singd.grouping import Job, Members, Products
 from singd.options import Group, in_range
 from structured import Dense, StructuredMatrix
 
@@ -85,21 +85,14 @@ class KFAC(KroneckerOptimizer):
         S = unit.member(f"S_{side}", part)
         return S.project_gram(X.to(S.dtype))
 
-    def _update(
-        self,
-        group: Group,
-        old: Members,
-        products: Products,
-        U_K: StructuredMatrix,
-        U_C: StructuredMatrix,
-        multiplied: Collection[str] = (),
-    ) -> Members:
-        new: Members = {}
-        for side, U in (("K", U_K), ("C", U_C)):
-            S = update.moving_average(old[f"S_{side}"], U, group["lr_cov"])
-            inverse = update.damped_inverse(S.to_dense(), group["damping"])
-            new |= {f"S_{side}": S, f"inverse_{side}": Dense(inverse)}
-        return new
+    def _update(self, group: Group, jobs: Iterable[Job]) -> Iterator[Members]:
+        for job in jobs:
+            new: Members = {}
+            for side, U in job.sums.items():
+                S = update.moving_average(job.old[f"S_{side}"], U, group["lr_cov"])
+                inverse = update.damped_inverse(S.to_dense(), group["damping"])
+                new |= {f"S_{side}": S, f"inverse_{side}": Dense(inverse)}
+            yield new
 
     def _pair(
         self, members: Members, products: Products

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -10,10 +11,20 @@ from torch import Tensor, nn
 
 from singd import distributed, update
 from singd.base import KroneckerOptimizer
-from singd.capture import Unit
-from singd.grouping import Members, Products
+from singd.capture import Form, Unit
+from singd.grouping import Job, Members, Products
 from singd.options import Group, by_name, floating, in_range, integer, one_of, pair
-from structured import Dense, Operator, Structure, StructuredMatrix, StructureLike, parse
+from singd.precision import products_in, rounds_products
+from structured import (
+    Dense,
+    Diagonal,
+    Operator,
+    Structure,
+    StructuredMatrix,
+    StructureLike,
+    add_symmetric_product_,
+    parse,
+)
 
 MAX_DIM = 8192
 
@@ -209,111 +220,114 @@ class SINGD(KroneckerOptimizer):
 
     def _statistic(self, unit: Unit, side: str, X: Tensor, part: int) -> StructuredMatrix:
         K = unit.member(side, part)
-        if side not in unit.multiplied:
-            unit.multiplied[side] = self._pays(unit, K, X)
-        if unit.multiplied[side] and unit.bucket is not None:
+        if side not in unit.forms:
+            form = self._form(unit, side)
+            unit.forms[side] = "PS" if form == "S" and self._pays(unit, K, X) else form
+        if unit.forms[side] == "PS" and unit.bucket is not None:
             return update.product_statistic(unit.bucket.product(unit, 2 * side, part), X)
-        compute = torch.float32 if X.dtype == torch.float16 else X.dtype
-        wide = torch.promote_types(compute, torch.float32)
-        return update.statistic(K.to(compute), X.to(compute)).to(wide)
+        dtype = torch.promote_types(K.dtype, X.dtype)
+        dtype = torch.float32 if dtype == torch.float16 else dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        if unit.forms[side] == "H":
+            return update.rooted_statistic(K.to(dtype), X.to(dtype)).to(wide)
+        if isinstance(K, Dense) and X.dtype == torch.bfloat16:  # exact sums of its products
+            S = X.new_empty(*X.shape[:-1], K.n, dtype=wide)
+            add_symmetric_product_(S, X, beta=0.0)
+            return Dense(S)
+        return K.to(wide).project_gram(X.to(wide))
+
+    def _form(self, unit: Unit, side: str) -> Form:
+        """S, unless that loses too many digits or does not determine ``Pi(K^T S K)``."""
+        K = unit.members[side]
+        rounded = rounds_products(_multiplied_in(K), K.device) and not isinstance(K, Diagonal)
+        return "H" if rounded or not K.closed_under_congruence else "S"
 
     def _pays(self, unit: Unit, K: StructuredMatrix, X: Tensor) -> bool:
         """Whether to sum ``P S`` in place of ``S``: twice the work for each row, ``n^3`` saved."""
         exact = K.dtype in (torch.float32, torch.float64) and X.dtype == K.dtype
-        dense = all(isinstance(unit.members[side], Dense) for side in self._sides)
-        few = 2 * X.shape[-1] <= K.n
+        few = isinstance(K, Dense) and 2 * X.shape[-1] <= K.n and unit.whole
         alone = distributed.size(self._process_group) == 1
         bucket = unit.bucket
-        if not (few and dense and exact and alone and bucket and self._by_products(unit.group)):
+        if not (few and exact and alone and bucket and self._by_products(unit.group)):
             return False
         bucket.products = bucket.products or self._products(unit.group, bucket.members)
         return True
 
-    def _update(
-        self,
-        group: Group,
-        old: Members,
-        products: Products,
-        U_K: StructuredMatrix,
-        U_C: StructuredMatrix,
-        multiplied: Collection[str] = (),
-    ) -> Members:
-        K, C = _wide(old["K"], U_K), _wide(old["C"], U_C)
-        closed = K.closed_under_transpose and C.closed_under_transpose
-        if closed and products and self._by_products(group):
-            return self._update_by_products(group, K, C, products, U_K, U_C, multiplied)
-        H_K, H_C = update.curvature(K, U_K.to(K.dtype)), update.curvature(C, U_C.to(C.dtype))
-        if group["kfac_like"]:
-            m_K = update.ikfac_momentum(K, H_K, group["damping"])
-            m_C = update.ikfac_momentum(C, H_C, group["damping"])
-        else:
-            m_K, m_C = update.singd_momenta(K, C, H_K, H_C, group["damping"])
-        new: Members = {}
-        for side, factor, m in (("K", K, m_K), ("C", C, m_C)):
-            new |= self._move_factor(group, side, factor, m, old.get(f"m_{side}"))
-        return new
-
-    def _update_by_products(
-        self,
-        group: Group,
-        K: StructuredMatrix,
-        C: StructuredMatrix,
-        products: Products,
-        U_K: StructuredMatrix,
-        U_C: StructuredMatrix,
-        multiplied: Collection[str],
-    ) -> Members:
-        """The same with less work; products of factors in low precision are made anew."""
-        P_K = products["KK"] if products["KK"].dtype == K.dtype else K.mT.gram()
-        P_C = products["CC"] if products["CC"].dtype == C.dtype else C.mT.gram()
-        U_K, U_C = U_K.to(K.dtype), U_C.to(C.dtype)
-        V_K = U_K if "K" in multiplied else P_K.matmul(U_K)
-        V_C = U_C if "C" in multiplied else P_C.matmul(U_C)
-        weights: Any = [(1.0, group["damping"])] * 2
+    def _update(self, group: Group, jobs: Iterable[Job]) -> Iterator[Members]:
+        factors = [self._factor(group, job, side) for job in jobs for side in job.forms]
+        weights: Sequence[tuple[Any, Any]] = [(1.0, group["damping"])] * len(factors)
         if not group["kfac_like"]:
-            weights = update.singd_weights(P_K, P_C, V_K, V_C, group["damping"])
+            H, Q = [f.H for f in factors], [f.Q for f in factors]
+            weights = update.singd_weights(H, Q, group["damping"])
+            del H, Q
+        for f, (a, c) in zip(factors, weights, strict=True):
+            c = c if f.norm is None else update.resolved_damping(c, a, f.norm)
+            f.H = f.Q = update.total_curvature(f.H, f.Q, a, c)
+        steps: list[Any] = [None] * len(factors)
+        if not self._by_momentum(group):
+            X, on_left = [f.H for f in factors], [f.on_left for f in factors]
+            steps = update.lerp_weights(self._lr_cov(group), X, on_left, group["factor_clip"])
+            del X
+        while factors:  # none is kept longer than its step takes
+            yield self._move(group, factors.pop(0), steps.pop(0)) | self._move(
+                group, factors.pop(0), steps.pop(0)
+            )
+
+    def _factor(self, group: Group, job: Job, side: str) -> _Factor:
+        """A factor, what makes its curvature, and on which side of it that stands."""
+        U, form = job.sums.pop(side), job.forms[side]
+        kept, norm = job.old[side], None
+        wide = torch.promote_types(kept.dtype, U.dtype)
+        K, U, m = kept.to(wide), U.to(wide), job.old.get(f"m_{side}")
+        if form == "H":
+            dtype = _multiplied_in(kept)
+            return _Factor(side, K, m, U, kept.to(dtype).gram().to(wide), dtype)
+        commutes = isinstance(K, Diagonal)  # and multiplies number by number: it loses no digits
+        if form == "S" and not commutes:
+            norm = U.frobenius_norm()
+        P = job.products.get(2 * side) if self._by_products(group) else None
+        if P is None or not K.closed_under_transpose:
+            return _Factor(side, K, m, update.curvature(K, U), K.gram(), wide, norm)
+        P = P if P.dtype == wide else K.mT.gram()
+        V = U if form == "PS" else P.matmul(U)
+        return _Factor(side, K, m, V, P, wide, norm, on_left=not commutes)
+
+    def _move(self, group: Group, factor: _Factor, step: float | Tensor | None) -> Members:
+        """The step of one factor, by its weight; or by momentum if there is none."""
+        if step is None:
+            return self._move_by_momentum(group, factor)
+        K, X = factor.K.to(factor.dtype), factor.H.to(factor.dtype)
+        KX = X.matmul(K) if factor.on_left else K.matmul(X)
+        return {factor.side: update.lerp_step(factor.K, KX.to(factor.K.dtype), step)}
+
+    def _move_by_momentum(self, group: Group, factor: _Factor) -> Members:
+        """The step of one factor with a momentum, or normalized."""
         new: Members = {}
-        for side, factor, P, V, (a, c) in zip(
-            "KC", (K, C), (P_K, P_C), (V_K, V_C), weights, strict=True
-        ):
-            W = update.product_curvature(P, V, a, c)
-            lr_cov = self._lr_cov(group)
-            if group["factor_clip"] is not None:
-                lr_cov = update.product_clipped(lr_cov, W, group["factor_clip"])
-            new[side] = update.product_factor_step(factor, W, lr_cov)
-        return new
-
-    def _by_products(self, group: Group) -> bool:
-        """Whether an update may go by products: it finds no momentum of the factors."""
-        momentum = group["alpha1"] and not group["kfac_like"]
-        return group["keep_products"] and not group["normalize_lr_cov"] and not momentum
-
-    def _lr_cov(self, group: Group) -> Any:
-        """``beta_1`` at this step."""
-        return group["lr_cov"](group["step"]) if callable(group["lr_cov"]) else group["lr_cov"]
-
-    def _move_factor(
-        self,
-        group: Group,
-        side: str,
-        K: StructuredMatrix,
-        m_K: StructuredMatrix,
-        old: StructuredMatrix | None,
-    ) -> Members:
-        """Momentum and step of one factor."""
-        new: Members = {}
-        alpha1 = 0.0 if old is None else group["alpha1"]
+        alpha1 = 0.0 if factor.m is None else group["alpha1"]
+        m_K = 0.5 * factor.H.add_scaled_identity(-1.0)
         if group["normalize_lr_cov"]:
             m_K = (1 - alpha1) * m_K  # else the largest entry could only grow
-        if old is not None:
-            m_K = new[f"m_{side}"] = alpha1 * old.to(m_K.dtype) + m_K
+        if factor.m is not None:
+            m_K = new[f"m_{factor.side}"] = alpha1 * factor.m.to(m_K.dtype) + m_K
         lr_cov = self._lr_cov(group)
         if group["normalize_lr_cov"]:
             lr_cov = update.normalized(lr_cov, m_K)
         if group["factor_clip"] is not None:
             lr_cov = update.clipped(lr_cov, m_K, group["factor_clip"])
-        new[side] = update.factor_step(K, m_K, lr_cov)
+        new[factor.side] = update.factor_step(factor.K, m_K, lr_cov)
         return new
+
+    def _by_products(self, group: Group) -> bool:
+        """Whether an update may go by products."""
+        return group["keep_products"] and not self._by_momentum(group)
+
+    def _by_momentum(self, group: Group) -> bool:
+        """Whether an update needs the momentum ``m_K`` itself."""
+        return bool(group["normalize_lr_cov"] or (group["alpha1"] and not group["kfac_like"]))
+
+    def _lr_cov(self, group: Group) -> Any:
+        """``beta_1`` at this step."""
+        return group["lr_cov"](group["step"]) if callable(group["lr_cov"]) else group["lr_cov"]
 
     def _products(self, group: Group, members: Members) -> Products:
         if not group["keep_products"]:
@@ -335,6 +349,21 @@ class SINGD(KroneckerOptimizer):
         return natural.to(G.dtype)
 
 
-def _wide(K: StructuredMatrix, U: StructuredMatrix) -> StructuredMatrix:
-    """``K`` in the wider precision of the two."""
-    return K.to(torch.promote_types(K.dtype, U.dtype))
+@dataclass
+class _Factor:
+    """A factor that is due, in the precision of the sums; see :mod:`singd.update`."""
+
+    side: str
+    K: StructuredMatrix
+    m: StructuredMatrix | None  # its momentum
+    H: StructuredMatrix
+    Q: StructuredMatrix
+    dtype: torch.dtype  # of its products
+    norm: Tensor | None = None  # of S, where that was summed
+    on_left: bool = False
+
+
+def _multiplied_in(K: StructuredMatrix) -> torch.dtype:
+    """The precision of products with K and its curvature: only large ones gain by a low one."""
+    dense = products_in(K.dtype, K.device)
+    return dense if isinstance(K, Dense) else torch.promote_types(dense, torch.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,18 @@ from singd import distributed
 from singd.capture import Statistics, Unit
 from singd.descent import descend
 from singd.grafting import graft_
-from singd.grouping import Bucket, Columns, Members, Products, joined
+from singd.grouping import Bucket, Columns, Job, Members, Products, joined
 from singd.options import Group, peak_lr
 from singd.rounding import Rounding
-from singd.update import inner, precondition_apart, product_residual, residual, trust_region
+from singd.update import (
+    curvature,
+    inner,
+    precondition_apart,
+    product_residual,
+    residual,
+    trust_region,
+)
+from structured import StructuredMatrix
 
 if TYPE_CHECKING:
     from singd.base import KroneckerOptimizer
@@ -63,6 +71,8 @@ class Step:
         group = self.optimizer._process_group
         if distributed.size(group) > 1:
             for unit in self._due():
+                for side in "KC":
+                    unit.forms.setdefault(side, self.optimizer._form(unit, side))
                 unit.statistics = {
                     part: unit.statistics.get(part) or self._nothing(unit, part)
                     for part in range(unit.layer.parts)
@@ -70,7 +80,7 @@ class Step:
                 distributed.reduce_statistics(unit.statistics.values(), group)
             if self.optimizer._reduce_gradients:
                 distributed.reduce_gradients(self._gradients(), group)
-        proposals = [self._propose(bucket, stream=i) for i, bucket in enumerate(self.buckets)]
+        proposals = self._proposals()
         naturals, quadratic = self._naturals(proposals)
         if self.optimizer.max_skipped is not None:
             bad = self._nonfinite(proposals, naturals, quadratic)
@@ -179,30 +189,42 @@ class Step:
 
     # Factors ------------------------------------------------------------------------------------
 
-    def _propose(self, bucket: Bucket, stream: int) -> Proposal:
-        """Normalise the statistics of a bucket, once, and update its factors, not in place."""
-        optimizer, group = self.optimizer, bucket.units[0].group
-        members, products = bucket.members, bucket.products
-        units = [u for u in bucket.units if u.complete]
-        if not units or not optimizer._due(units[0]):
-            products = products or optimizer._products(group, members)
-            return Proposal(bucket, members, products, [])
-        old, kept = bucket.select(units, members, products or optimizer._products(group, members))
-        multiplied = {side for side in "KC" if any(u.multiplied.get(side) for u in units)}
-        U_K = joined(units, "K", kept, multiplied, lambda s, _: (1.0 / s.rows) * s.U_K)
-        U_C = joined(units, "C", kept, multiplied, lambda s, u: self._terms(s, u) * s.U_C)
-        if self.report is not None and "K" in old:
-            for side, U in (("K", U_K), ("C", U_C)):
-                if side in multiplied:
-                    norms = product_residual(kept[2 * side], U, group["damping"])
-                else:
-                    norms = residual(old[side].to(U.dtype), U, group["damping"])
-                for unit, norm in zip(units, norms, strict=True):
+    def _proposals(self) -> list[Proposal]:
+        """Normalise statistics, once, and update the factors that are due, not in place."""
+        optimizer, proposals, due = self.optimizer, [], dict[int, list[Proposal]]()
+        for bucket in self.buckets:
+            group = bucket.units[0].group
+            products = bucket.products or optimizer._products(group, bucket.members)
+            units = [u for u in bucket.units if u.complete and optimizer._due(u)]
+            proposals.append(Proposal(bucket, bucket.members, products, units))
+            if units:
+                due.setdefault(id(group), []).append(proposals[-1])
+        for changing in due.values():
+            group = changing[0].updated[0].group
+            jobs = (self._job(proposal) for proposal in changing)
+            for proposal, new in zip(changing, optimizer._update(group, jobs), strict=True):
+                stream = self.buckets.index(proposal.bucket)
+                rounding = Rounding(group["seed"], group["step"], stream)
+                proposal.members = proposal.bucket.replaced(proposal.updated, new, rounding)
+                proposal.products = optimizer._products(group, proposal.members)
+        return proposals
+
+    def _job(self, proposal: Proposal) -> Job:
+        """What the units of a bucket saw, averaged."""
+        units, damping = proposal.updated, proposal.updated[0].group["damping"]
+        old, kept = proposal.bucket.select(units, proposal.members, proposal.products)
+        job = Job(old, kept, {}, {})
+        averages: dict[str, Callable[[Statistics, Unit], StructuredMatrix]] = {
+            "K": lambda seen, _: (1.0 / seen.rows) * seen.U_K,
+            "C": lambda seen, unit: self._terms(seen, unit) * seen.U_C,
+        }
+        for side, average in averages.items():
+            U, form = joined(units, side, old, kept, average)
+            job.sums[side], job.forms[side] = U, form
+            if self.report is not None and side in old:
+                for unit, norm in zip(units, _residuals(job, side, damping), strict=True):
                     self.report.setdefault(unit.name, {})[f"residual_{side}"] = norm
-        rounding = Rounding(group["seed"], group["step"], stream)
-        new = optimizer._update(group, old, kept, U_K, U_C, multiplied)
-        members = bucket.replaced(units, new, rounding)
-        return Proposal(bucket, members, optimizer._products(group, members), units)
+        return job
 
     def _terms(self, seen: Statistics, unit: Unit) -> float | Tensor:
         """What multiplies ``sum g g^T``: the terms of the loss, over the squared gradient scale."""
@@ -221,7 +243,7 @@ class Step:
         Also returns the sum that the bounds go by, if it saw all of them.
         """
         naturals: Naturals = []
-        quadratic: list[Tensor] = []
+        quadratic: dict[int, list[Tensor]] = {}  # of every group
         for proposal in proposals:
             units = [
                 u for u in proposal.bucket.units if any(p.grad is not None for p in u.parameters)
@@ -235,7 +257,7 @@ class Step:
                     self.moments += graft_(natural, G, units, self.optimizer)
                 naturals.append((of, natural))
                 if group["kl_clip"] is not None:
-                    quadratic.append(peak_lr(group) ** 2 * inner(natural, G))
+                    quadratic.setdefault(id(group), []).append(inner(natural, G))
                 if self.report is not None:
                     for unit, N, g in zip(units, natural, G, strict=True):
                         own = self.report.setdefault(unit.name, {})
@@ -243,13 +265,16 @@ class Step:
                             own[name] = norm if name not in own else torch.hypot(own[name], norm)
         if not quadratic:
             return naturals, None
-        total = torch.stack([q.to(quadratic[0].device) for q in quadratic]).sum()
-        for group in {id(of.units[0].group): of.units[0].group for of, _ in naturals}.values():
-            if group["kl_clip"] is not None:
-                self.bounds[id(group)] = nu = trust_region(group["kl_clip"], total)
-                if self.report is not None:
-                    self.report["trust_region"] = nu
-        return naturals, total if len(quadratic) == len(naturals) else None
+        seen = sum(map(len, quadratic.values())) == len(naturals)
+        groups = {id(of.units[0].group): of.units[0].group for of, _ in naturals}
+        bounded = [group for group in groups.values() if group["kl_clip"] is not None]
+        sums = [peak_lr(g) ** 2 * _sum(quadratic[id(g)]) for g in bounded]
+        total = _sum(sums)
+        for group in bounded:
+            self.bounds[id(group)] = nu = trust_region(group["kl_clip"], total)
+            if self.report is not None:
+                self.report["trust_region"] = nu
+        return naturals, total if seen else None
 
     def _preconditioned(
         self, units: Sequence[Unit], members: Members, products: Products
@@ -305,6 +330,22 @@ def _moves(naturals: Naturals) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Every parameter of the units that has a gradient with its direction."""
     for of, natural in naturals:
         yield from of.moves(natural)
+
+
+def _residuals(job: Job, side: str, damping: float) -> Tensor:
+    """How far every factor of a side is from the best one, ``[units, ...]``."""
+    U, form = job.sums[side], job.forms[side]
+    if form == "PS":
+        return product_residual(job.products[2 * side], U, damping)
+    K = job.old[side].to(U.dtype)
+    return residual(K, U if form == "H" else curvature(K, U), damping)
+
+
+def _sum(numbers: Sequence[Tensor]) -> Tensor:
+    """The sum of scalars, on the device of the first."""
+    if len(numbers) == 1:
+        return numbers[0]
+    return torch.stack([number.to(numbers[0].device) for number in numbers]).sum()
 
 
 def fused(group: Group) -> Group:

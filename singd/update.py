@@ -25,6 +25,10 @@ All factors may carry batch dimensions: equal layers, or the groups of a convolu
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,9 +36,10 @@ from singd.rounding import leading
 from structured import Diagonal, Kronecker, Operator, StructuredMatrix
 
 
-def mean_trace(H: StructuredMatrix) -> Tensor:
-    """``tr(H) / n``, ``[...]``."""
-    return H.trace() / max(H.n, 1)
+def mean_traces(members: Sequence[StructuredMatrix]) -> list[Tensor]:
+    """``tr(H) / n`` of each, ``[...]``."""
+    sizes = [1.0 / max(H.n, 1) for H in members]
+    return list(torch._foreach_mul([H.trace() for H in members], sizes))
 
 
 def statistic(K: StructuredMatrix, A: Tensor) -> StructuredMatrix:
@@ -43,12 +48,22 @@ def statistic(K: StructuredMatrix, A: Tensor) -> StructuredMatrix:
     Where that depends on ``Pi(A A^T)`` alone, so for all structures closed under transposition,
     K is applied once, by :func:`curvature`; any other needs ``Pi(K^T A A^T K)`` itself.
     """
-    return K.project_gram(A if K.closed_under_congruence else K.apply_transpose(A))
+    return K.project_gram(A) if K.closed_under_congruence else rooted_statistic(K, A)
 
 
 def curvature(K: StructuredMatrix, U: StructuredMatrix) -> StructuredMatrix:
     """``H_K = Pi(K^T S K)`` from the :func:`statistic` ``U`` of ``S``."""
     return K.congruence(U) if K.closed_under_congruence else U
+
+
+def rooted_statistic(K: StructuredMatrix, A: Tensor) -> StructuredMatrix:
+    """``H_K = Pi(K^T A (K^T A)^T)``: K is applied to the rows, whatever the structure.
+
+    That bears rounding best. With c the condition number of ``S + lambda I`` and e the rounding of
+    one product, the error of ``K^T A`` is e c^(1/2), and H stays positive; that of ``K^T S K`` is
+    e c, with any sign.
+    """
+    return K.project_gram(K.apply_transpose(A))
 
 
 def ikfac_momentum(
@@ -70,16 +85,17 @@ def singd_momenta(
     ``1/2 (tr(H_C)/d_out H_K + lambda tr(C^T C)/d_out Pi(K^T K) - I)``, and K and C exchanged.
     """
     KK, CC = K.gram(), C.gram()
-    h_K, h_C, k, c = (0.5 * mean_trace(H) for H in (H_K, H_C, KK, CC))
-    m_K = _weighted_sum_(damping * c, KK, h_C, H_K)
-    m_C = _weighted_sum_(damping * k, CC, h_K, H_C)
-    return m_K.add_scaled_identity(-0.5), m_C.add_scaled_identity(-0.5)
+    weights = singd_weights([H_K, H_C], [KK, CC], damping)
+    m_K, m_C = (
+        0.5 * total_curvature(H, Q, a, c).add_scaled_identity(-1.0)
+        for H, Q, (a, c) in zip((H_K.clone(), H_C.clone()), (KK, CC), weights, strict=True)
+    )
+    return m_K, m_C
 
 
-def residual(K: StructuredMatrix, U: StructuredMatrix, damping: float) -> Tensor:
+def residual(K: StructuredMatrix, H_K: StructuredMatrix, damping: float) -> Tensor:
     """``||Pi(K^T (S + lambda I) K) - I||_F``, ``[...]``: zero at the best K of its structure."""
-    H = curvature(K, U) + damping * K.gram()
-    return H.add_scaled_identity(-1.0).frobenius_norm()
+    return (H_K + damping * K.gram()).add_scaled_identity(-1.0).frobenius_norm()
 
 
 def factor_step(
@@ -101,16 +117,19 @@ def clipped(lr_cov: float | Tensor, m_K: StructuredMatrix, bound: float) -> Tens
     inputs. The spectral norm is bounded by ``|t| + ||m_K - t I||_F`` with ``t = tr(m_K) / n``,
     which is sharp for multiples of the identity.
     """
-    t = mean_trace(m_K)
+    (t,) = mean_traces([m_K])
     norm = t.abs() + m_K.add_scaled_identity(-t).frobenius_norm()
     return lr_cov * (bound / (lr_cov * norm).clamp(min=bound))
 
 
-# The same step on the products P_K = K K^T and P_C = C C^T, where they are kept: K m_K needs no
-# product but W K, with W = P_K (a S_K + c I), since tr(H_K) = tr(P_K S_K) and W is similar to
-# H = K^T (a S_K + c I) K. Three products of size n in place of six, for structures closed under
-# transposition. What goes in is V = P S; where rows are few it is summed in place of S, and then
-# there are two.
+# The same step for all factors at once, without the momentum m_K = 1/2 (X - I): X = a H + c Q is
+# the curvature of a side with its damping. What is one number for each layer costs as much as a
+# product of small factors if it is worked out layer by layer.
+#
+# X stands on the right of K and is made of H and Q = Pi(K^T K). Or, where products P = K K^T are
+# kept, it stands on the left: X = P (a S + c I), similar to the other, is made of V = P S and
+# Q = P, with the same traces. That spares a product of size n. Where rows are few V is summed in
+# place of S, which spares another.
 
 
 def product_statistic(P: StructuredMatrix, A: Tensor) -> StructuredMatrix:
@@ -119,46 +138,75 @@ def product_statistic(P: StructuredMatrix, A: Tensor) -> StructuredMatrix:
 
 
 def singd_weights(
-    P_K: StructuredMatrix,
-    P_C: StructuredMatrix,
-    V_K: StructuredMatrix,
-    V_C: StructuredMatrix,
-    damping: float | Tensor,
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """``(a, c)`` of K and of C in INGD and SINGD: ``tr(H_C)/d_out`` and ``lambda tr(C^T C)/d_out``.
+    H: Sequence[StructuredMatrix], Q: Sequence[StructuredMatrix], damping: float | Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """``(a, c)`` of K, C, K, C, ...: ``tr(H_C)/d_out`` and ``lambda tr(C^T C)/d_out`` for a K.
 
     In IKFAC they are 1 and lambda.
     """
-    a_K, a_C = mean_trace(V_C), mean_trace(V_K)
-    return (a_K, damping * mean_trace(P_C)), (a_C, damping * mean_trace(P_K))
+    h, q = mean_traces(H), torch._foreach_mul(mean_traces(Q), damping)
+    return [(h[i ^ 1], q[i ^ 1]) for i in range(len(h))]
 
 
-def product_curvature(
-    P: StructuredMatrix, V: StructuredMatrix, a: float | Tensor, c: float | Tensor
+def resolved_damping(c: float | Tensor, a: float | Tensor, norm: Tensor) -> Tensor:
+    """``c``, or what products with S resolve beside ``a S`` if that is more; ``norm`` is its norm.
+
+    Rounding moves eigenvalues of S by about ``e ||S||_F``, up or down. A smaller c would leave
+    ``K^T (a S + c I) K`` indefinite, and K would grow without end.
+    """
+    return (a * norm * (8 * torch.finfo(norm.dtype).eps)).clamp(min=c)
+
+
+def total_curvature(
+    H: StructuredMatrix, Q: StructuredMatrix, a: float | Tensor, c: float | Tensor
 ) -> StructuredMatrix:
-    """``W = P (a S + c I)``, similar to ``H = K^T (a S + c I) K``; in the memory of ``V = P S``."""
-    return _weighted_sum_(a, V, c, P)
+    """``X = a H + c Q``, in the memory of ``H``."""
+    return _weighted_sum_(a, H, c, Q)
 
 
-def product_clipped(lr_cov: float, W: StructuredMatrix, bound: float) -> Tensor:
-    """:func:`clipped` for ``m_K = 1/2 (H - I)``, from the similar ``W``."""
-    n, trace = max(W.n, 1), W.trace()
-    spread = (W.trace_product(W) - trace.square() / n).clamp(min=0.0)
-    norm = 0.5 * ((trace / n - 1).abs() + spread.sqrt())
-    return lr_cov * (bound / (lr_cov * norm).clamp(min=bound))
+def lerp_weights(
+    lr_cov: float, X: Sequence[StructuredMatrix], on_left: Sequence[bool], bound: float | None
+) -> list[Any]:
+    """``-beta_1 / 2`` for each, where ``beta_1`` is :func:`clipped` for ``m = 1/2 (X - I)``.
+
+    Of an X on the left the norm is that of what it is similar to, which is symmetric.
+    """
+    if bound is None:
+        return [-0.5 * lr_cov] * len(X)
+    t = mean_traces(X)
+    squares = [x.trace_product(x) for x, left in zip(X, on_left, strict=True) if left]
+    roots = iter(torch._foreach_sqrt(torch._foreach_clamp_min(squares, 0.0)) if squares else ())
+    frobenius = [
+        next(roots) if left else x.frobenius_norm() for x, left in zip(X, on_left, strict=True)
+    ]
+    of_mean = torch._foreach_mul(torch._foreach_abs(t), [math.sqrt(x.n) for x in X])
+    # ||X - t I||_F = (||X||_F^2 - ||t I||_F^2)^(1/2), and that without an overflow:
+    norms = torch._foreach_clamp_min(torch._foreach_sub(frobenius, of_mean), 0.0)
+    torch._foreach_sqrt_(norms)
+    torch._foreach_mul_(norms, torch._foreach_sqrt(torch._foreach_add(frobenius, of_mean)))
+    torch._foreach_add_(norms, torch._foreach_abs(torch._foreach_sub(t, 1.0)))
+    torch._foreach_mul_(norms, 0.5 * lr_cov)
+    torch._foreach_clamp_min_(norms, bound)
+    torch._foreach_reciprocal_(norms)
+    return list(torch._foreach_mul(norms, -0.5 * lr_cov * bound))
+
+
+def lerp_step(
+    K: StructuredMatrix, KX: StructuredMatrix, weight: float | Tensor
+) -> StructuredMatrix:
+    """``K - beta_1 / 2 (K X - K) = K (I - beta_1 m_K)``, in the memory of ``K X`` (or ``X K``)."""
+
+    def step_(kx: Tensor, k: Tensor) -> Tensor:
+        w = leading(weight, kx) if isinstance(weight, Tensor) else weight
+        return torch.lerp(k, kx, w, out=kx)
+
+    return KX.map(step_, K)
 
 
 def product_residual(P: StructuredMatrix, V: StructuredMatrix, damping: float) -> Tensor:
     """:func:`residual` from ``V = P S``: ``V + lambda P - I`` is similar to what it measures."""
     W = (V + damping * P).add_scaled_identity(-1.0)
     return W.trace_product(W).clamp(min=0.0).sqrt()
-
-
-def product_factor_step(
-    K: StructuredMatrix, W: StructuredMatrix, lr_cov: float | Tensor
-) -> StructuredMatrix:
-    """``K (I - beta_1 m_K) = (1 + beta_1 / 2) K - beta_1 / 2 W K``."""
-    return _weighted_sum_(-0.5 * lr_cov, W.matmul(K), 1 + 0.5 * lr_cov, K)
 
 
 def _weighted_sum_(
@@ -205,8 +253,9 @@ def precondition_apart(KK: Operator, CC: Operator, G: Tensor, g: Tensor) -> tupl
 
 def inner(X: Tensor, Y: Tensor) -> Tensor:
     """``sum_ij X_ij Y_ij`` over all dimensions, in float32 at least."""
-    wide = torch.promote_types(X.dtype, torch.float32)
-    return torch.dot(X.flatten().to(wide), Y.flatten().to(wide))
+    if X.dtype.itemsize < 4:
+        X, Y = X.float(), Y.float()
+    return torch.dot(X.flatten(), Y.flatten())
 
 
 def moving_average(S: StructuredMatrix, new: StructuredMatrix, lr_cov: float) -> StructuredMatrix:

@@ -5,6 +5,7 @@ few tensors. See :class:`StructuredMatrix` for what a member can do and how to a
 :func:`parse` for naming one.
 """
 
+from structured._dispatch import add_symmetric_product_
 from structured._inverse_root import divergence, inverse_root
 from structured._matrix import Operator, StructuredMatrix, static
 from structured._module import StructuredParameter
@@ -56,6 +57,7 @@ __all__ = [
     "Transposed",
     "UpperToeplitz",
     "UpperTriangular",
+    "add_symmetric_product_",
     "divergence",
     "inverse_root",
     "low_rank_lower",

@@ -111,10 +111,11 @@ def test_attention_is_four_linear_layers(
             got, weights = attention(*given, **arguments)
             bare.load_state_dict(attention.state_dict())
             expected = bare(*given, **arguments)
-            assert torch.equal(got, expected[0])
+            # Not bit for bit: a BLAS may multiply a contiguous copy in another order.
+            torch.testing.assert_close(got, expected[0], rtol=1e-13, atol=1e-13)
             assert type(got) is Tensor
             if weights is not None:
-                assert torch.equal(weights, expected[1])
+                torch.testing.assert_close(weights, expected[1], rtol=1e-13, atol=1e-13)
             (got if batch_first else got.transpose(0, 1)).exp().mean((0, 1)).sum().backward()
             wide = None if mask is None else mask[:, None, None]
             written(q, k, v, wide).exp().mean((0, 1)).sum().backward()
@@ -130,7 +131,8 @@ def test_attention_is_four_linear_layers(
         got = [*packed[0], packed[1]] if len(packed) == 2 else packed
         for ours, layer in zip(got, layers, strict=True):
             theirs = optimizers[1].state[layer.weight][side][0]
-            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+            rounding = 1e-12 if method is SINGD else 1e-11  # that of the gradients, inverted
+            torch.testing.assert_close(ours, theirs, rtol=rounding, atol=rounding)
 
 
 class Block(nn.Module):

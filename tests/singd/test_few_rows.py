@@ -73,22 +73,22 @@ def test_factors_are_those_of_the_plain_statistics(
 ) -> None:
     def run() -> Snapshot:
         model, optimizer = make(model_name, T=2, kfac_like=kfac_like)
-        used: set[bool] = set()
+        used: set[str] = set()
         for step in range(6):
             for x in inputs(sizes, seed=step):
                 (model(x) - x.sum()).square().mean().backward()
-            used |= {m for unit in optimizer._units for m in unit.multiplied.values()}
+            used |= {form for unit in optimizer._units for form in unit.forms.values()}
             optimizer.step()
             optimizer.zero_grad()
         ways.append(used)
         return snapshot(model, optimizer)
 
-    ways: list[set[bool]] = []
+    ways: list[set[str]] = []
     got = run()
     monkeypatch.setattr(SINGD, "_pays", lambda *_: False)
     assert distance(got, run()) < 1e-9
-    first = {"attention": {True}, "repeated": {True, False}, "layers": {True}}[model_name]
-    assert ways == [{False} if sizes[0] == 9 and model_name != "attention" else first, {False}]
+    first = {"attention": {"PS"}, "repeated": {"PS", "S"}, "layers": {"PS"}}[model_name]
+    assert ways == [{"S"} if sizes[0] == 9 and model_name != "attention" else first, {"S"}]
 
 
 def test_resuming_is_bit_for_bit() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -196,10 +198,11 @@ def test_the_measure_of_theorem_1_sees_a_wrong_step() -> None:
 
 @pytest.mark.parametrize("structure", ["dense", "diagonal", "block_diagonal(2)", "circulant"])
 @pytest.mark.parametrize("kfac_like", [False, True])
+@pytest.mark.parametrize("clip", [False, True])
 @law
 @given(n=sizes, damping=st.floats(0, 2), lr_cov=st.floats(0.01, 2), seed=seeds)
-def test_the_step_on_products_is_the_same_step(
-    structure: str, kfac_like: bool, n: int, damping: float, lr_cov: float, seed: int
+def test_the_step_of_all_at_once_is_the_same_step(
+    structure: str, clip: bool, kfac_like: bool, n: int, damping: float, lr_cov: float, seed: int
 ) -> None:
     torch.manual_seed(seed)
     K, C = random_member(structure, n, (2,)), random_member(structure, n + 1, (2,))
@@ -209,23 +212,43 @@ def test_the_step_on_products_is_the_same_step(
     V_K, V_C = P_K.matmul(U_K), P_C.matmul(U_C)
     if structure == "dense":
         close(update.product_statistic(P_K, A).to_dense(), V_K.to_dense())
-    torch.testing.assert_close(
-        update.product_residual(P_K, V_K, damping), update.residual(K, U_K, damping)
-    )
     H_K, H_C = update.curvature(K, U_K), update.curvature(C, U_C)
+    torch.testing.assert_close(
+        update.product_residual(P_K, V_K, damping), update.residual(K, H_K, damping)
+    )
     if kfac_like:
         momenta = [update.ikfac_momentum(K, H_K, damping), update.ikfac_momentum(C, H_C, damping)]
-        weights = [(torch.ones(2).double(), torch.full((2,), damping, dtype=torch.float64))] * 2
+        weights: list[Any] = [(1.0, damping)] * 2
     else:
         momenta = list(update.singd_momenta(K, C, H_K, H_C, damping))
-        weights = list(update.singd_weights(P_K, P_C, V_K, V_C, damping))
-    for factor, P, V, m, (a, c) in zip(
-        (K, C), (P_K, P_C), (V_K, V_C), momenta, weights, strict=True
-    ):
-        W = update.product_curvature(P, V, a, c)
-        beta = update.clipped(lr_cov, m, 0.5)
-        torch.testing.assert_close(
-            update.product_clipped(lr_cov, W, 0.5), beta, rtol=1e-7, atol=1e-9
-        )
-        expected = update.factor_step(factor, m, beta).to_dense()
-        close(update.product_factor_step(factor, W, beta).to_dense(), expected)
+        weights = update.singd_weights([V_K, V_C], [P_K, P_C], damping)
+    factors, traces = (K, C), update.singd_weights([H_K, H_C], [K.gram(), C.gram()], damping)
+    for of_product, of_curvature in zip(weights, traces, strict=True):
+        if not kfac_like:
+            torch.testing.assert_close(of_product, of_curvature)
+    left = [
+        update.total_curvature(V, P, a, c)
+        for V, P, (a, c) in zip((V_K, V_C), (P_K, P_C), weights, strict=True)
+    ]
+    right = [
+        update.total_curvature(H.clone(), factor.gram(), a, c)
+        for H, factor, (a, c) in zip((H_K, H_C), factors, weights, strict=True)
+    ]
+    bound = 0.5 if clip else None
+    for X, on_left in ((left, True), (right, False)):
+        steps = update.lerp_weights(lr_cov, X, [on_left] * 2, bound)
+        for factor, x, m, step in zip(factors, X, momenta, steps, strict=True):
+            beta = (
+                update.clipped(lr_cov, m, 0.5)
+                if clip
+                else torch.full((2,), lr_cov, dtype=torch.float64)
+            )
+            close(x.trace(), (2 * m).trace() + x.n)
+            torch.testing.assert_close(
+                torch.as_tensor(-2 * step).expand(2).double(), beta, rtol=1e-7, atol=1e-9
+            )
+            expected = update.factor_step(factor, m, beta).to_dense()
+            product = x.matmul(factor) if on_left else factor.matmul(x)
+            torch.testing.assert_close(
+                update.lerp_step(factor, product, step).to_dense(), expected, rtol=1e-7, atol=1e-8
+            )
