@@ -39,11 +39,12 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from benchmarks import nets, optimizers, workers
+from benchmarks.machine import processor
 from benchmarks.nets import DTYPES
 from benchmarks.results import RESULTS, Row, keep
 from docs.costs import FREE, PRODUCTS, work
 
-KEY = ("model", "dtype", "T", "method", "part")
+KEY = ("processor", "model", "dtype", "T", "method", "part")
 PARTS = {
     "singd.base.KroneckerOptimizer._measure": "capture",
     "singd.capture.Unit.commit": "capture",
@@ -258,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, dtype, T, name = case
         found = breakdown(name, model, dtype, int(T), machines[dtype], args.seconds)
         new: list[Row] = [
-            dict(zip(KEY, (*case, part), strict=True))
+            dict(zip(KEY, (processor(), *case, part), strict=True))
             | {"ms": f"{1e3 * values['measured']:.4f}"}
             | {key: f"{values[key]:.0f}" for key in COUNTED[:3]}
             | {"predicted ms": f"{1e3 * values['predicted']:.4f}"}

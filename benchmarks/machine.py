@@ -23,3 +23,9 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def processor() -> str:
+    """The processor in a few words: what rows of times are told apart by."""
+    found = machine()
+    return f"{found['cpu']}, {found['instructions']}"

@@ -9,7 +9,7 @@ machine does falls on all alike; medians over the turns are compared. ``ratio`` 
 SGD's, divided by that of PyPI ``singd``. Five turns (fewer, where they take long) come before: ours
 looks in its first passes, and ever more rarely, whether the layers explain the gradients. A method
 that cannot run is left out, with a word on why. ``step.csv`` is kept up case by case; rows of
-methods that are not named stay.
+methods that are not named, and of other processors, stay.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks import nets, optimizers, workers
+from benchmarks.machine import processor
 from benchmarks.nets import DTYPES
 from benchmarks.results import RESULTS, Row, keep
 
-KEY = ("model", "dtype", "T", "method")
+KEY = ("processor", "model", "dtype", "T", "method")
 BLOCK = 10  # steps of a turn; a multiple of every T
 PATIENCE = 12.0  # seconds after which a slow method has had turns enough
 WARMUP = 5  # turns
@@ -135,7 +136,7 @@ def rows(
             method.close()
     for name, seconds in times.items():
         over = seconds / times["sgd"] - 1
-        row = dict(zip(KEY, (model, dtype, str(T), name), strict=True))
+        row = dict(zip(KEY, (processor(), model, dtype, str(T), name), strict=True))
         row |= {"ms": f"{1e3 * seconds:.3f}", "over SGD": f"{1 + over:.3f}", "ratio": ""}
         if f"PyPI {name}" in times:
             row["ratio"] = f"{over / (times[f'PyPI {name}'] / times['sgd'] - 1):.3f}"

@@ -26,11 +26,20 @@ def table(head: str, cells: Cells, cases: Iterable[str]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def times(dtype: str = "fp32") -> str:
+def by_processor(write: Callable[[list[Row]], str], name: str, dtype: str = "fp32") -> str:
+    """What is written of the rows of each processor, below its name."""
+    found: dict[str, list[Row]] = {}
+    for row in read(name, dtype):
+        found.setdefault(row["processor"], []).append(row)
+    parts = [f"*{processor}*\n\n{write(rows)}" for processor, rows in found.items()]
+    return "\n\n".join(parts)
+
+
+def times(rows: list[Row]) -> str:
     """Times over SGD's; in brackets the overhead over PyPI's, where that was timed."""
     cells: dict[str, dict[str, str]] = {}
     cases: dict[str, None] = {}
-    for row in read("step.csv", dtype):
+    for row in rows:
         case = f"{row['model'].upper()}, T = {row['T']}"
         cases[case] = None
         ratio = f" ({float(row['ratio']):.2f})" if row["ratio"] else ""
@@ -65,12 +74,12 @@ def peaks() -> str:
     return table("method", cells, cases)
 
 
-def parts(T: int) -> str:
+def parts(rows: list[Row], T: int) -> str:
     """Milliseconds of a step, part by part."""
-    return by_part(f"T = {T}, ms", T, lambda row: f"{float(row['ms']):.2f}")
+    return by_part(rows, f"T = {T}, ms", T, lambda row: f"{float(row['ms']):.2f}")
 
 
-def predictions(T: int = 1) -> str:
+def predictions(rows: list[Row], T: int = 1) -> str:
     """Measured time over predicted time, part by part; parts below 0.1 ms are left out."""
 
     def cell(row: Row) -> str:
@@ -79,14 +88,14 @@ def predictions(T: int = 1) -> str:
         ratio = float(row["ms"]) / float(row["predicted ms"])
         return f"{ratio:.1f} ({float(row['flops']) / 1e6:.0f}, {float(row['bytes']) / 1e6:.0f})"
 
-    return by_part(f"T = {T}", T, cell)
+    return by_part(rows, f"T = {T}", T, cell)
 
 
-def by_part(head: str, T: int, cell: Callable[[Row], str]) -> str:
+def by_part(rows: list[Row], head: str, T: int, cell: Callable[[Row], str]) -> str:
     """A line for each model and method, a column for each part of a step."""
     cells: dict[str, dict[str, str]] = {}
     parts: dict[str, None] = {}
-    for row in read("breakdown.csv"):
+    for row in rows:
         parts[row["part"]] = None
         if row["T"] == str(T):
             name = f"{row['model'].upper()}, {row['method'].removeprefix('singd:')}"
@@ -97,11 +106,11 @@ def by_part(head: str, T: int, cell: Callable[[Row], str]) -> str:
 def pages() -> dict[str, str]:
     """What the pages include, by name."""
     return {
-        "step": times(),
-        "step_bf16": times("bf16"),
+        "step": by_processor(times, "step.csv"),
+        "step_bf16": by_processor(times, "step.csv", "bf16"),
         "memory_state": states(),
         "memory_peak": peaks(),
-        "breakdown_10": parts(10),
-        "breakdown_1": parts(1),
-        "cost_model": predictions(),
+        "breakdown_10": by_processor(lambda rows: parts(rows, 10), "breakdown.csv"),
+        "breakdown_1": by_processor(lambda rows: parts(rows, 1), "breakdown.csv"),
+        "cost_model": by_processor(predictions, "breakdown.csv"),
     }
