@@ -121,10 +121,7 @@ def copy_(kept: StructuredMatrix, new: StructuredMatrix) -> None:
 
 def stack(members: Sequence[StructuredMatrix]) -> StructuredMatrix:
     """Members of one structure as one with a new first batch dimension."""
-    first = members[0]
-    if len(members) == 1:
-        return first.map(lambda t: t[None])
-    return first.map(lambda *ts: torch.stack(ts), *members[1:])
+    return members[0].map(lambda *ts: torch.stack(ts), *members[1:])
 
 
 @dataclass
@@ -142,22 +139,35 @@ def joined(
     side: str,
     old: Members,
     products: Products,
-    average: Callable[[Statistics, Unit], StructuredMatrix],
+    sums: Callable[[Unit, Statistics], tuple[StructuredMatrix, float | Tensor]],
 ) -> tuple[StructuredMatrix, Form]:
-    """The averages of units side by side, in one form; so the parts of layers that have some."""
+    """The averages of units side by side, in one form; so the parts of layers that have some.
+
+    Args:
+        units: Of one bucket.
+        side: ``"K"`` or ``"C"``.
+        old: Their factors.
+        products: Of them.
+        sums: The sum of a side that was seen of a part of a unit, and what makes it an average.
+    """
     forms: list[Form] = [unit.forms.get(side, "S") for unit in units]
     form: Form = next((f for f in forms if f != "S"), "S")
     joined = []
     for index, unit in enumerate(units):
-        parts = [average(seen, unit) for _, seen in sorted(unit.statistics.items())]
-        U = parts[0] if unit.layer.parts == 1 else stack(parts)
+        parts = [sums(unit, seen) for _, seen in sorted(unit.statistics.items())]
+        (U, scale), *others = parts
+        if not others:
+            U = U.map(lambda t: (t * scale)[None])  # noqa: B023  # called at once
+        else:
+            U = stack([U * scale for U, scale in parts]).map(lambda t: t[None])
         if forms[index] != form:
             source = old[side] if form == "H" else products[2 * side]
-            own = source.map(lambda t: t[index])  # noqa: B023  # called at once
-            wide = own.to(U.dtype) if form == "H" else own
-            U = curvature(wide, U) if form == "H" else own.matmul(U.to(own.dtype))
+            own = source.map(lambda t: t[index, None])  # noqa: B023
+            U = curvature(own.to(U.dtype), U) if form == "H" else own.matmul(U.to(own.dtype))
         joined.append(U)
-    return stack(joined), form
+    if len(joined) == 1:
+        return joined[0], form
+    return joined[0].map(lambda *ts: torch.cat(ts), *joined[1:]), form
 
 
 class Columns(NamedTuple):

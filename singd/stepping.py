@@ -214,12 +214,12 @@ class Step:
         units, damping = proposal.updated, proposal.updated[0].group["damping"]
         old, kept = proposal.bucket.select(units, proposal.members, proposal.products)
         job = Job(old, kept, {}, {})
-        averages: dict[str, Callable[[Statistics, Unit], StructuredMatrix]] = {
-            "K": lambda seen, _: (1.0 / seen.rows) * seen.U_K,
-            "C": lambda seen, unit: self._terms(seen, unit) * seen.U_C,
+        sums: dict[str, Callable[[Unit, Statistics], tuple[StructuredMatrix, float | Tensor]]] = {
+            "K": lambda _, seen: (seen.U_K, 1.0 / seen.rows),
+            "C": lambda unit, seen: (seen.U_C, self._terms(seen, unit)),
         }
-        for side, average in averages.items():
-            U, form = joined(units, side, old, kept, average)
+        for side, of_side in sums.items():
+            U, form = joined(units, side, old, kept, of_side)
             job.sums[side], job.forms[side] = U, form
             if self.report is not None and side in old:
                 for unit, norm in zip(units, _residuals(job, side, damping), strict=True):

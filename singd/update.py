@@ -25,8 +25,8 @@ All factors may carry batch dimensions: equal layers, or the groups of a convolu
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,10 +36,9 @@ from singd.rounding import leading
 from structured import Diagonal, Kronecker, Operator, StructuredMatrix
 
 
-def mean_traces(members: Sequence[StructuredMatrix]) -> list[Tensor]:
-    """``tr(H) / n`` of each, ``[...]``."""
-    sizes = [1.0 / max(H.n, 1) for H in members]
-    return list(torch._foreach_mul([H.trace() for H in members], sizes))
+def mean_trace(H: StructuredMatrix) -> Tensor:
+    """``tr(H) / n``, ``[...]``."""
+    return H.trace() / max(H.n, 1)
 
 
 def statistic(K: StructuredMatrix, A: Tensor) -> StructuredMatrix:
@@ -117,7 +116,7 @@ def clipped(lr_cov: float | Tensor, m_K: StructuredMatrix, bound: float) -> Tens
     inputs. The spectral norm is bounded by ``|t| + ||m_K - t I||_F`` with ``t = tr(m_K) / n``,
     which is sharp for multiples of the identity.
     """
-    (t,) = mean_traces([m_K])
+    t = mean_trace(m_K)
     norm = t.abs() + m_K.add_scaled_identity(-t).frobenius_norm()
     return lr_cov * (bound / (lr_cov * norm).clamp(min=bound))
 
@@ -132,6 +131,34 @@ def clipped(lr_cov: float | Tensor, m_K: StructuredMatrix, bound: float) -> Tens
 # place of S, which spares another.
 
 
+def jointly(
+    function: Callable[..., Tensor], sizes: Sequence[int], *numbers: Sequence[Tensor]
+) -> list[Tensor]:
+    """``function(x, y, ..., n)``, number by number, of tensors ``x`` of many layers at once.
+
+    Args:
+        function: Of vectors.
+        sizes: The ``n`` of each layer.
+        numbers: For each argument a tensor of each layer, of one shape for all arguments.
+    """
+    out: list[Tensor] = [*numbers[0]]
+    for device in {x.device for x in out}:
+        there = [i for i, x in enumerate(out) if x.device == device]
+        vectors = [torch.cat([each[i].flatten() for i in there]) for each in numbers]
+        counts = tuple((max(sizes[i], 1), out[i].numel()) for i in there)
+        results = function(*vectors, _sizes(counts, vectors[0].dtype, device))
+        for i, result in zip(there, results.split([k for _, k in counts]), strict=True):
+            shaped = result if out[i].ndim == 1 else result.view(out[i].shape)
+            out[i] = shaped if shaped.dtype == out[i].dtype else shaped.to(out[i].dtype)
+    return out
+
+
+@functools.lru_cache(64)
+def _sizes(counts: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Each size so many times; made once, since that waits for the device."""
+    return torch.tensor([n for n, k in counts for _ in range(k)], dtype=dtype, device=device)
+
+
 def product_statistic(P: StructuredMatrix, A: Tensor) -> StructuredMatrix:
     """``V = P A A^T`` of ``A [..., n, R]``, dense: ``2 n^2 R`` and no product of size n."""
     return P.with_tensors([P.apply(A) @ A.mT])
@@ -144,8 +171,10 @@ def singd_weights(
 
     In IKFAC they are 1 and lambda.
     """
-    h, q = mean_traces(H), torch._foreach_mul(mean_traces(Q), damping)
-    return [(h[i ^ 1], q[i ^ 1]) for i in range(len(h))]
+    sizes = [x.n for x in H]
+    a = jointly(lambda h, n: h / n, sizes, [x.trace() for x in H])
+    c = jointly(lambda q, n: q * (damping / n), sizes, [x.trace() for x in Q])
+    return [(a[i ^ 1], c[i ^ 1]) for i in range(len(H))]
 
 
 def resolved_damping(c: float | Tensor, a: float | Tensor, norm: Tensor) -> Tensor:
@@ -173,22 +202,20 @@ def lerp_weights(
     """
     if bound is None:
         return [-0.5 * lr_cov] * len(X)
-    t = mean_traces(X)
-    squares = [x.trace_product(x) for x, left in zip(X, on_left, strict=True) if left]
-    roots = iter(torch._foreach_sqrt(torch._foreach_clamp_min(squares, 0.0)) if squares else ())
-    frobenius = [
-        next(roots) if left else x.frobenius_norm() for x, left in zip(X, on_left, strict=True)
+
+    def weights(trace: Tensor, norm: Tensor, n: Tensor) -> Tensor:
+        t = trace / n
+        of_mean = t.abs() * n.sqrt()
+        # ||X - t I||_F = (||X||_F^2 - ||t I||_F^2)^(1/2), and that without an overflow:
+        spread = (norm - of_mean).clamp_(min=0.0).sqrt_() * (norm + of_mean).sqrt_()
+        bounds = spread.add_(t.sub_(1.0).abs_()).mul_(0.5 * lr_cov)
+        return bounds.clamp_(min=bound).reciprocal_().mul_(-0.5 * lr_cov * bound)
+
+    norms = [
+        x.trace_product(x).clamp(min=0.0).sqrt() if left else x.frobenius_norm()
+        for x, left in zip(X, on_left, strict=True)
     ]
-    of_mean = torch._foreach_mul(torch._foreach_abs(t), [math.sqrt(x.n) for x in X])
-    # ||X - t I||_F = (||X||_F^2 - ||t I||_F^2)^(1/2), and that without an overflow:
-    norms = torch._foreach_clamp_min(torch._foreach_sub(frobenius, of_mean), 0.0)
-    torch._foreach_sqrt_(norms)
-    torch._foreach_mul_(norms, torch._foreach_sqrt(torch._foreach_add(frobenius, of_mean)))
-    torch._foreach_add_(norms, torch._foreach_abs(torch._foreach_sub(t, 1.0)))
-    torch._foreach_mul_(norms, 0.5 * lr_cov)
-    torch._foreach_clamp_min_(norms, bound)
-    torch._foreach_reciprocal_(norms)
-    return list(torch._foreach_mul(norms, -0.5 * lr_cov * bound))
+    return jointly(weights, [x.n for x in X], [x.trace() for x in X], norms)
 
 
 def lerp_step(
