@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from singd import cuda_graph
 from singd.capture import Statistics, Unit
+from singd.verdict import write_
 from structured import StructuredMatrix
 
 Members = dict[str, StructuredMatrix]
@@ -63,15 +64,15 @@ class Bucket:
             changed[name] = before.with_tensors(tensors)
         return {**self.members, **changed}
 
-    def store(self, members: Members, products: Products) -> None:
-        """Take over new factors and their products."""
+    def store(self, members: Members, products: Products, ok: Tensor | None = None) -> None:
+        """Take over new factors and their products, unless ``ok`` says no on the device."""
         for name, member in members.items():
             if member is not self.members[name]:
-                copy_(self.members[name], member)
-        if cuda_graph.capturing() and self.products:  # other graphs read them at their place
-            for name, product in products.items():
-                copy_(self.products[name], product)
-        else:
+                copy_(self.members[name], member, ok)
+        if self.products and (ok is not None or cuda_graph.capturing()):
+            for name, product in products.items():  # other graphs read them at their place
+                copy_(self.products[name], product, ok)
+        elif ok is None:  # else they are made of the factors that are kept, at the next step
             self.products = products
 
     def product(self, unit: Unit, name: str, part: int) -> StructuredMatrix:
@@ -111,10 +112,10 @@ def buckets(
     return [Bucket(same, fresh(same[0], len(same)), state) for same in sorted_.values()]
 
 
-def copy_(kept: StructuredMatrix, new: StructuredMatrix) -> None:
-    """Write one member into the tensors of another."""
+def copy_(kept: StructuredMatrix, new: StructuredMatrix, ok: Tensor | None = None) -> None:
+    """Write one member into the tensors of another, unless ``ok`` says no."""
     for place, t in zip(kept.tensors(), new.tensors(), strict=True):
-        place.copy_(t)
+        write_(place, t, ok)
 
 
 def stack(members: Sequence[StructuredMatrix]) -> StructuredMatrix:

@@ -18,6 +18,7 @@ from singd.grouping import Bucket, Columns, Members, Products, joined
 from singd.options import Group, peak_lr
 from singd.rounding import Rounding
 from singd.update import inner, precondition_apart, product_residual, residual, trust_region
+from singd.verdict import reading_waits, write_
 
 if TYPE_CHECKING:
     from singd.base import KroneckerOptimizer
@@ -45,11 +46,12 @@ class Step:
 
     def __init__(self, optimizer: KroneckerOptimizer, scale: Tensor | None = None) -> None:
         self.optimizer, self.scale = optimizer, scale
-        self.foreign = self._foreign()
+        self.foreign = [fused(group) for group in self._foreign()]
         self.buckets = optimizer._buckets
         self.moments: list[tuple[Tensor, dict[str, Tensor]]] = []  # of grafting, if it is taken
         self.bounds: dict[int, Tensor] = {}  # of a group's step, by its id: what scales it
         self.report: dict[str, Any] | None = None if optimizer.telemetry is None else {}
+        self.ok: Tensor | None = None  # guards what is written, if the host does not know
 
     def run(self, *, descend: bool = True) -> str | None:
         """Take the step, or nothing of it.
@@ -58,7 +60,8 @@ class Step:
             descend: Move the parameters; else put the preconditioned gradients into ``.grad``.
 
         Returns:
-            The name of what was not finite, if anything: then nothing was changed.
+            The name of what was not finite, if anything: then nothing was changed. Where the
+            host does not know, nothing but ``self.ok``, on the device.
         """
         group = self.optimizer._process_group
         if distributed.size(group) > 1:
@@ -77,23 +80,23 @@ class Step:
             if bad is not None:
                 return bad
         for proposal in proposals:
-            proposal.bucket.store(proposal.members, proposal.products)
+            ok = self.ok if proposal.updated else None
+            proposal.bucket.store(proposal.members, proposal.products, ok)
         for p, moments in self.moments:
             state = self.optimizer.state[p]
             for name, moment in moments.items():
-                state[name] = state[name].copy_(moment) if name in state else moment
+                kept = state[name] if name in state else torch.zeros_like(moment)
+                state[name] = write_(kept, moment, self.ok)
         if descend:
             self._descend(naturals)
             if self.foreign:
-                adamw = self.optimizer._adamw
-                adamw.param_groups = [fused(group) for group in self.foreign]
-                adamw.state = self.optimizer.state
-                adamw.step()
+                self._train_others()
         else:
             for p, direction in _moves(naturals):
                 if p.grad is not None:
                     nu = self.bounds.get(id(self.optimizer._groups[id(p)]))
-                    p.grad.copy_(direction if nu is None else direction * nu.to(direction))
+                    direction = direction if nu is None else direction * nu.to(direction)
+                    write_(p.grad, direction, self.ok)
         return None
 
     # What there is to do ------------------------------------------------------------------------
@@ -116,16 +119,34 @@ class Step:
     def _nonfinite(
         self, proposals: Sequence[Proposal], naturals: Naturals, quadratic: Tensor | None
     ) -> str | None:
-        """The name of what is not finite, if anything; waits for the device once.
+        """The name of what is not finite, if anything; waits for the device once, or not at all.
 
         What is not finite in gradients or statistics shows in what is made of them, so only that is
-        looked at; where it is not finite, the cause is searched for.
+        looked at; where it is not finite, the cause is searched for. If that can be left for later,
+        ``self.ok`` will say whether all is finite.
         """
         made = [t for p in proposals if p.updated for m in p.members.values() for t in m.tensors()]
         made += [p.grad for g in self.foreign for p in g["params"] if p.grad is not None]
         made += [natural for _, natural in naturals] if quadratic is None else [quadratic]
         made = [t for t in made if t.numel()]
-        return None if _all_finite(made) else self._cause(proposals, naturals)
+        if not made:
+            return None
+        if self._may_be_late():  # there is no second look then: only the largest cannot overflow
+            self.ok = _all_finite(made, torch.inf)
+            return None
+        return None if bool(_all_finite(made, 2.0)) else self._cause(proposals, naturals)
+
+    def _may_be_late(self) -> bool:
+        """Whether the host may learn at the next step that this one was skipped.
+
+        Not when an error may be due, and not if AdamW cannot be kept from moving on the device.
+        """
+        optimizer = self.optimizer
+        if optimizer.telemetry is not None or torch.compiler.is_compiling():
+            return False
+        if optimizer._verdict.in_row or optimizer.max_skipped == 1:
+            return False
+        return all(g["fused"] for g in self.foreign) and reading_waits(optimizer.param_groups)
 
     def _cause(self, proposals: Sequence[Proposal], naturals: Naturals) -> str | None:
         """The first parameter whose gradient, statistics, factors or direction are not finite."""
@@ -291,7 +312,19 @@ class Step:
                 weight_decay=group["weight_decay"],
                 rounding=roundings.setdefault(id(group), fresh),
                 scale=self.bounds.get(id(group)),
+                ok=self.ok,
             )
+
+    def _train_others(self) -> None:
+        """AdamW's step, which takes what guards it in the way of a GradScaler."""
+        adamw: Any = self.optimizer._adamw
+        adamw.param_groups, adamw.state = self.foreign, self.optimizer.state
+        if self.ok is not None:
+            adamw.found_inf = (~self.ok).float()
+        try:
+            adamw.step()
+        finally:
+            vars(adamw).pop("found_inf", None)
 
     def _momentum_buffer(self, p: Tensor) -> Tensor:
         state = self.optimizer.state[p]
@@ -318,9 +351,11 @@ def fused(group: Group) -> Group:
     return {**group, "fused": True, "capturable": group["capturable"] or on_cuda}
 
 
-def _all_finite(tensors: list[Tensor]) -> bool:
-    """Whether no entry is infinite or NaN; may say no where only the sum of squares overflows."""
-    if not tensors:
-        return True
-    norms = torch._foreach_norm(tensors)  # that of squares is the fast one
-    return bool(torch.stack([n.float().to(norms[0].device) for n in norms]).isfinite().all())
+def _all_finite(tensors: list[Tensor], ord: float) -> Tensor:
+    """Whether no entry is infinite or NaN, on the device, by norms.
+
+    May say no where only the sum of squares overflows, of which the norm (2) is the fast one on the
+    CPU.
+    """
+    norms = torch._foreach_norm(tensors, ord)
+    return torch.stack([n.to(norms[0].device) for n in norms]).isfinite().all()
