@@ -45,7 +45,7 @@ class KroneckerOptimizer(SplitOptimizer):
             given.
         layers: Types among :data:`singd.layers.OPTIONAL` that are preconditioned as well; or "all".
         max_skipped: Steps in a row that may be skipped since something was not finite; ``None``
-            looks for nothing, and spares the wait for the device that it takes.
+            looks for nothing. On a GPU it is known one step later, so that nothing waits.
         telemetry: Called after every step with norms, the bound, residuals and skipped steps.
         process_group: Of the ranks that share the data, if not all do. Statistics are summed over
             it, and gradients averaged unless ``model`` is wrapped in DistributedDataParallel.
@@ -215,7 +215,7 @@ class KroneckerOptimizer(SplitOptimizer):
         """Update factors that are due, then every parameter that has a gradient.
 
         If a gradient or a statistic is not finite, nothing is changed, and the step is counted in
-        ``self.skipped``.
+        ``self.skipped``; on a GPU at the next step, which updates no factor if that was due before.
 
         Args:
             closure: Evaluates the loss and its gradients; optional.
