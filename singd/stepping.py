@@ -86,7 +86,7 @@ class Step:
             state = self.optimizer.state[p]
             for name, moment in moments.items():
                 kept = state[name] if name in state else torch.zeros_like(moment)
-                state[name] = write_(kept, moment, self.ok)
+                state[name] = write_(kept.to(moment.device), moment, self.ok)
         if descend:
             self._descend(naturals)
             if self.foreign:

@@ -87,6 +87,8 @@ def run(case: dict[str, Any], rank: int, ranks: int) -> dict[str, Tensor]:
             if case.get("count"):
                 optimizer.count_terms(len(index))
         optimizer.step()
+        if case.get("gpu") and rank == 0:  # for a log, say: the other ranks do not ask
+            assert optimizer.skipped == (step >= case["bad"])
     return snapshot(getattr(model, "module", model), optimizer) | {
         "skipped": torch.tensor(optimizer.skipped)
     }
