@@ -215,7 +215,7 @@ class KroneckerOptimizer(SplitOptimizer):
         """Update factors that are due, then every parameter that has a gradient.
 
         If a gradient or a statistic is not finite, nothing is changed, and the step is counted in
-        ``self.skipped``; on a GPU at the next step, which updates no factor if that was due before.
+        ``self.skipped``. On a GPU that is known at the next step, or when ``skipped`` is asked for.
 
         Args:
             closure: Evaluates the loss and its gradients; optional.

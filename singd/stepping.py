@@ -60,8 +60,8 @@ class Step:
             descend: Move the parameters; else put the preconditioned gradients into ``.grad``.
 
         Returns:
-            The name of what was not finite, if anything: then nothing was changed. Where the
-            host does not know, nothing but ``self.ok``, on the device.
+            The name of what was not finite, if anything: then nothing was changed. ``None`` too if
+            the host does not know yet: then ``self.ok`` guards all changes on the device.
         """
         group = self.optimizer._process_group
         if distributed.size(group) > 1:
@@ -131,7 +131,7 @@ class Step:
         made = [t for t in made if t.numel()]
         if not made:
             return None
-        if self._may_be_late():  # there is no second look then: only the largest cannot overflow
+        if self._may_be_late():  # without a second look, where no more than a norm overflows
             self.ok = _all_finite(made, torch.inf)
             return None
         return None if bool(_all_finite(made, 2.0)) else self._cause(proposals, naturals)
@@ -139,7 +139,8 @@ class Step:
     def _may_be_late(self) -> bool:
         """Whether the host may learn at the next step that this one was skipped.
 
-        Not when an error may be due, and not if AdamW cannot be kept from moving on the device.
+        Not if the one before was, since an error may be due then, and not if nothing on the device
+        can keep AdamW from moving.
         """
         optimizer = self.optimizer
         if optimizer.telemetry is not None or torch.compiler.is_compiling():
@@ -352,10 +353,9 @@ def fused(group: Group) -> Group:
 
 
 def _all_finite(tensors: list[Tensor], ord: float) -> Tensor:
-    """Whether no entry is infinite or NaN, on the device, by norms.
+    """Whether no entry is infinite or NaN, on their device, by their norms of order ``ord``.
 
-    May say no where only the sum of squares overflows, of which the norm (2) is the fast one on the
-    CPU.
+    That of order 2, which is the fast one on the CPU, may itself overflow; that of infinity cannot.
     """
     norms = torch._foreach_norm(tensors, ord)
     return torch.stack([n.to(norms[0].device) for n in norms]).isfinite().all()
