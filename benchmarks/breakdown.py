@@ -48,7 +48,7 @@ KEY = ("processor", "model", "dtype", "T", "method", "part")
 PARTS = {
     "singd.base.KroneckerOptimizer._measure": "capture",
     "singd.capture.Unit.commit": "capture",
-    "singd.stepping.Step._propose": "factors",
+    "singd.stepping.propose": "factors",
     "singd.stepping.Step._naturals": "preconditioning",
     "singd.stepping.Step._descend": "parameters",
     "torch.optim.AdamW.step": "parameters",

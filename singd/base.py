@@ -19,7 +19,8 @@ from singd import checkpoint, cuda_graph, distributed
 from singd._layer import PIECE, flatten_rows, square_sums
 from singd.amp import calling_scale
 from singd.capture import Form, Statistics, Unit
-from singd.grouping import Job, Members, Products
+from singd.factors import Job
+from singd.grouping import Members, Products
 from singd.loss_scale import LossCheck
 from singd.options import Group, keep_peak
 from singd.plan import Plan, make_plan
@@ -45,7 +46,7 @@ class KroneckerOptimizer(SplitOptimizer):
             given.
         layers: Types among :data:`singd.layers.OPTIONAL` that are preconditioned as well; or "all".
         max_skipped: Steps in a row that may be skipped since something was not finite; ``None``
-            looks for nothing, and spares the wait for the device that it takes.
+            looks for nothing. On a GPU it is known one step later, so that nothing waits.
         telemetry: Called after every step with norms, the bound, residuals and skipped steps.
         process_group: Of the ranks that share the data, if not all do. Statistics are summed over
             it, and gradients averaged unless ``model`` is wrapped in DistributedDataParallel.
@@ -211,7 +212,7 @@ class KroneckerOptimizer(SplitOptimizer):
         """Update factors that are due, then every parameter that has a gradient.
 
         If a gradient or a statistic is not finite, nothing is changed, and the step is counted in
-        ``self.skipped``.
+        ``self.skipped``. On a GPU that is known at the next step, or when ``skipped`` is asked for.
 
         Args:
             closure: Evaluates the loss and its gradients; optional.
@@ -244,6 +245,8 @@ class KroneckerOptimizer(SplitOptimizer):
     def _run(self, *, descend: bool, scale: Tensor | None = None) -> None:
         if cuda_graph.capturing():
             cuda_graph.check(self)
+        else:
+            self._verdict.settle(self.param_groups)
         scale = calling_scale() if scale is None else scale
         self._settle()
         if checkpoint.wants_state(self):
@@ -253,25 +256,51 @@ class KroneckerOptimizer(SplitOptimizer):
             distributed.agree(self)
         if self._loss_check is not None:
             self._check_loss(self._loss_check, scale)
-        step = Step(self, scale)
+        behind = self._behind()
+        step, verdict = Step(self, scale), self._verdict
         bad = step.run(descend=descend)
         self._forget()
-        if bad is None:
-            self._skipped_in_row = 0
-            for group in self.param_groups:
-                if group["rule"] == KRONECKER:
+        counted = []
+        for place, group in enumerate(self.param_groups):
+            if bad is None and group["rule"] == KRONECKER:
+                keep_peak(group)
+                if id(group) not in behind:
                     group["step"] += 1
-                    keep_peak(group)
+                    counted.append(place)
+        if step.ok is None:
+            verdict.count(taken=bad is None)
         else:
-            self.skipped += 1
-            self._skipped_in_row += 1
+            verdict.hold(step.ok, counted)
         if self.telemetry is not None and step.report is not None:
-            self.telemetry({"skipped": self.skipped, **step.report})
-        if self.max_skipped is not None and self._skipped_in_row >= self.max_skipped > 0:
+            self.telemetry({"skipped": verdict.skipped, **step.report})
+        if self.max_skipped is not None and verdict.in_row >= self.max_skipped > 0:
             raise FloatingPointError(
-                f"{bad}: gradient, statistics or factors not finite in {self._skipped_in_row} "
-                "steps in a row"
+                f"{bad}: gradient, statistics or factors not finite in {verdict.in_row} steps in "
+                "a row"
             )
+
+    def _behind(self) -> set[int]:
+        """Groups, by id, whose update is due and must wait for the next pass.
+
+        The step that was due was skipped, and the pass under way began before that was known: it
+        was not captured, or not from its start. The step to come does not count for such groups.
+        """
+        late, self._verdict.late = self._verdict.late, False
+        if not late:
+            return set()
+        alone = distributed.size(self._process_group) == 1  # else ranks might not agree
+        missed = [u for u in self._units if self._due(u) and (u.passed_by or not alone)]
+        behind = {id(u.group) for u in missed if u.group["T"] > 1}  # else all passes are captured
+        for unit in self._units:
+            if id(unit.group) in behind:
+                unit.discard()
+        return behind
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were skipped so far; waits for the last one where that is not known yet."""
+        self._verdict.settle(self.param_groups)
+        return self._verdict.skipped
 
     def _check_loss(self, check: LossCheck, scale: Tensor | None) -> None:
         """Warn at the first step if ``loss_average`` is plainly wrong."""
@@ -309,6 +338,7 @@ class KroneckerOptimizer(SplitOptimizer):
         ``torch.load`` restores it with its default ``weights_only=True``. Structures appear as
         specs; an option that is a function is left out, and kept by the optimizer that loads.
         """
+        self._verdict.settle(self.param_groups)
         return checkpoint.pack(super().state_dict(), self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -317,6 +347,7 @@ class KroneckerOptimizer(SplitOptimizer):
         Raises:
             ValueError: If the state is of another model, method or structure. Nothing is changed.
         """
+        self._verdict.settle(self.param_groups)
         checkpoint.load(self, state_dict)
         self._bind()
         for unit in self._units:

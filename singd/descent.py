@@ -30,6 +30,7 @@ def descend(
     weight_decay: float,
     rounding: Rounding,
     scale: Tensor | None = None,
+    ok: Tensor | None = None,
 ) -> None:
     """``b <- momentum b + s d + weight_decay p`` and ``p <- p - lr b``, in place.
 
@@ -44,10 +45,20 @@ def descend(
         weight_decay: Not negative.
         rounding: Of this step.
         scale: Of the directions, ``s``; 1 if ``None``.
+        ok: A truth value on the device of ``params``: if it says no, nothing changes.
     """
     if not params:
         return
     ordered = _are_in_order(params, buffers)
+    kernels = None if ordered or isinstance(lr, Tensor) else _kernels(params, directions, buffers)
+    if ok is not None and kernels is None:
+        places = [*params, *buffers]
+        before = [place.clone() for place in places]
+        options: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        descend(params, directions, buffers, **options, rounding=rounding, scale=scale)
+        for place, old in zip(places, before, strict=True):
+            torch.where(ok, place, old, out=place)
+        return
     if ordered and params[0].dtype not in _EXACT:
         step = functools.partial(
             plain, lr=lr, momentum=momentum, weight_decay=weight_decay, rounded=rounding
@@ -58,7 +69,6 @@ def descend(
         directions = list(directions)
         torch._foreach_mul_(directions, scale.to(directions[0]))
         scale = None
-    kernels = None if ordered or isinstance(lr, Tensor) else _kernels(params, directions, buffers)
     if ordered:
         dtype = params[0].dtype
         rate: Any = lr  # either is an overload
@@ -78,7 +88,7 @@ def descend(
     elif kernels is not None:
         seed, stream = rounding.draw(params[0].device)
         moved = list(params), list(directions), list(buffers)
-        kernels.descend_(*moved, lr, momentum, weight_decay, seed, stream)
+        kernels.descend_(*moved, lr, momentum, weight_decay, seed, stream, ok)
     else:
         plain(params, directions, buffers, lr, momentum, weight_decay, rounding)
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from singd import cuda_graph
-from singd.capture import Form, Statistics, Unit
-from singd.update import curvature
+from singd.capture import Unit
+from singd.verdict import write_
 from structured import StructuredMatrix
 
 Members = dict[str, StructuredMatrix]
@@ -65,15 +64,15 @@ class Bucket:
             changed[name] = before.with_tensors(tensors)
         return {**self.members, **changed}
 
-    def store(self, members: Members, products: Products) -> None:
-        """Take over new factors and their products."""
+    def store(self, members: Members, products: Products, ok: Tensor | None = None) -> None:
+        """Take over new factors and their products, unless ``ok`` says no on the device."""
         for name, member in members.items():
             if member is not self.members[name]:
-                copy_(self.members[name], member)
-        if cuda_graph.capturing() and self.products:  # other graphs read them at their place
-            for name, product in products.items():
-                copy_(self.products[name], product)
-        else:
+                copy_(self.members[name], member, ok)
+        if self.products and (ok is not None or cuda_graph.capturing()):
+            for name, product in products.items():  # other graphs read them at their place
+                copy_(self.products[name], product, ok)
+        elif ok is None:  # else they are made of the factors that are kept, at the next step
             self.products = products
 
     def product(self, unit: Unit, name: str, part: int) -> StructuredMatrix:
@@ -113,61 +112,10 @@ def buckets(
     return [Bucket(same, fresh(same[0], len(same)), state) for same in sorted_.values()]
 
 
-def copy_(kept: StructuredMatrix, new: StructuredMatrix) -> None:
-    """Write one member into the tensors of another."""
+def copy_(kept: StructuredMatrix, new: StructuredMatrix, ok: Tensor | None = None) -> None:
+    """Write one member into the tensors of another, unless ``ok`` says no."""
     for place, t in zip(kept.tensors(), new.tensors(), strict=True):
-        place.copy_(t)
-
-
-def stack(members: Sequence[StructuredMatrix]) -> StructuredMatrix:
-    """Members of one structure as one with a new first batch dimension."""
-    return members[0].map(lambda *ts: torch.stack(ts), *members[1:])
-
-
-@dataclass
-class Job:
-    """Units of a bucket whose factors are due, and what was seen of them."""
-
-    old: Members
-    products: Products
-    sums: dict[str, StructuredMatrix]  # by side, averages over rows
-    forms: dict[str, Form]
-
-
-def joined(
-    units: Sequence[Unit],
-    side: str,
-    old: Members,
-    products: Products,
-    sums: Callable[[Unit, Statistics], tuple[StructuredMatrix, float | Tensor]],
-) -> tuple[StructuredMatrix, Form]:
-    """The averages of units side by side, in one form; so the parts of layers that have some.
-
-    Args:
-        units: Of one bucket.
-        side: ``"K"`` or ``"C"``.
-        old: Their factors.
-        products: Of them.
-        sums: The sum of a side that was seen of a part of a unit, and what makes it an average.
-    """
-    forms: list[Form] = [unit.forms.get(side, "S") for unit in units]
-    form: Form = next((f for f in forms if f != "S"), "S")
-    joined = []
-    for index, unit in enumerate(units):
-        parts = [sums(unit, seen) for _, seen in sorted(unit.statistics.items())]
-        (U, scale), *others = parts
-        if not others:
-            U = U.map(lambda t: (t * scale)[None])  # noqa: B023  # called at once
-        else:
-            U = stack([U * scale for U, scale in parts]).map(lambda t: t[None])
-        if forms[index] != form:
-            source = old[side] if form == "H" else products[2 * side]
-            own = source.map(lambda t: t[index, None])  # noqa: B023
-            U = curvature(own.to(U.dtype), U) if form == "H" else own.matmul(U.to(own.dtype))
-        joined.append(U)
-    if len(joined) == 1:
-        return joined[0], form
-    return joined[0].map(lambda *ts: torch.cat(ts), *joined[1:]), form
+        write_(place, t, ok)
 
 
 class Columns(NamedTuple):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from singd import update
 from singd.base import KroneckerOptimizer
 from singd.capture import Unit
-from singd.grouping import Job, Members, Products
+from singd.factors import Job
+from singd.grouping import Members, Products
 from singd.options import Group, in_range
 from structured import Dense, StructuredMatrix
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from singd import distributed, update
 from singd.base import KroneckerOptimizer
 from singd.capture import Form, Unit
-from singd.grouping import Job, Members, Products
+from singd.factors import Job
+from singd.grouping import Members, Products
 from singd.options import Group, by_name, floating, in_range, integer, one_of, pair
 from singd.precision import products_in, rounds_products
 from structured import (
@@ -90,8 +91,9 @@ class SINGD(KroneckerOptimizer):
             given.
         seed: Of the stochastic rounding.
         max_skipped: Steps in a row that may be skipped since a gradient or statistic was not
-            finite, before that is an error. ``None`` looks for nothing, and spares the wait for
-            the device that it takes.
+            finite, before that is an error. On a GPU a step does not wait for the device: that it
+            was skipped is known at the next one, or as soon as ``skipped`` is asked for. ``None``
+            looks for nothing.
         telemetry: Called after every step with a dictionary: per layer the norms of gradient and
             preconditioned gradient and the residuals of K and C, the factor of the trust region,
             and the number of skipped steps. Costs nothing if ``None``.

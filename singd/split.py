@@ -23,6 +23,7 @@ from singd.loss_scale import LossCheck
 from singd.options import LOSS_AVERAGES, Group, given_group, in_range, integer, one_of, parameter_of
 from singd.passes import Passes
 from singd.plan import find_units, owners_of
+from singd.verdict import Verdict
 from structured import Structure
 
 KRONECKER, ADAMW = "kronecker", "adamw"
@@ -62,7 +63,7 @@ class SplitOptimizer(Optimizer):
         self._passes = Passes()
         self._process_group = process_group
         self._reduce_gradients = not reduced
-        self.skipped = self._skipped_in_row = 0
+        self._verdict = Verdict()
         if max_skipped is not None:
             integer("max_skipped", max_skipped, 0)
         if telemetry is not None and not callable(telemetry):
@@ -250,6 +251,7 @@ class SplitOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For :mod:`copy` and :mod:`pickle`, best together with the model."""
+        self._verdict.settle(self.param_groups)
         found = (
             "_capture",
             "_loss_check",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,34 +12,18 @@ from torch import Tensor, nn
 from singd import distributed
 from singd.capture import Statistics, Unit
 from singd.descent import descend
+from singd.factors import Proposal, propose
 from singd.grafting import graft_
-from singd.grouping import Bucket, Columns, Job, Members, Products, joined
+from singd.grouping import Columns, Members, Products
 from singd.options import Group, peak_lr
 from singd.rounding import Rounding
-from singd.update import (
-    curvature,
-    inner,
-    precondition_apart,
-    product_residual,
-    residual,
-    trust_region,
-)
-from structured import StructuredMatrix
+from singd.update import inner, precondition_apart, trust_region
+from singd.verdict import reading_waits, write_
 
 if TYPE_CHECKING:
     from singd.base import KroneckerOptimizer
 
 Naturals = list[tuple[Columns, Tensor]]
-
-
-@dataclass
-class Proposal:
-    """What a bucket will hold if the step is taken."""
-
-    bucket: Bucket
-    members: Members
-    products: Products
-    updated: list[Unit]  # the units whose factors are new
 
 
 class Step:
@@ -53,11 +36,12 @@ class Step:
 
     def __init__(self, optimizer: KroneckerOptimizer, scale: Tensor | None = None) -> None:
         self.optimizer, self.scale = optimizer, scale
-        self.foreign = self._foreign()
+        self.foreign = [fused(group) for group in self._foreign()]
         self.buckets = optimizer._buckets
         self.moments: list[tuple[Tensor, dict[str, Tensor]]] = []  # of grafting, if it is taken
         self.bounds: dict[int, Tensor] = {}  # of a group's step, by its id: what scales it
         self.report: dict[str, Any] | None = None if optimizer.telemetry is None else {}
+        self.ok: Tensor | None = None  # guards what is written, if the host does not know
 
     def run(self, *, descend: bool = True) -> str | None:
         """Take the step, or nothing of it.
@@ -66,7 +50,8 @@ class Step:
             descend: Move the parameters; else put the preconditioned gradients into ``.grad``.
 
         Returns:
-            The name of what was not finite, if anything: then nothing was changed.
+            The name of what was not finite, if anything: then nothing was changed. ``None`` too if
+            the host does not know yet: then ``self.ok`` guards all changes on the device.
         """
         group = self.optimizer._process_group
         if distributed.size(group) > 1:
@@ -80,30 +65,30 @@ class Step:
                 distributed.reduce_statistics(unit.statistics.values(), group)
             if self.optimizer._reduce_gradients:
                 distributed.reduce_gradients(self._gradients(), group)
-        proposals = self._proposals()
+        proposals = propose(self.optimizer, self.buckets, self.scale, self.report)
         naturals, quadratic = self._naturals(proposals)
         if self.optimizer.max_skipped is not None:
             bad = self._nonfinite(proposals, naturals, quadratic)
             if bad is not None:
                 return bad
         for proposal in proposals:
-            proposal.bucket.store(proposal.members, proposal.products)
+            ok = self.ok if proposal.updated else None
+            proposal.bucket.store(proposal.members, proposal.products, ok)
         for p, moments in self.moments:
             state = self.optimizer.state[p]
             for name, moment in moments.items():
-                state[name] = state[name].copy_(moment) if name in state else moment
+                kept = state[name] if name in state else torch.zeros_like(moment)
+                state[name] = write_(kept.to(moment.device), moment, self.ok)
         if descend:
             self._descend(naturals)
             if self.foreign:
-                adamw = self.optimizer._adamw
-                adamw.param_groups = [fused(group) for group in self.foreign]
-                adamw.state = self.optimizer.state
-                adamw.step()
+                self._train_others()
         else:
             for p, direction in _moves(naturals):
                 if p.grad is not None:
                     nu = self.bounds.get(id(self.optimizer._groups[id(p)]))
-                    p.grad.copy_(direction if nu is None else direction * nu.to(direction))
+                    direction = direction if nu is None else direction * nu.to(direction)
+                    write_(p.grad, direction, self.ok)
         return None
 
     # What there is to do ------------------------------------------------------------------------
@@ -126,16 +111,35 @@ class Step:
     def _nonfinite(
         self, proposals: Sequence[Proposal], naturals: Naturals, quadratic: Tensor | None
     ) -> str | None:
-        """The name of what is not finite, if anything; waits for the device once.
+        """The name of what is not finite, if anything; waits for the device once, or not at all.
 
         What is not finite in gradients or statistics shows in what is made of them, so only that is
-        looked at; where it is not finite, the cause is searched for.
+        looked at; where it is not finite, the cause is searched for. If that can be left for later,
+        ``self.ok`` will say whether all is finite.
         """
         made = [t for p in proposals if p.updated for m in p.members.values() for t in m.tensors()]
         made += [p.grad for g in self.foreign for p in g["params"] if p.grad is not None]
         made += [natural for _, natural in naturals] if quadratic is None else [quadratic]
         made = [t for t in made if t.numel()]
-        return None if _all_finite(made) else self._cause(proposals, naturals)
+        if not made:
+            return None
+        if self._may_be_late():  # without a second look, where no more than a norm overflows
+            self.ok = _all_finite(made, torch.inf)
+            return None
+        return None if bool(_all_finite(made, 2.0)) else self._cause(proposals, naturals)
+
+    def _may_be_late(self) -> bool:
+        """Whether the host may learn at the next step that this one was skipped.
+
+        Not if the one before was, since an error may be due then, and not if nothing on the device
+        can keep AdamW from moving.
+        """
+        optimizer = self.optimizer
+        if optimizer.telemetry is not None or torch.compiler.is_compiling():
+            return False
+        if optimizer._verdict.in_row or optimizer.max_skipped == 1:
+            return False
+        return all(g["fused"] for g in self.foreign) and reading_waits(optimizer.param_groups)
 
     def _cause(self, proposals: Sequence[Proposal], naturals: Naturals) -> str | None:
         """The first parameter whose gradient, statistics, factors or direction are not finite."""
@@ -186,54 +190,6 @@ class Step:
                 "weight used in another way too?); AdamW trains it instead",
                 stacklevel=8,  # whoever calls the optimizer's step, which PyTorch wraps twice
             )
-
-    # Factors ------------------------------------------------------------------------------------
-
-    def _proposals(self) -> list[Proposal]:
-        """Normalise statistics, once, and update the factors that are due, not in place."""
-        optimizer, proposals, due = self.optimizer, [], dict[int, list[Proposal]]()
-        for bucket in self.buckets:
-            group = bucket.units[0].group
-            products = bucket.products or optimizer._products(group, bucket.members)
-            units = [u for u in bucket.units if u.complete and optimizer._due(u)]
-            proposals.append(Proposal(bucket, bucket.members, products, units))
-            if units:
-                due.setdefault(id(group), []).append(proposals[-1])
-        for changing in due.values():
-            group = changing[0].updated[0].group
-            jobs = (self._job(proposal) for proposal in changing)
-            for proposal, new in zip(changing, optimizer._update(group, jobs), strict=True):
-                stream = self.buckets.index(proposal.bucket)
-                rounding = Rounding(group["seed"], group["step"], stream)
-                proposal.members = proposal.bucket.replaced(proposal.updated, new, rounding)
-                proposal.products = optimizer._products(group, proposal.members)
-        return proposals
-
-    def _job(self, proposal: Proposal) -> Job:
-        """What the units of a bucket saw, averaged."""
-        units, damping = proposal.updated, proposal.updated[0].group["damping"]
-        old, kept = proposal.bucket.select(units, proposal.members, proposal.products)
-        job = Job(old, kept, {}, {})
-        sums: dict[str, Callable[[Unit, Statistics], tuple[StructuredMatrix, float | Tensor]]] = {
-            "K": lambda _, seen: (seen.U_K, 1.0 / seen.rows),
-            "C": lambda unit, seen: (seen.U_C, self._terms(seen, unit)),
-        }
-        for side, of_side in sums.items():
-            U, form = joined(units, side, old, kept, of_side)
-            job.sums[side], job.forms[side] = U, form
-            if self.report is not None and side in old:
-                for unit, norm in zip(units, _residuals(job, side, damping), strict=True):
-                    self.report.setdefault(unit.name, {})[f"residual_{side}"] = norm
-        return job
-
-    def _terms(self, seen: Statistics, unit: Unit) -> float | Tensor:
-        """What multiplies ``sum g g^T``: the terms of the loss, over the squared gradient scale."""
-        terms = self.optimizer._passes.terms
-        if not isinstance(terms, Tensor) and not terms:
-            counts = {None: 1, "batch": seen.samples, "batch+sequence": seen.terms}
-            terms = counts[unit.group["loss_average"]]
-        terms = terms / distributed.size(self.optimizer._process_group) ** 2
-        return terms if self.scale is None else terms / self.scale.double().square()
 
     # Parameters ---------------------------------------------------------------------------------
 
@@ -316,7 +272,19 @@ class Step:
                 weight_decay=group["weight_decay"],
                 rounding=roundings.setdefault(id(group), fresh),
                 scale=self.bounds.get(id(group)),
+                ok=self.ok,
             )
+
+    def _train_others(self) -> None:
+        """AdamW's step, which takes what guards it in the way of a GradScaler."""
+        adamw: Any = self.optimizer._adamw
+        adamw.param_groups, adamw.state = self.foreign, self.optimizer.state
+        if self.ok is not None:
+            adamw.found_inf = (~self.ok).float()
+        try:
+            adamw.step()
+        finally:
+            vars(adamw).pop("found_inf", None)
 
     def _momentum_buffer(self, p: Tensor) -> Tensor:
         state = self.optimizer.state[p]
@@ -330,15 +298,6 @@ def _moves(naturals: Naturals) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Every parameter of the units that has a gradient with its direction."""
     for of, natural in naturals:
         yield from of.moves(natural)
-
-
-def _residuals(job: Job, side: str, damping: float) -> Tensor:
-    """How far every factor of a side is from the best one, ``[units, ...]``."""
-    U, form = job.sums[side], job.forms[side]
-    if form == "PS":
-        return product_residual(job.products[2 * side], U, damping)
-    K = job.old[side].to(U.dtype)
-    return residual(K, U if form == "H" else curvature(K, U), damping)
 
 
 def _sum(numbers: Sequence[Tensor]) -> Tensor:
@@ -359,9 +318,10 @@ def fused(group: Group) -> Group:
     return {**group, "fused": True, "capturable": group["capturable"] or on_cuda}
 
 
-def _all_finite(tensors: list[Tensor]) -> bool:
-    """Whether no entry is infinite or NaN; may say no where only the sum of squares overflows."""
-    if not tensors:
-        return True
-    norms = torch._foreach_norm(tensors)  # that of squares is the fast one
-    return bool(torch.stack([n.float().to(norms[0].device) for n in norms]).isfinite().all())
+def _all_finite(tensors: list[Tensor], ord: float) -> Tensor:
+    """Whether no entry is infinite or NaN, on their device, by their norms of order ``ord``.
+
+    That of order 2, which is the fast one on the CPU, may itself overflow; that of infinity cannot.
+    """
+    norms = torch._foreach_norm(tensors, ord)
+    return torch.stack([n.to(norms[0].device) for n in norms]).isfinite().all()

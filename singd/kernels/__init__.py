@@ -79,8 +79,14 @@ def descend_(
     weight_decay: float,
     seed: Tensor,
     stream: int,
+    ok: Tensor | None = None,
 ) -> None:
-    """Weight decay, momentum and the step for many parameters: :func:`singd.descent.plain`."""
+    """Weight decay, momentum and the step for many parameters: :func:`singd.descent.plain`.
+
+    Nothing changes if ``ok`` is there and says no.
+    """
+    if ok is not None and not bool(ok):
+        return
     generator = _generator(seed, stream)
 
     def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -99,10 +105,11 @@ def _(
     weight_decay: float,
     seed: Tensor,
     stream: int,
+    ok: Tensor | None = None,
 ) -> None:
     from singd.kernels.descent import launch
 
-    launch(params, directions, buffers, lr, momentum, weight_decay, seed, stream)
+    launch(params, directions, buffers, lr, momentum, weight_decay, seed, stream, ok)
 
 
 def _generator(seed: Tensor, stream: int) -> torch.Generator:

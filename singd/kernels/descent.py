@@ -60,6 +60,7 @@ def _one(
 def _kernel(
     table,
     seed,
+    ok,
     stream,
     lr,
     momentum,
@@ -67,6 +68,7 @@ def _kernel(
     TYPE: tl.constexpr,
     DIRECTION: tl.constexpr,
     MOMENTUM: tl.constexpr,
+    GUARDED: tl.constexpr,
     STRIDED: tl.constexpr,
     ALIGNED: tl.constexpr,
     BITS: tl.constexpr,
@@ -79,6 +81,8 @@ def _kernel(
     direction = tl.load(table + 1).to(tl.pointer_type(DIRECTION))
     buffer = tl.load(table + 2).to(tl.pointer_type(TYPE))
     size, length, stride = tl.load(table + 3), tl.load(table + 4), tl.load(table + 5)
+    if GUARDED:
+        size = tl.where(tl.load(ok), size, 0)
     if ALIGNED:
         param, buffer = tl.multiple_of(param, 16), tl.multiple_of(buffer, 16)
         direction = tl.multiple_of(direction, 16)
@@ -113,6 +117,7 @@ def launch(
     weight_decay: float,
     seed: Tensor,
     stream: int,
+    ok: Tensor | None = None,
 ) -> None:
     """One launch for each pair of dtypes and kind of memory; parameters are contiguous."""
     sorted_: dict[tuple[torch.dtype, torch.dtype, bool, bool], list[Row]] = {}
@@ -131,6 +136,7 @@ def launch(
         _kernel[(min(blocks, PROGRAMS), len(rows))](
             _table(tuple(rows), params[0].device),
             seed,
+            seed if ok is None else ok,
             stream + offset,
             lr,
             momentum,
@@ -138,6 +144,7 @@ def launch(
             TYPE=TYPES[dtype],
             DIRECTION=TYPES[other],
             MOMENTUM=bool(buffers),
+            GUARDED=ok is not None,
             STRIDED=strided,
             ALIGNED=aligned,
             BITS=DROPPED[dtype],

@@ -14,6 +14,7 @@ from structured import StructuredMatrix, parse
 from structured._operations import OPERATIONS
 from structured._strategies import Operands
 from tests.singd import test_cuda_graph
+from tests.singd.runs import snapshot
 from tests.structured.specs import SPECS
 
 pytestmark = [
@@ -132,11 +133,14 @@ def test_steps_in_bfloat16(method: str) -> None:
         assert torch.linalg.vector_norm(p.float() - r) <= 0.1 * torch.linalg.vector_norm(r) + 0.05
 
 
+@pytest.mark.parametrize("limit", [None, 10])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("structure", ["dense", "diagonal", "block_diagonal(7)", "lower_toeplitz"])
-def test_a_step_does_not_wait_for_the_device(structure: str, dtype: torch.dtype) -> None:
+def test_a_step_does_not_wait_for_the_device(
+    structure: str, dtype: torch.dtype, limit: int | None
+) -> None:
     model = network().to("cuda", dtype)
-    optimizer = SINGD(model, T=2, structures=(structure, structure), max_skipped=None)
+    optimizer = SINGD(model, T=2, structures=(structure, structure), max_skipped=limit)
     x = torch.randn(8, 3, 6, 6, device="cuda", dtype=dtype)
     for step in range(4):
         optimizer.zero_grad()
@@ -146,3 +150,28 @@ def test_a_step_does_not_wait_for_the_device(structure: str, dtype: torch.dtype)
             optimizer.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("graft", [None, "adamw"])
+def test_a_bad_batch_changes_nothing(graft: str | None, dtype: torch.dtype) -> None:
+    """In the first step too, which makes the state; the host learns of it at the next step."""
+    model = network().to("cuda", dtype)
+    optimizer = SINGD(model, T=1, graft=graft, max_skipped=2)
+    x = torch.randn(8, 3, 6, 6, device="cuda", dtype=dtype)
+    bad = torch.full_like(x, torch.nan)
+    first = copy.deepcopy(model.state_dict())
+    test_cuda_graph.iterate(model, optimizer, bad)
+    assert optimizer._verdict.skipped == 0
+    torch.testing.assert_close(model.state_dict(), first, rtol=0, atol=0)
+    for _ in range(3):
+        test_cuda_graph.iterate(model, optimizer, x)
+    before = snapshot(model, optimizer)
+    assert not torch.equal(before["0.weight"], first["0.weight"])
+    test_cuda_graph.iterate(model, optimizer, bad)
+    assert optimizer._verdict.skipped == 1
+    torch.testing.assert_close(snapshot(model, optimizer), before, rtol=0, atol=0)
+    assert optimizer.skipped == 2
+    with pytest.raises(FloatingPointError, match=r"0\.weight: .* in 2 steps in a row"):
+        test_cuda_graph.iterate(model, optimizer, bad)
+    torch.testing.assert_close(snapshot(model, optimizer), before, rtol=0, atol=0)

@@ -47,7 +47,7 @@ def main() -> None:
     cut = symmetric_product.LARGE
     tile = {"TILE": cut.size, "DEPTH": cut.depth, "BAND": symmetric_product.BAND, "ADD": False}
     numbers = {"alpha": "fp32", "beta": "fp32"}
-    move = {"table": "*i64", "seed": "*i64"}
+    move = {"table": "*i64", "seed": "*i64", "ok": "*i1"}
     move |= dict.fromkeys(("lr", "momentum", "weight_decay"), "fp32")
     found = {
         "symmetric product": ptx(
@@ -71,7 +71,7 @@ def main() -> None:
             descent._kernel,
             move,
             {"TYPE": tl.bfloat16, "DIRECTION": tl.bfloat16, "MOMENTUM": True, "STRIDED": False}
-            | {"ALIGNED": True, "BITS": 16, "BLOCK": descent.BLOCK},
+            | {"GUARDED": True, "ALIGNED": True, "BITS": 16, "BLOCK": descent.BLOCK},
         ),
     }
     print(json.dumps({name: report(text) for name, text in found.items()}))

@@ -111,6 +111,29 @@ def test_descent_of_many_parameters(dtype, momentum):
         assert abs(bias) < 5 * eps / 9000**0.5
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+def test_what_guards_a_descent_keeps_all_or_nothing(dtype, momentum):
+    """As for the twin."""
+    torch.manual_seed(0)
+    params = [torch.randn(n, device=DEVICE).to(dtype) for n in (9000, 3)]
+    buffers = [torch.randn_like(p) for p in params] if momentum else []
+    directions = [torch.randn(p.shape, device=DEVICE) for p in params]
+    bad = [torch.full_like(d, torch.nan) for d in directions]
+
+    def step(along, *ok, of=descent_kernel.launch):
+        moved = [p.clone() for p in params], along, [b.clone() for b in buffers]
+        of(*moved, 0.1, momentum, 0.01, seed(), 0, *ok)
+        return moved[0] + moved[2]
+
+    yes, no = (torch.tensor(value, device=DEVICE) for value in (True, False))
+    for of in (descent_kernel.launch, kernels.descend_):
+        taken = step(directions, yes, of=of)
+        torch.testing.assert_close(taken, step(directions, of=of), rtol=0, atol=0)
+        torch.testing.assert_close(step(bad, no, of=of), params + buffers, rtol=0, atol=0)
+        assert not torch.equal(taken[1], params[1])
+
+
 def test_small_steps_add_up():
     """Steps far below a unit in the last place move a bfloat16 parameter as they should."""
     p, d = torch.ones(4000, device=DEVICE).bfloat16(), torch.ones(4000, device=DEVICE)
@@ -160,4 +183,6 @@ def test_the_operators():
     check(kernels.stochastic_round, (x, torch.bfloat16, s, 0), test_utils=tests)
     alpha = torch.tensor(0.1, device=DEVICE)
     check(kernels.add_rounded_, (x.bfloat16(), x, alpha, s, 0), test_utils=tests)
-    check(kernels.descend_, ([x], [x.clone()], [x.clone()], 0.1, 0.9, 0.0, s, 0), test_utils=tests)
+    for ok in ((), (torch.tensor(True, device=DEVICE),)):
+        moved = [x], [x.clone()], [x.clone()]
+        check(kernels.descend_, (*moved, 0.1, 0.9, 0.0, s, 0, *ok), test_utils=tests)

@@ -6,13 +6,14 @@ from contextlib import nullcontext
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from singd import KFAC, SINGD
+from singd import KFAC, SINGD, stepping
 from tests.singd.runs import F64, batches, mlp, snapshot
 
 STEPS = 4
@@ -86,6 +87,8 @@ def run(case: dict[str, Any], rank: int, ranks: int) -> dict[str, Tensor]:
             if case.get("count"):
                 optimizer.count_terms(len(index))
         optimizer.step()
+        if case.get("gpu") and rank == 0:  # for a log, say: the other ranks do not ask
+            assert optimizer.skipped == (step >= case["bad"])
     return snapshot(getattr(model, "module", model), optimizer) | {
         "skipped": torch.tensor(optimizer.skipped)
     }
@@ -110,6 +113,11 @@ def alone(case: dict[str, Any], ranks: int) -> dict[str, Tensor]:
     return snapshot(model, optimizer) | {"skipped": torch.tensor(optimizer.skipped)}
 
 
+def later(case: dict[str, Any]) -> Any:
+    """Whether the host learns at the next step that one was skipped, as on a GPU."""
+    return mock.patch.object(stepping, "reading_waits", return_value=case.get("gpu", False))
+
+
 def worker(rank: int, ranks: int, folder: str, cases: dict[str, dict[str, Any]]) -> None:
     """Run all cases, and leave what they end with in ``folder``."""
     torch.set_num_threads(1)
@@ -120,5 +128,9 @@ def worker(rank: int, ranks: int, folder: str, cases: dict[str, dict[str, Any]])
         world_size=ranks,
         timeout=timedelta(seconds=30),
     )
-    torch.save({name: run(case, rank, ranks) for name, case in cases.items()}, f"{folder}/{rank}")
+    ended = {}
+    for name, case in cases.items():
+        with later(case):
+            ended[name] = run(case, rank, ranks)
+    torch.save(ended, f"{folder}/{rank}")
     dist.destroy_process_group()

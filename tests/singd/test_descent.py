@@ -41,6 +41,29 @@ def test_the_scale_is_that_of_the_directions(
         torch.testing.assert_close(got, wanted, rtol=4 * eps, atol=eps)
 
 
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_what_guards_a_step_keeps_all_or_nothing(
+    dtype: torch.dtype, transposed: bool, momentum: float, lr: float | Tensor
+) -> None:
+    directions, nu = [torch.randn(3, 4).to(dtype), torch.randn(5).to(dtype)], torch.tensor(0.3)
+    params, buffers = tensors(dtype, transposed), tensors(dtype, transposed) if momentum else []
+
+    def step(ok: bool | None, direction: float = 1.0) -> list[Tensor]:
+        ps, bs = [p.clone() for p in params], [b.clone() for b in buffers]
+        along = [direction * d for d in directions]
+        options = {"lr": lr, "momentum": momentum, "weight_decay": 0.01, "scale": nu}
+        guard = None if ok is None else torch.tensor(ok)
+        descend(ps, along, bs, rounding=Rounding(0, 0), ok=guard, **options)
+        return ps + bs
+
+    torch.testing.assert_close(step(True), step(None), rtol=0, atol=0)
+    torch.testing.assert_close(step(False, float("nan")), params + buffers, rtol=0, atol=0)
+    assert not torch.equal(step(True)[0], params[0])
+
+
 @pytest.mark.parametrize("piece", [1, 7, 12, 100])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_pieces_are_cut_and_joined(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, multiprocessing
 
-from tests.singd.ranks import alone, worker
+from tests.singd.ranks import alone, later, worker
 from tests.singd.runs import distance
 
 Runs = dict[int, list[dict[str, dict[str, Tensor]]]]
@@ -23,6 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
         "Toeplitz": {"options": {"structures": ("lower_toeplitz", "diagonal")}},
         "micro-batches": {"micro": 2},
         "a bad batch on one rank": {"bad": 2},
+        "a bad batch that is known later": {"bad": 2, "gpu": True},
         "a summed loss": {"options": {"loss_average": None}},
         "counted terms": {"count": True, "options": {"loss_average": None}},
         "a use one rank does not have": {"odd": True},
@@ -51,7 +52,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_do_what_one_process_does(ranks: int, case: str, runs: Runs) -> None:
-    expected = alone(CASES[case], ranks)
+    with later(CASES[case]):
+        expected = alone(CASES[case], ranks)
     assert int(expected["skipped"]) == ("bad" in CASES[case])
     ended = [run[case] for run in runs[ranks]]
     for other in ended:
