@@ -1,4 +1,4 @@
-"""From statistics to factors: what units saw is averaged, bucket by bucket, and handed to a rule."""
+"""From statistics to factors: what units saw, averaged bucket by bucket and handed to a rule."""
 
 from __future__ import annotations
 

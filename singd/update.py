@@ -146,17 +146,22 @@ def jointly(
         there = [i for i, x in enumerate(out) if x.device == device]
         vectors = [torch.cat([each[i].flatten() for i in there]) for each in numbers]
         counts = tuple((max(sizes[i], 1), out[i].numel()) for i in there)
-        results = function(*vectors, _sizes(counts, vectors[0].dtype, device))
+        repeat = _repeat if torch.compiler.is_compiling() else _repeated  # it passes caches by
+        results = function(*vectors, repeat(counts, vectors[0].dtype, device))
         for i, result in zip(there, results.split([k for _, k in counts]), strict=True):
             shaped = result if out[i].ndim == 1 else result.view(out[i].shape)
             out[i] = shaped if shaped.dtype == out[i].dtype else shaped.to(out[i].dtype)
     return out
 
 
-@functools.lru_cache(64)
-def _sizes(counts: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Each size so many times; made once, since that waits for the device."""
+def _repeat(
+    counts: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """``n`` for ``k`` times, for each pair."""
     return torch.tensor([n for n, k in counts for _ in range(k)], dtype=dtype, device=device)
+
+
+_repeated = functools.lru_cache(64)(_repeat)  # made once, since that waits for the device
 
 
 def product_statistic(P: StructuredMatrix, A: Tensor) -> StructuredMatrix:
