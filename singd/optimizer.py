@@ -49,7 +49,8 @@ class SINGD(KroneckerOptimizer):
         params: Parameters or parameter groups; all trainable parameters of ``model`` if ``None``.
         lr: Learning rate (beta_2 in the paper); a tensor is read anew by a CUDA graph.
         momentum: Momentum of the parameters (alpha_2), in [0, 1).
-        damping: Damping lambda of the curvature.
+        damping: Damping lambda of the curvature. What is smaller than its rounding counts as that
+            (``docs/singd/precision.md``).
         alpha1: Riemannian momentum of the factors (alpha_1), in [0, 1); 0 under ``kfac_like``.
         weight_decay: Weight decay gamma, added to the preconditioned gradient.
         T: The factors are updated at every ``T``-th step.

@@ -179,7 +179,7 @@ def singd_weights(
     sizes = [x.n for x in H]
     a = jointly(lambda h, n: h / n, sizes, [x.trace() for x in H])
     c = jointly(lambda q, n: q * (damping / n), sizes, [x.trace() for x in Q])
-    return [(a[i ^ 1], c[i ^ 1]) for i in range(len(H))]
+    return [(a[i ^ 1].to(x.dtype), c[i ^ 1].to(x.dtype)) for i, x in enumerate(H)]
 
 
 def resolved_damping(c: float | Tensor, a: float | Tensor, norm: Tensor) -> Tensor:
@@ -247,7 +247,8 @@ def _weighted_sum_(
     """``a X + b Y`` in the memory of X: fresh memory takes longer than the sum."""
 
     def sum_(x: Tensor, y: Tensor) -> Tensor:
-        x.mul_(leading(a, x) if isinstance(a, Tensor) else a)
+        if isinstance(a, Tensor) or a != 1:
+            x.mul_(leading(a, x) if isinstance(a, Tensor) else a)
         return x.addcmul_(y, leading(b, y)) if isinstance(b, Tensor) else x.add_(y, alpha=b)
 
     return X.map(sum_, Y)
