@@ -29,5 +29,6 @@ def rounds_products(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def _cpu_has_bfloat16() -> bool:
-    found: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return found
+    return torch.backends.mkldnn.is_available() and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )

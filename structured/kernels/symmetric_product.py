@@ -153,7 +153,7 @@ def _run(out: Tensor, X: Tensor, add: tuple[float, float] | None, cut: Tiling | 
         target = out.view((*X.shape[:-1], n))[None]
     else:
         target = torch.empty(count, outer, inner, n, n, dtype=torch.float32, device=X.device)
-    fast = torch.get_float32_matmul_precision() != "highest"
+    fast = torch.backends.cuda.matmul.fp32_precision == "tf32"
     _kernel[(count * programs,)](
         X,
         target,
