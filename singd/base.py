@@ -351,5 +351,5 @@ class KroneckerOptimizer(SplitOptimizer):
         checkpoint.load(self, state_dict)
         self._bind()
         for unit in self._units:
-            if any(form != "S" for form in unit.forms.values()):
+            if unit.is_of_its_factors:
                 unit.discard()  # those were other factors

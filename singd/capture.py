@@ -181,6 +181,11 @@ class Unit:
         fresh: dict[str, Any] = {"statistics": {}, "passes": {}, "counted": {}, "structures": ()}
         return vars(self) | fresh | {"members": {}, "layout": (), "bucket": None, "forms": {}}
 
+    @property
+    def is_of_its_factors(self) -> bool:
+        """Whether what was summed is of no use with other factors."""
+        return any(form != "S" for form in self.forms.values())
+
     def discard(self) -> None:
         """Forget what was seen since the last step."""
         for seen in (self.statistics, self.passes, self.counted, self.forms):

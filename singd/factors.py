@@ -125,29 +125,23 @@ def joined(
         products: Of them.
         sums: The sum of a side that was seen of a part of a unit, and what makes it an average.
     """
-    forms: list[Form] = [unit.forms.get(side, "S") for unit in units]
-    form: Form = next((f for f in forms if f != "S"), "S")
-    joined = []
-    for index, unit in enumerate(units):
+    form: Form = next((u.forms[side] for u in units if u.forms.get(side, "S") != "S"), "S")
+
+    def average(index: int, unit: Unit) -> StructuredMatrix:
         parts = [sums(unit, seen) for _, seen in sorted(unit.statistics.items())]
-        (U, scale), *others = parts
-        if not others:
-            U = U.map(lambda t: (t * scale)[None])  # noqa: B023  # called at once
+        first, *others = [U * scale for U, scale in parts]
+        if others:
+            U = first.map(lambda *ts: torch.stack(ts)[None], *others)
         else:
-            U = stack([U * scale for U, scale in parts]).map(lambda t: t[None])
-        if forms[index] != form:
-            source = old[side] if form == "H" else products[2 * side]
-            own = source.map(lambda t: t[index, None])  # noqa: B023
-            U = curvature(own.to(U.dtype), U) if form == "H" else own.matmul(U.to(own.dtype))
-        joined.append(U)
-    if len(joined) == 1:
-        return joined[0], form
-    return joined[0].map(lambda *ts: torch.cat(ts), *joined[1:]), form
+            U = first.map(lambda t: t[None])
+        if unit.forms.get(side, "S") == form:
+            return U
+        source = old[side] if form == "H" else products[2 * side]
+        own = source.map(lambda t: t[index, None])
+        return curvature(own.to(U.dtype), U) if form == "H" else own.matmul(U.to(own.dtype))
 
-
-def stack(members: Sequence[StructuredMatrix]) -> StructuredMatrix:
-    """Members of one structure as one with a new first batch dimension."""
-    return members[0].map(lambda *ts: torch.stack(ts), *members[1:])
+    first, *others = [average(index, unit) for index, unit in enumerate(units)]
+    return first.map(lambda *ts: torch.cat(ts), *others) if others else first, form
 
 
 def _residuals(job: Job, side: str, damping: float) -> Tensor:

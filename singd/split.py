@@ -216,7 +216,7 @@ class SplitOptimizer(Optimizer):
         state = self.state.get(unit.weight, {})
         for name in [k for k, v in state.items() if isinstance(v, list) and k not in kept]:
             del state[name]
-        if unit.structures != before or any(form != "S" for form in unit.forms.values()):
+        if unit.structures != before or unit.is_of_its_factors:
             unit.discard()
 
     def _choices(self, group: Group) -> tuple[Any, ...]:

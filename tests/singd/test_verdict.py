@@ -210,13 +210,19 @@ def factor(optimizer: Any, model: nn.Sequential) -> Tensor:
     return optimizer.state[model[0].weight]["K"][0].clone()
 
 
+def with_a_lost_update(T: int) -> tuple[nn.Sequential, Any, Any, Tensor]:
+    """A model, batches, the optimizer whose second update was just lost, and its factor."""
+    model, data = network(), batches(2 * T)
+    optimizer = SINGD(model, T=T)
+    train(model, optimizer, data[:T])
+    K = factor(optimizer, model)
+    train(model, optimizer, broken(data[T]))
+    return model, data, optimizer, K
+
+
 def test_an_update_that_was_due_is_caught_up_with() -> None:
     """The next batch comes before the skip is known; the one after it makes up for that."""
-    model, data = network(), batches(6)
-    optimizer = SINGD(model, T=3)
-    train(model, optimizer, data[:3])
-    K = factor(optimizer, model)
-    train(model, optimizer, broken(data[3]))
+    model, data, optimizer, K = with_a_lost_update(T=3)
     weight = model[0].weight.detach().clone()
     train(model, optimizer, data[3:4])
     assert torch.equal(factor(optimizer, model), K)
@@ -244,11 +250,7 @@ def test_a_skip_that_is_known_in_time_costs_no_update() -> None:
 
 def test_no_factor_is_updated_from_a_part_of_a_batch() -> None:
     """The skip becomes known between two passes of one step."""
-    model, data = network(), batches(4)
-    optimizer = SINGD(model, T=2)
-    train(model, optimizer, data[:2])
-    K = factor(optimizer, model)
-    train(model, optimizer, broken(data[0]))
+    model, data, optimizer, K = with_a_lost_update(T=2)
     optimizer.zero_grad()
     for X, y in data[2:]:
         mean_loss(model(X), y).backward()
