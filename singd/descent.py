@@ -17,7 +17,7 @@ from torch import Tensor
 from singd.rounding import Rounding
 
 _EXACT = (torch.float32, torch.float64)
-PIECE = 1 << 16  # numbers at a time, in the processor's caches
+PIECE = 1 << 17  # numbers at a time, in the processor's caches
 
 
 def descend(
@@ -59,32 +59,22 @@ def descend(
         for place, old in zip(places, before, strict=True):
             torch.where(ok, place, old, out=place)
         return
-    if ordered and params[0].dtype not in _EXACT:
-        step = functools.partial(
-            plain, lr=lr, momentum=momentum, weight_decay=weight_decay, rounded=rounding
-        )
-        _in_pieces(step, params, directions, buffers, scale)
-        return
-    if scale is not None and not (ordered and params[0].dtype == torch.float32):
+    if scale is not None and not (ordered and params[0].dtype != torch.float64):
         directions = list(directions)
         torch._foreach_mul_(directions, scale.to(directions[0]))
         scale = None
     if ordered:
-        dtype = params[0].dtype
-        rate: Any = lr  # either is an overload
-        torch._fused_sgd_(
-            list(params),
-            [d.to(dtype).contiguous() for d in directions],
-            list(buffers),
-            grad_scale=None if scale is None else 1.0 / scale.to(dtype),  # it divides by that
-            lr=rate,
+        fused = functools.partial(
+            _fused_,
+            divisor=None if scale is None else scale.float().reciprocal(),
+            lr=lr,
             momentum=momentum,
             weight_decay=weight_decay,
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-            is_first_step=False,
         )
+        if params[0].dtype in _EXACT:
+            fused(params, [d.to(params[0].dtype).contiguous() for d in directions], buffers)
+        else:
+            _in_pieces(fused, params, directions, buffers, rounding)
     elif kernels is not None:
         seed, stream = rounding.draw(params[0].device)
         moved = list(params), list(directions), list(buffers)
@@ -93,24 +83,54 @@ def descend(
         plain(params, directions, buffers, lr, momentum, weight_decay, rounding)
 
 
+def _fused_(
+    params: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    *,
+    divisor: Tensor | None,
+    lr: Any,
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    """PyTorch's kernel on the CPU, of numbers in order and of one dtype, float32 or float64."""
+    torch._fused_sgd_(
+        list(params),
+        list(directions),
+        list(buffers),
+        grad_scale=divisor,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+    )
+
+
 def _in_pieces(
     step: Callable[..., None],
     params: Sequence[Tensor],
     directions: Sequence[Tensor],
     buffers: Sequence[Tensor],
-    scale: Tensor | None,
+    rounding: Rounding,
 ) -> None:
-    """``step`` on so many numbers at a time that what is made of them stays in the caches."""
+    """``step`` in float32 on so many numbers at a time that all of it stays in the caches."""
     groups = [params, directions, buffers] if buffers else [params, directions]
+    size = min(PIECE, sum(p.numel() for p in params))
+    room = torch.empty(len(groups), size, dtype=torch.float32)
     for places in _pieces(groups):
-        p, d, *b = [each[0] if len(each) == 1 else torch.cat(each) for each in places]
-        d = d.float() if scale is None else d.float() * scale
+        joined = [each[0] if len(each) == 1 else torch.cat(each) for each in places]
+        p, d, *b = [row[: len(t)].copy_(t) for row, t in zip(room, joined, strict=True)]
         step([p], [d], b)
+        rounding.round_(joined[0], p)
+        for kept, wide in zip(joined[2:], b, strict=True):
+            kept.copy_(wide)
         if len(places[0]) > 1:  # else they are the places themselves
             sizes = [len(place) for place in places[0]]
-            torch._foreach_copy_(places[0], p.split(sizes))
-            if b:
-                torch._foreach_copy_(places[2], b[0].split(sizes))
+            for kept, into in zip(joined[::2], places[::2], strict=True):
+                torch._foreach_copy_(into, kept.split(sizes))
 
 
 def _pieces(groups: Sequence[Sequence[Tensor]]) -> Iterator[list[list[Tensor]]]:

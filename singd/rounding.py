@@ -16,7 +16,7 @@ from torch import Tensor
 from singd import cuda_graph
 
 _MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
-_PIECE = 1 << 16  # numbers at a time, in the processor's caches
+_PIECE = 1 << 17  # numbers at a time, in the processor's caches
 
 
 def stochastic_round(
@@ -33,20 +33,53 @@ def stochastic_round(
     if dtype not in _MANTISSA_BITS:
         return x.to(dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    size = _PIECE if x.is_cpu else max(1, x.numel())
-    for piece, place in zip(x.flatten().split(size), out.view(-1).split(size), strict=True):
-        place.copy_(_rounded(piece.to(torch.float32), 23 - _MANTISSA_BITS[dtype], generator))
+    _Pieces(x.numel(), x.device).round_(out.view(-1), x.flatten(), generator)
     return out
 
 
-def _rounded(x: Tensor, dropped: int, generator: torch.Generator | None) -> Tensor:
-    """``x [n]`` without so many of its last bits, a multiple of them up or down."""
-    words = torch.empty(-(-len(x) // 4), dtype=torch.int64, device=x.device)
-    noise = words.random_(-(1 << 63), None, generator=generator).view(torch.int16)[: len(x)]
-    noise = noise if dropped == 16 else noise >> (16 - dropped)  # from [-half, half)
-    bits = noise.to(torch.int32).add_(x.view(torch.int32))
-    bits.add_(1 << (dropped - 1)).bitwise_and_(-1 << dropped)
-    return bits.view(torch.float32).add_(x.clamp(-0.0, -0.0))  # NaN, whose sign a carry might reach
+class _Pieces:
+    """Stochastic rounding piece by piece in the same memory: fresh memory takes longer.
+
+    So does fresh noise. That of the first piece, shifted by a random number, serves every other:
+    it is uniform still, and any two numbers of it are independent. So rounding stays without bias,
+    and errors are not correlated.
+
+    Args:
+        n: How many numbers there are.
+        device: Where.
+    """
+
+    def __init__(self, n: int, device: torch.device) -> None:
+        self.size = max(1, min(n, _PIECE) if device.type == "cpu" else n)
+        self.words = torch.empty(-(-self.size // 4), dtype=torch.int64, device=device)
+        self.bits = torch.empty(self.size, dtype=torch.int32, device=device)
+        self.wide = torch.empty(self.size, dtype=torch.float32, device=device)
+        self.drawn = False
+
+    def round_(self, out: Tensor, x: Tensor, generator: torch.Generator | None) -> None:
+        """``out [n] <- x [n]`` without its last bits, a multiple of them up or down."""
+        dropped = 23 - _MANTISSA_BITS[out.dtype]
+        for place, piece in zip(out.split(self.size), x.split(self.size), strict=True):
+            n = len(piece)
+            bits = self.bits[:n].copy_(self._noise(generator)[:n])
+            if dropped < 16:
+                bits.bitwise_right_shift_(16 - dropped)
+            # Any NaN as PyTorch's own, which no noise can carry into the sign.
+            special = (torch.nan, torch.inf, -torch.inf)
+            wide = torch.nan_to_num(piece.to(torch.float32), *special, out=self.wide[:n])
+            bits.add_(wide.view(torch.int32))
+            place.copy_(bits.bitwise_and_(-1 << dropped).view(torch.float32))
+
+    def _noise(self, generator: torch.Generator | None) -> Tensor:
+        """Uniform in 16 bits."""
+        if self.drawn:
+            shift = torch.empty((), dtype=torch.int16, device=self.words.device)
+            shift.random_(-(1 << 15), 1 << 15, generator=generator)
+            self.words.view(torch.int16).add_(shift)
+        else:
+            self.words.random_(-(1 << 63), None, generator=generator)
+            self.drawn = True
+        return self.words.view(torch.uint16)
 
 
 def leading(alpha: Tensor, t: Tensor) -> Tensor:
@@ -71,6 +104,7 @@ class Rounding:
         digest = blake2b(f"{seed} {step} {stream}".encode(), digest_size=7).digest()
         self.seed = int.from_bytes(digest, "big")
         self.generators: dict[torch.device, torch.Generator] = {}
+        self.pieces: dict[torch.device, _Pieces] = {}
         self.seeds: dict[torch.device, Tensor] = {}
         self.draws = 0
 
@@ -81,11 +115,21 @@ class Rounding:
         if x.is_cuda and (fast := self.kernels()) is not None:
             rounded: Tensor = fast.stochastic_round(x.float(), dtype, *self.draw(x.device))
             return rounded
-        if cuda_graph.capturing():
-            return stochastic_round(x, dtype)
-        if x.device not in self.generators:
-            self.generators[x.device] = torch.Generator(x.device).manual_seed(self.seed)
-        return stochastic_round(x, dtype, self.generators[x.device])
+        out = torch.empty(x.shape, dtype=dtype, device=x.device)
+        self.round_(out.view(-1), x.flatten())
+        return out
+
+    def round_(self, out: Tensor, x: Tensor) -> None:
+        """``out [n] <- x [n]`` in plain PyTorch, ``out`` in bfloat16 or float16."""
+        device, n = x.device, len(x)
+        if device not in self.pieces or self.pieces[device].size < min(n, _PIECE):
+            self.pieces[device] = _Pieces(n, device)
+        generator = None
+        if not cuda_graph.capturing():
+            if device not in self.generators:
+                self.generators[device] = torch.Generator(device).manual_seed(self.seed)
+            generator = self.generators[device]
+        self.pieces[device].round_(out, x, generator)
 
     def add_(self, stored: Tensor, x: Tensor, alpha: Tensor) -> None:
         """``stored <- stored + alpha x``, summed in float32 at least and rounded once.

@@ -33,7 +33,9 @@ from torch import Tensor
 
 from singd.joint import jointly
 from singd.rounding import leading
-from structured import Diagonal, Kronecker, Operator, StructuredMatrix
+from structured import Dense, Diagonal, Kronecker, Operator, StructuredMatrix
+
+_PIECE = 1 << 18  # numbers of low precision that are made wide at a time
 
 
 def mean_trace(H: StructuredMatrix) -> Tensor:
@@ -243,19 +245,27 @@ def precondition_products(KK: Operator, CC: Operator, G: Tensor) -> Tensor:
     """The same from the products alone."""
     if isinstance(KK, Diagonal) and isinstance(CC, Diagonal):  # as few passes as there can be
         return (G * KK.d[..., None, :]).mul_(CC.d[..., None])
-    return Kronecker(CC, KK).apply_matrix(G)
+    return Kronecker(CC, _for_rows(KK)).apply_matrix(G)
 
 
 def precondition_apart(KK: Operator, CC: Operator, G: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """The same for ``[G g]``, a weight and its bias ``g [..., d_out, 1]``, without joining them."""
-    return Kronecker(CC, KK).apply_apart(G, g)
+    return Kronecker(CC, _for_rows(KK)).apply_apart(G, g)
+
+
+def _for_rows(KK: Operator) -> Operator:
+    """A symmetric factor, stored so that rows are multiplied by it fast."""
+    return KK.mT if isinstance(KK, Dense) else KK  # a product with its transpose, then, is plain
 
 
 def inner(X: Tensor, Y: Tensor) -> Tensor:
     """``sum_ij X_ij Y_ij`` over all dimensions, in float32 at least."""
-    if X.dtype.itemsize < 4:
-        X, Y = X.float(), Y.float()
-    return torch.dot(X.flatten(), Y.flatten())
+    x, y = X.flatten(), Y.flatten()
+    if x.dtype.itemsize >= 4:
+        return torch.dot(x, y)
+    size = _PIECE if x.is_cpu else max(1, len(x))
+    pieces = zip(x.split(size), y.split(size), strict=True)
+    return torch.stack([torch.dot(one.float(), other.float()) for one, other in pieces]).sum()
 
 
 def moving_average(S: StructuredMatrix, new: StructuredMatrix, lr_cov: float) -> StructuredMatrix:

@@ -31,18 +31,42 @@ def largest(t: Tensor, batch_ndim: int) -> Tensor:
     return flat.abs().amax(-1) if flat.shape[-1] else flat.sum(-1)
 
 
-_PANEL = 1 << 16  # numbers: 256 KiB in float32, a part of what a core's cache holds
+_PANEL = 1 << 21  # bytes: what is made and read again at once stays in the caches
+_LARGE = 1 << 15  # numbers: products as large are not worth a temporary for all of them
 
 
 def panels(A: Tensor, X: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Two tensors of one batch shape in pieces along it, ``X`` by about :data:`_PANEL` numbers."""
-    if X.numel() <= _PANEL or not X.is_cpu:
+    """Two tensors of one batch shape in pieces along it, ``X`` by about :data:`_PANEL` bytes."""
+    if X.nbytes <= _PANEL or not X.is_cpu:
         return [A], [X]
-    if X.numel() > _PANEL * len(X) and X.ndim > 3:
+    if X.nbytes > _PANEL * len(X) and X.ndim > 3:
         pairs = [panels(a, x) for a, x in zip(A, X, strict=True)]
         return [a for each, _ in pairs for a in each], [x for _, each in pairs for x in each]
-    count = max(1, _PANEL * len(X) // X.numel())
+    count = max(1, _PANEL * len(X) // X.nbytes)
     return A.split(count), X.split(count)
+
+
+def write_product_(out: Tensor, A: Tensor, B: Tensor) -> None:
+    """``out <- A B``, on a CPU panel by panel where all are of one batch shape.
+
+    ``B`` may be ``out``. That is faster than to multiply in place: PyTorch's products in place take
+    small matrices one by one.
+    """
+    if not out.is_cpu and B is not out:
+        add_product_(out, A, B, beta=0.0)
+        return
+    batched = out.ndim > 2 and out.shape[:-2] == A.shape[:-2] == B.shape[:-2]
+    As, Bs = panels(A, B) if batched else ([A], [B])
+    outs = panels(A, out)[1] if batched else [out]
+    for each in zip(outs, As, Bs, strict=True):
+        place, a, b = _as_stored(*each)
+        place.copy_(a @ b)
+
+
+def _as_stored(out: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``out = A B`` or its transpose, whichever ``out`` holds row by row."""
+    by_columns = out.stride(-2) < out.stride(-1)
+    return (out.mT, B.mT, A.mT) if by_columns else (out, A, B)
 
 
 def accumulate_(out: Tensor, M: Tensor, *, beta: float, alpha: float) -> None:
@@ -62,7 +86,7 @@ def add_product_(
     slow = out.is_cpu and out.dtype.itemsize < 4
     while out.ndim == A.ndim == B.ndim > 3 and len(out) == 1:
         out, A, B = out[0], A[0], B[0]
-    large = out.is_cpu and 2 * out.numel() >= _PANEL * max(1, len(out))
+    large = out.is_cpu and out.numel() >= _LARGE * max(1, len(out))
     if large and out.ndim == A.ndim == B.ndim > 3 and len(out) == len(A) == len(B):
         for i in range(len(out)):
             add_product_(out[i], A[i], B[i], beta=beta, alpha=alpha)
@@ -71,6 +95,7 @@ def add_product_(
     elif out.ndim == A.ndim == B.ndim == 3 and len(out) == len(A) == len(B) and not slow:
         out.baddbmm_(A, B, beta=beta, alpha=alpha)
     else:
+        out, A, B = _as_stored(out, A, B)
         accumulate_(out, A @ B, beta=beta, alpha=alpha)
 
 

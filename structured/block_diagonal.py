@@ -19,7 +19,7 @@ from torch import Size, Tensor
 
 from structured._dispatch import symmetric_product
 from structured._matrix import Scalar, StructuredMatrix, joint_norm, largest
-from structured._numbers import add_product_, panels
+from structured._numbers import add_product_, write_product_
 from structured.dense import Dense
 
 
@@ -94,7 +94,7 @@ class BlockDiagonal(StructuredMatrix):
         """Write the products of the equal blocks into the first rows of ``Y``."""
         h, sizes = self._head, blocks.shape[-3:-1]
         Y, X = (t[..., :h, :].unflatten(-2, sizes) for t in (Y, X))
-        add_product_(Y, blocks, X, beta=0.0)
+        write_product_(Y, blocks, X)
 
     @property
     def mT(self) -> BlockDiagonal:
@@ -110,14 +110,13 @@ class BlockDiagonal(StructuredMatrix):
         return self._products(self.blocks, self.last, X)
 
     def _apply_to_own(self, X: Tensor) -> Tensor:
-        """By panels, each written back while it is in the cache."""
+        """Written over ``X``."""
         differentiated = any(t.requires_grad for t in (X, self.blocks, self.last))
         if differentiated or X.shape[:-2] != self.batch_shape:
             return self.apply(X)
         h, sizes = self._head, self.blocks.shape[-3:-1]
         rows = X[..., :h, :].unflatten(-2, sizes)
-        for blocks, panel in zip(*panels(self.blocks, rows), strict=True):
-            panel.copy_(blocks @ panel)
+        write_product_(rows, self.blocks, rows)
         if h < X.shape[-2]:
             X[..., h:, :] = self.last @ X[..., h:, :]
         return X

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from singd import SINGD, update
+from singd import SINGD, rounding, update
 from singd.rounding import stochastic_round
 from structured import Dense, parse
 from tests.singd import dense
@@ -59,6 +59,21 @@ def test_rounding_is_unbiased(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", LOW)
+def test_errors_of_different_pieces_are_not_correlated(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Within five standard errors, for all pairs of six numbers in three pieces."""
+    monkeypatch.setattr(rounding, "_PIECE", 2)
+    count = 4000
+    x = torch.tensor([1.0, 1.001, -1.0, 1.003, 1.0, 0.999]) * (1 + torch.finfo(dtype).eps / 3)
+    seeded = [torch.Generator().manual_seed(seed) for seed in range(count)]
+    errors = torch.stack([stochastic_round(x, dtype, g).double() for g in seeded]) - x.double()
+    correlations = errors.T.corrcoef() - torch.eye(6)
+    assert bool((correlations.abs() <= 5 / count**0.5).all())
+    assert bool((errors.mean(0).abs() <= 5 * errors.std(0) / count**0.5).all())
+
+
+@pytest.mark.parametrize("dtype", LOW)
 def test_what_is_exact_is_kept(dtype: torch.dtype) -> None:
     special = [0.0, -0.0, 1.0, -3.5, 256.0, float("inf"), -float("inf")]
     x = torch.tensor(special).repeat(100)
@@ -72,6 +87,18 @@ def test_nan_stays_nan(dtype: torch.dtype, bits: int) -> None:
     """Whatever its payload: devices differ in the one they make."""
     x = torch.full((100,), bits, dtype=torch.int32).view(torch.float32)
     assert bool(stochastic_round(x, dtype).isnan().all())
+
+
+@pytest.mark.parametrize("dtype", [*LOW, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(), (0,), (3, 5), (2, 3, 7)])
+def test_sums_of_products_are_wide(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(update, "_PIECE", 4)
+    X, Y = (torch.randn(shape, dtype=torch.float64).to(dtype) for _ in range(2))
+    got, expected = update.inner(X, Y), (X.double() * Y.double()).sum()
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 # The factors -------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.peak import PeakBytes
-from structured import _autocorrelation, _cosine, parse, toeplitz, triangular
+from structured import _autocorrelation, _cosine, _numbers, parse, toeplitz, triangular
 from structured._fft import factors
-from structured._numbers import _PANEL, add_product_, panels, tabulated
+from structured._numbers import _PANEL, add_product_, panels, tabulated, write_product_
 
 # n -> (p, q)
 PRODUCTS = {
@@ -158,30 +158,70 @@ def test_large_products_are_added_without_a_temporary():
     assert torch.equal(out, A @ A)
 
 
+_MANY = _PANEL // 8  # numbers of 8 bytes
+
+
 @pytest.mark.parametrize(
     ("shape", "count"),
     [
         ((0, 2, 5), 1),
         ((7, 2, 5), 1),
-        ((8, 2, _PANEL // 4), 4),
-        ((8, 2, _PANEL // 6), 3),
-        ((3, 2, _PANEL), 3),
+        ((8, 2, _MANY // 4), 4),
+        ((8, 2, _MANY // 6), 3),
+        ((3, 2, _MANY), 3),
         ((2, 3, 2, 7), 1),
-        ((2, 3, 2, _PANEL // 2), 6),
-        ((2, 8, 2, _PANEL // 4), 8),
-        ((8, 2, 2, _PANEL // 8), 4),
+        ((2, 3, 2, _MANY // 2), 6),
+        ((2, 8, 2, _MANY // 4), 8),
+        ((8, 2, 2, _MANY // 8), 4),
     ],
 )
 def test_panels_fit_into_a_cache(shape, count):
     """Along the batch, in order, as many items as fit and one at least."""
-    X = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    X = torch.arange(torch.Size(shape).numel()).reshape(shape)  # int64
     A = X[..., :2].expand(*shape[:-1], 2)
     first, second = panels(A, X)
     assert len(first) == len(second) == count
-    assert all(len(x) == 1 or x.numel() <= _PANEL for x in second)
+    assert all(len(x) == 1 or x.nbytes <= _PANEL for x in second)
     for pieces, whole in ((first, A), (second, X)):
         assert torch.equal(torch.cat([piece.reshape(-1) for piece in pieces]), whole.reshape(-1))
     assert len(panels(A.to("meta"), X.to("meta"))[0]) == 1
+
+
+@pytest.mark.parametrize("panel", [8, 100, _PANEL])
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_products_written_panel_by_panel(monkeypatch, batch, by_columns, panel):
+    monkeypatch.setattr(_numbers, "_PANEL", panel)
+    A, B = normal(*batch, 4, 4), normal(*batch, 4, 5)
+    B = B.mT.contiguous().mT if by_columns else B
+    expected = A @ B
+    out = torch.full_like(B, torch.nan)
+    write_product_(out, A, B)
+    torch.testing.assert_close(out, expected)
+    spread = torch.full((7, *B.shape), torch.nan, dtype=B.dtype)
+    write_product_(spread, A, B)  # of more batch dimensions than its factors
+    torch.testing.assert_close(spread, expected.expand(7, *B.shape))
+    write_product_(B, A, B)
+    torch.testing.assert_close(B, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_are_written_in_the_order_of_their_place(dtype):
+    """Else they would be transposed on the way, which takes longer than the product."""
+    layouts = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ == "copy_":
+                layouts.append(tuple(t.stride(-2) < t.stride(-1) for t in args[:2]))
+            return func(*args, **(kwargs or {}))
+
+    A, X = torch.ones(3, 4, 4, dtype=dtype), torch.ones(3, 6, 4, dtype=dtype)
+    for B in (X.mT, X.mT.contiguous()):
+        out = torch.empty_like(B)
+        with Watch():
+            write_product_(out, A, B)
+    assert layouts == [(False, False)] * 2
 
 
 @pytest.mark.parametrize("n", [7, 300, 1100])
