@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from singd import grafting
-from singd.stepping import fused
+from singd.options import fused
 from structured import Structure, parse
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ def shapes(value: Any) -> Any:
 
 
 def copied(value: Any, key: str, p: Tensor) -> Any:
-    """A copy on the device of ``p``; step counters stay where they are."""
+    """A copy on the device of ``p``; the next step puts counters where they belong."""
     if isinstance(value, Tensor):
         return value.clone() if key == "step" else value.to(p.device, copy=True)
     return [copied(v, key, p) for v in value] if isinstance(value, list) else value

@@ -43,6 +43,23 @@ def keep_peak(group: Group) -> None:
         group["peak_lr"] = peak_lr(group)
 
 
+def fused(group: Group) -> Group:
+    """A group for AdamW, fused where that is possible and nothing else was asked for."""
+    if group["fused"] is not None or group["foreach"] is not None or group["differentiable"]:
+        return group
+    params = group["params"]
+    if not all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in params):
+        return group
+    on_cuda = all(p.is_cuda for p in params)  # where it counts its steps on the device anyway
+    return {**group, "fused": True, "capturable": group["capturable"] or on_cuda}
+
+
+def counter_device(p: Tensor, group: Group) -> torch.device:
+    """Where steps of ``p`` are counted, for AdamW or grafting: with it where no step may wait."""
+    own = fused(group) if group["rule"] == "adamw" else {"fused": p.is_cuda, "capturable": False}
+    return p.device if own["fused"] or own["capturable"] else torch.device("cpu")
+
+
 def in_range(name: str, value: Any, low: float, high: float, *, open_end: bool = False) -> None:
     """Raise unless ``low <= value <= high`` (or ``< high``, and where ``high`` is infinite)."""
     open_end = open_end or high == float("inf")

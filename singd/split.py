@@ -20,7 +20,16 @@ from singd.grouping import Bucket, Members, buckets
 from singd.hooks import Capture
 from singd.layers import OPTIONAL
 from singd.loss_scale import LossCheck
-from singd.options import LOSS_AVERAGES, Group, given_group, in_range, integer, one_of, parameter_of
+from singd.options import (
+    LOSS_AVERAGES,
+    Group,
+    counter_device,
+    given_group,
+    in_range,
+    integer,
+    one_of,
+    parameter_of,
+)
 from singd.passes import Passes
 from singd.plan import find_units, owners_of
 from singd.verdict import Verdict
@@ -200,9 +209,12 @@ class SplitOptimizer(Optimizer):
             kind = (p.dtype, p.device)
             if self._kinds.get(id(p)) != kind:
                 self._kinds[id(p)] = kind
-                for option, value in self.state.get(p, {}).items():
-                    if isinstance(value, Tensor) and option != "step":
-                        self.state[p][option] = value.to(p)
+                own = self.state.get(p, {})
+                for option, value in own.items():
+                    if option == "step":
+                        own[option] = value.to(counter_device(p, self._groups[id(p)]))
+                    elif isinstance(value, Tensor):
+                        own[option] = value.to(p)
         chosen = {id(g): self._choices(g) for g in self.param_groups if g["rule"] == KRONECKER}
         for unit in self._units:
             if unit.layout != self._layout(unit, chosen.get(id(unit.group))):

@@ -15,7 +15,7 @@ from singd.descent import descend
 from singd.factors import Proposal, propose
 from singd.grafting import graft_
 from singd.grouping import Columns, Members, Products
-from singd.options import Group, peak_lr
+from singd.options import Group, fused, peak_lr
 from singd.rounding import Rounding
 from singd.update import inner, precondition_apart, trust_region
 from singd.verdict import reading_waits, write_
@@ -305,17 +305,6 @@ def _sum(numbers: Sequence[Tensor]) -> Tensor:
     if len(numbers) == 1:
         return numbers[0]
     return torch.stack([number.to(numbers[0].device) for number in numbers]).sum()
-
-
-def fused(group: Group) -> Group:
-    """A group for AdamW, fused where that is possible and nothing else was asked for."""
-    if group["fused"] is not None or group["foreach"] is not None or group["differentiable"]:
-        return group
-    params = group["params"]
-    if not all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in params):
-        return group
-    on_cuda = all(p.is_cuda for p in params)  # where it counts its steps on the device anyway
-    return {**group, "fused": True, "capturable": group["capturable"] or on_cuda}
 
 
 def _all_finite(tensors: list[Tensor], ord: float) -> Tensor:

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -21,8 +20,19 @@ from structured._spec import StructureLike, parse, words
 
 _COLUMNS = 256  # transformed at a time on the CPU (measured)
 
-# The largest of the small products that a Hadamard matrix falls into.
-_SYLVESTER = functools.reduce(torch.kron, [torch.tensor([[1.0, 1.0], [1.0, -1.0]])] * 5)
+_LARGEST = 32  # of the small products that a Hadamard matrix falls into
+
+
+def _signs(device: torch.device | str) -> Tensor:
+    """``(-1)^|i & j|``, a Hadamard matrix, made on its device: to copy it there would wait."""
+    i = torch.arange(_LARGEST, device=device)
+    common = i[:, None] & i
+    for shift in (4, 2, 1):  # the parity of its digits
+        common = common ^ common >> shift
+    return 1.0 - 2.0 * (common & 1)
+
+
+_SYLVESTER = _signs("cpu")
 
 
 def _hadamard(X: Tensor) -> Tensor:
@@ -40,9 +50,10 @@ def _hadamard(X: Tensor) -> Tensor:
 def _sylvester(X: Tensor) -> Tensor:
     """``H X`` for ``X [..., 2^p, m]``: ``H`` is a Kronecker product of matrices up to 32 x 32."""
     n, m = X.shape[-2:]
-    H, done, scale = _SYLVESTER.to(X), 1, 1 / math.sqrt(n)
+    H = (_SYLVESTER if X.is_cpu else _signs(X.device)).to(X.dtype)
+    done, scale = 1, 1 / math.sqrt(n)
     while done < n:
-        k = min(len(_SYLVESTER), n // done)
+        k = min(_LARGEST, n // done)
         # one product for the leading places of k rows, then the places within
         X = (scale * H[:k, :k]) @ X.reshape(*X.shape[:-2], done, k, -1)
         X, done, scale = X.reshape(*X.shape[:-3], n, m), done * k, 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from typing import Any
 
 import pytest
@@ -135,7 +136,10 @@ def test_steps_in_bfloat16(method: str) -> None:
 
 @pytest.mark.parametrize("limit", [None, 10])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("structure", ["dense", "diagonal", "block_diagonal(7)", "lower_toeplitz"])
+@pytest.mark.parametrize(
+    "structure",
+    ["dense", "diagonal", "block_diagonal(7)", "lower_toeplitz", "rotated(dense, hadamard)"],
+)
 def test_a_step_does_not_wait_for_the_device(
     structure: str, dtype: torch.dtype, limit: int | None
 ) -> None:
@@ -150,6 +154,24 @@ def test_a_step_does_not_wait_for_the_device(
             optimizer.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("graft", [None, "adamw"])
+def test_a_state_that_was_loaded_to_the_host_goes_on(graft: str | None) -> None:
+    (model, optimizer), (other, again) = (
+        (m, SINGD(m, graft=graft)) for m in (network().to("cuda") for _ in range(2))
+    )
+    x = torch.randn(8, 3, 6, 6, device="cuda")
+    for _ in range(2):
+        test_cuda_graph.iterate(model, optimizer, x)
+    other.load_state_dict(model.state_dict())
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    again.load_state_dict(torch.load(file, map_location="cpu"))
+    for each in ((model, optimizer), (other, again)):
+        test_cuda_graph.iterate(*each, x)
+    torch.testing.assert_close(model.state_dict(), other.state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -1,0 +1,151 @@
+"""What steps on a GPU read and copy, without one; with one, tests/gpu says it again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from singd import KFAC, SINGD, cuda_graph
+from tests.singd.fake_cuda import DEVICE, backward, gpu, network
+
+STRUCTURES = [
+    "dense",
+    "diagonal",
+    "block_diagonal(7)",
+    "block_circulant(2)",
+    "circulant",
+    "direct_sum(dense, upper_toeplitz, 5)",
+    "hierarchical(3, 3)",
+    "low_rank_lower(3)",
+    "lower_toeplitz",
+    "lower_triangular",
+    "rotated(diagonal, cosine)",
+    "rotated(dense, hadamard)",
+    "scaled_identity",
+    "transposed(lower_triangular)",
+]
+DTYPES = [torch.float32, torch.bfloat16]
+OPTIONS: list[dict[str, Any]] = [
+    {"alpha1": 0.5},
+    {"alpha1": 0.5, "normalize_lr_cov": True},
+    {"factor_clip": None},
+    {"graft": "adamw"},
+    {"graft": "sgd", "kl_clip": None},
+    {"keep_products": False},
+    {"kfac_like": True},
+    {"layers": "all"},
+    {"momentum": 0.0, "weight_decay": 0.1},
+    {"preconditioner_dtype": (torch.float32, torch.bfloat16)},
+    {"preconditioner_dtype": (torch.float16, torch.float16)},
+]
+
+
+def crossings(
+    dtype: torch.dtype, method: Any = SINGD, rows: torch.dtype | None = None, **options: Any
+) -> list[list[str]]:
+    """The copies between host and device of every pass and step, in two periods of two.
+
+    Args:
+        dtype: Of the parameters.
+        method: An optimizer.
+        rows: Of what the layers see, if it is not ``dtype``, as under autocast.
+        options: Of the optimizer.
+    """
+    found = []
+    with gpu() as seen:
+        model = network(dtype, bias="block_circulant" not in str(options))
+        optimizer = method(model, T=2, **options)
+        for _ in range(4):
+            seen.found.clear()
+            backward(model, optimizer, rows or dtype)
+            optimizer._verdict._held = None  # or it would be read
+            optimizer.step()
+            found.append(list(seen.found))
+        state = [t for own in optimizer.state.values() for t in own.values() if t is not None]
+        tensors = [t for kept in state for t in ([kept] if isinstance(kept, Tensor) else kept)]
+        assert {t.device for t in tensors} == {DEVICE}
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_step_leaves_one_number_for_later_and_waits_for_none(
+    structure: str, dtype: torch.dtype
+) -> None:
+    found = crossings(dtype, structures=(structure, structure))
+    assert found[2:] == [["to cpu"]] * 2
+
+
+@pytest.mark.parametrize("structures", [("dense", "diagonal"), ("hierarchical(3, 3)", "dense")])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_so_do_steps_with_other_options(
+    options: dict[str, Any], structures: tuple[str, str]
+) -> None:
+    found = crossings(torch.bfloat16, structures=structures, **options)
+    assert found[2:] == [["to cpu"]] * 2
+
+
+@pytest.mark.parametrize("method", [SINGD, KFAC])
+def test_where_nothing_is_looked_at_nothing_is_copied(method: Any) -> None:
+    assert crossings(torch.float32, method, max_skipped=None)[2:] == [[]] * 2
+
+
+@pytest.mark.parametrize("structure", ["dense", "diagonal", "block_diagonal(7)", "lower_toeplitz"])
+def test_so_do_steps_under_autocast(structure: str) -> None:
+    found = crossings(torch.float32, rows=torch.bfloat16, structures=(structure, structure))
+    assert found[2:] == [["to cpu"]] * 2
+
+
+def test_kfac_leaves_one_number_for_later() -> None:
+    assert crossings(torch.bfloat16, KFAC)[2:] == [["to cpu"]] * 2
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_graph_records_no_copy_from_the_host(
+    monkeypatch: pytest.MonkeyPatch, structure: str
+) -> None:
+    with gpu() as seen:
+        model = network(torch.float32, bias="block_circulant" not in structure)
+        options: dict[str, Any] = {"structures": (structure, structure), "max_skipped": None}
+        optimizer = SINGD(model, T=2, **options)
+        group = next(group for group in optimizer.param_groups if group["rule"] == "kronecker")
+        group["lr"] = torch.empty((), device=DEVICE)
+        for number in range(4):
+            if number == 2:
+                monkeypatch.setattr(cuda_graph, "capturing", lambda: True)
+                seen.found.clear()
+            backward(model, optimizer, torch.float32)
+            optimizer.step()
+        assert seen.found == []
+
+
+@pytest.mark.parametrize("options", [{}, {"graft": "adamw"}, {"adamw": {"capturable": True}}])
+def test_counters_of_steps_come_along(options: dict[str, Any]) -> None:
+    """From a state that was loaded to the host, as most are."""
+    with gpu():
+        model = network(torch.float32)
+        optimizer = SINGD(model, **options)
+        backward(model, optimizer, torch.float32)
+        optimizer.step()
+        optimizer._verdict._held = None
+        state = optimizer.state_dict()
+        for own in state["state"].values():
+            own |= {k: t.cpu() for k, t in own.items() if isinstance(t, Tensor)}
+        optimizer.load_state_dict(state)
+        backward(model, optimizer, torch.float32)
+        optimizer.step()
+        counters = [own["step"] for own in optimizer.state.values() if "step" in own]
+        assert len(counters) > 1
+        assert {t.device for t in counters} == {DEVICE}
+
+
+def test_counters_stay_where_they_were_asked_to_be() -> None:
+    with gpu():
+        model = network(torch.float32)
+        optimizer = SINGD(model, adamw={"foreach": True})
+        optimizer.state[model[3].weight] = {"step": torch.zeros(())}
+        optimizer._settle()
+        assert optimizer.state[model[3].weight]["step"].is_cpu
