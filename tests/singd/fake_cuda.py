@@ -6,7 +6,7 @@ to read a number. Copies between host and device are counted. Kernels are taken 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -110,7 +110,9 @@ def network(dtype: torch.dtype, *, bias: bool = True) -> nn.Sequential:
 
 
 @torch.no_grad()
-def backward(model: nn.Module, optimizer: Any, dtype: torch.dtype) -> None:
+def backward(
+    model: nn.Module, optimizer: Any, dtype: torch.dtype, unused: Collection[nn.Module] = ()
+) -> None:
     """What a backward pass leaves behind, with inputs and output gradients in ``dtype``."""
     shapes: dict[type[nn.Module], Callable[[Any], tuple[tuple[int, ...], tuple[int, ...]]]] = {
         nn.Conv2d: lambda m: ((m.in_channels, 6, 6), (m.out_channels, 4, 4)),
@@ -119,10 +121,11 @@ def backward(model: nn.Module, optimizer: Any, dtype: torch.dtype) -> None:
     }
     for unit in optimizer._units:
         unit.explained, unit.committed = True, 5  # else it is looked at, which waits
-        if optimizer._wanted(unit):
+        if unit.module not in unused and optimizer._wanted(unit):
             core = shapes[type(unit.module)](unit.module)
             x, g = (torch.empty(8, *each, device=DEVICE, dtype=dtype) for each in core)
             optimizer._measure(unit, unit.module, x, g, 0, -1)
             unit.commit()
-    for p in model.parameters():
-        p.grad = torch.empty_like(p)
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            p.grad = None if module in unused else torch.empty_like(p)

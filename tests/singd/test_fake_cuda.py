@@ -99,6 +99,19 @@ def test_so_do_steps_under_autocast(structure: str) -> None:
     assert found[2:] == [["to cpu"]] * 2
 
 
+def test_so_do_steps_without_some_of_equal_layers() -> None:
+    with gpu() as seen:
+        model = network(torch.float32)
+        optimizer = SINGD(model, T=1)
+        for number in range(4):
+            if number == 2:
+                seen.found.clear()
+            backward(model, optimizer, torch.float32, unused={model[4]})
+            optimizer._verdict._held = None
+            optimizer.step()
+        assert seen.found == ["to cpu"] * 2
+
+
 def test_kfac_leaves_one_number_for_later() -> None:
     assert crossings(torch.bfloat16, KFAC)[2:] == [["to cpu"]] * 2
 
