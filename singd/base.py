@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from singd import checkpoint, cuda_graph, distributed
-from singd._layer import PIECE, flatten_rows, square_sums
+from singd._layer import flatten_rows, piece_size, square_sums
 from singd.amp import calling_scale
 from singd.capture import Form, Statistics, Unit
 from singd.factors import Job
@@ -118,7 +118,7 @@ class KroneckerOptimizer(SplitOptimizer):
         _ = self._buckets  # the factors exist from now on
         K = unit.members[self._sides[0]]
         # Pieces as large as the factor: a product with fewer rows than columns is slow.
-        size = max(PIECE, sum(t.nbytes for t in K.tensors()))
+        size = max(piece_size(x.device), sum(t.nbytes for t in K.tensors()))
         whole = isinstance(K, Diagonal)
         pieces = [(x, g)] if whole else list(unit.layer.pieces(module, x, g, size))
         unit.whole = len(pieces) == 1

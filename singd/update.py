@@ -265,7 +265,8 @@ def inner(X: Tensor, Y: Tensor) -> Tensor:
         return torch.dot(x, y)
     size = _PIECE if x.is_cpu else max(1, len(x))
     pieces = zip(x.split(size), y.split(size), strict=True)
-    return torch.stack([torch.dot(one.float(), other.float()) for one, other in pieces]).sum()
+    sums = [torch.dot(one.float(), other.float()) for one, other in pieces]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
 
 def moving_average(S: StructuredMatrix, new: StructuredMatrix, lr_cov: float) -> StructuredMatrix:

@@ -25,14 +25,19 @@ DEVICE = torch.device("cuda", 0)
 
 
 class Crossings(TorchDispatchMode):
-    """Names the copies between host and device; numbers that the host knows are none."""
+    """Names the copies between host and device; numbers that the host knows are none.
+
+    Counts operators as well.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self.operators = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.operators += 1
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
         copied = func.overloadpacket in (aten._to_copy, aten.copy_, aten._foreach_copy_)
         if copied and len({t.device.type for t in tensors}) > 1:
@@ -111,7 +116,12 @@ def network(dtype: torch.dtype, *, bias: bool = True) -> nn.Sequential:
 
 @torch.no_grad()
 def backward(
-    model: nn.Module, optimizer: Any, dtype: torch.dtype, unused: Collection[nn.Module] = ()
+    model: nn.Module,
+    optimizer: Any,
+    dtype: torch.dtype,
+    *,
+    unused: Collection[nn.Module] = (),
+    samples: int = 8,
 ) -> None:
     """What a backward pass leaves behind, with inputs and output gradients in ``dtype``."""
     shapes: dict[type[nn.Module], Callable[[Any], tuple[tuple[int, ...], tuple[int, ...]]]] = {
@@ -123,7 +133,7 @@ def backward(
         unit.explained, unit.committed = True, 5  # else it is looked at, which waits
         if unit.module not in unused and optimizer._wanted(unit):
             core = shapes[type(unit.module)](unit.module)
-            x, g = (torch.empty(8, *each, device=DEVICE, dtype=dtype) for each in core)
+            x, g = (torch.empty(samples, *each, device=DEVICE, dtype=dtype) for each in core)
             optimizer._measure(unit, unit.module, x, g, 0, -1)
             unit.commit()
     for module in model.modules():

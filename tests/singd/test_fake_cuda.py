@@ -135,6 +135,21 @@ def test_a_graph_records_no_copy_from_the_host(
         assert seen.found == []
 
 
+@pytest.mark.parametrize("structure", ["dense", "diagonal", "block_diagonal(7)"])
+def test_statistics_take_as_many_launches_for_many_samples_as_for_few(structure: str) -> None:
+    """A GPU has no use for pieces that fit into a cache: each would wait for its launches."""
+    counts = []
+    for samples in (64, 4096):  # of 4096 the patches take 10 MB
+        with gpu() as seen:
+            model = network(torch.float32)
+            optimizer = SINGD(model, T=1, structures=(structure, structure))
+            _ = optimizer._buckets
+            seen.operators = 0
+            backward(model, optimizer, torch.float32, samples=samples)
+            counts.append(seen.operators)
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.parametrize("options", [{}, {"graft": "adamw"}, {"adamw": {"capturable": True}}])
 def test_counters_of_steps_come_along(options: dict[str, Any]) -> None:
     """From a state that was loaded to the host, as most are."""
