@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmarks.fake_cuda import DEVICE, Shapes, backward, gpu, move, shapes
 from singd import KFAC, SINGD, cuda_graph
-from tests.singd.fake_cuda import DEVICE, backward, gpu, network
 
 STRUCTURES = [
     "dense",
@@ -43,6 +43,21 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+def network(*, bias: bool = True, samples: int = 8) -> tuple[nn.Sequential, Shapes]:
+    """Equal layers and others, and a normalization; and what they see."""
+    with torch.device("meta"):
+        model = nn.Sequential(
+            nn.Conv2d(2, 8, 3, bias=bias),
+            nn.Conv2d(8, 8, 3, groups=2, bias=bias),
+            nn.Flatten(),
+            nn.Linear(32, 16, bias=bias),
+            nn.LayerNorm(16),
+            nn.Linear(16, 16, bias=bias),
+            nn.Linear(16, 16, bias=bias),
+        )
+        return model, shapes(model, torch.empty(samples, 2, 6, 6))
+
+
 def crossings(
     dtype: torch.dtype, method: Any = SINGD, rows: torch.dtype | None = None, **options: Any
 ) -> list[list[str]]:
@@ -55,12 +70,13 @@ def crossings(
         options: Of the optimizer.
     """
     found = []
+    model, seen_by = network(bias="block_circulant" not in str(options))
     with gpu() as seen:
-        model = network(dtype, bias="block_circulant" not in str(options))
+        move(model, dtype)
         optimizer = method(model, T=2, **options)
         for _ in range(4):
             seen.found.clear()
-            backward(model, optimizer, rows or dtype)
+            backward(optimizer, seen_by, rows or dtype)
             optimizer._verdict._held = None  # or it would be read
             optimizer.step()
             found.append(list(seen.found))
@@ -100,13 +116,14 @@ def test_so_do_steps_under_autocast(structure: str) -> None:
 
 
 def test_so_do_steps_without_some_of_equal_layers() -> None:
+    model, seen_by = network()
     with gpu() as seen:
-        model = network(torch.float32)
+        move(model, torch.float32)
         optimizer = SINGD(model, T=1)
         for number in range(4):
             if number == 2:
                 seen.found.clear()
-            backward(model, optimizer, torch.float32, unused={model[4]})
+            backward(optimizer, seen_by, torch.float32, unused={"5"})
             optimizer._verdict._held = None
             optimizer.step()
         assert seen.found == ["to cpu"] * 2
@@ -120,8 +137,9 @@ def test_kfac_leaves_one_number_for_later() -> None:
 def test_a_graph_records_no_copy_from_the_host(
     monkeypatch: pytest.MonkeyPatch, structure: str
 ) -> None:
+    model, seen_by = network(bias="block_circulant" not in structure)
     with gpu() as seen:
-        model = network(torch.float32, bias="block_circulant" not in structure)
+        move(model, torch.float32)
         options: dict[str, Any] = {"structures": (structure, structure), "max_skipped": None}
         optimizer = SINGD(model, T=2, **options)
         group = next(group for group in optimizer.param_groups if group["rule"] == "kronecker")
@@ -130,7 +148,7 @@ def test_a_graph_records_no_copy_from_the_host(
             if number == 2:
                 monkeypatch.setattr(cuda_graph, "capturing", lambda: True)
                 seen.found.clear()
-            backward(model, optimizer, torch.float32)
+            backward(optimizer, seen_by, torch.float32)
             optimizer.step()
         assert seen.found == []
 
@@ -140,12 +158,13 @@ def test_statistics_take_as_many_launches_for_many_samples_as_for_few(structure:
     """A GPU has no use for pieces that fit into a cache: each would wait for its launches."""
     counts = []
     for samples in (64, 4096):  # of 4096 the patches take 10 MB
+        model, seen_by = network(samples=samples)
         with gpu() as seen:
-            model = network(torch.float32)
+            move(model, torch.float32)
             optimizer = SINGD(model, T=1, structures=(structure, structure))
             _ = optimizer._buckets
             seen.operators = 0
-            backward(model, optimizer, torch.float32, samples=samples)
+            backward(optimizer, seen_by, torch.float32)
             counts.append(seen.operators)
     assert counts[0] == counts[1]
 
@@ -153,17 +172,18 @@ def test_statistics_take_as_many_launches_for_many_samples_as_for_few(structure:
 @pytest.mark.parametrize("options", [{}, {"graft": "adamw"}, {"adamw": {"capturable": True}}])
 def test_counters_of_steps_come_along(options: dict[str, Any]) -> None:
     """From a state that was loaded to the host, as most are."""
+    model, seen_by = network()
     with gpu():
-        model = network(torch.float32)
+        move(model, torch.float32)
         optimizer = SINGD(model, **options)
-        backward(model, optimizer, torch.float32)
+        backward(optimizer, seen_by, torch.float32)
         optimizer.step()
         optimizer._verdict._held = None
         state = optimizer.state_dict()
         for own in state["state"].values():
             own |= {k: t.cpu() for k, t in own.items() if isinstance(t, Tensor)}
         optimizer.load_state_dict(state)
-        backward(model, optimizer, torch.float32)
+        backward(optimizer, seen_by, torch.float32)
         optimizer.step()
         counters = [own["step"] for own in optimizer.state.values() if "step" in own]
         assert len(counters) > 1
@@ -171,9 +191,10 @@ def test_counters_of_steps_come_along(options: dict[str, Any]) -> None:
 
 
 def test_counters_stay_where_they_were_asked_to_be() -> None:
+    model, _ = network()
     with gpu():
-        model = network(torch.float32)
+        move(model, torch.float32)
         optimizer = SINGD(model, adamw={"foreach": True})
-        optimizer.state[model[3].weight] = {"step": torch.zeros(())}
+        optimizer.state[model[4].weight] = {"step": torch.zeros(())}
         optimizer._settle()
-        assert optimizer.state[model[3].weight]["step"].is_cpu
+        assert optimizer.state[model[4].weight]["step"].is_cpu

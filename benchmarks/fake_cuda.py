@@ -6,7 +6,7 @@ to read a number. Copies between host and device are counted. Kernels are taken 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -18,16 +18,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from docs.costs import FREE
 from singd import joint
 
 aten: Any = torch.ops.aten
+Shapes = dict[str, tuple[torch.Size, torch.Size]]  # of input and output, by module
 DEVICE = torch.device("cuda", 0)
 
 
 class Crossings(TorchDispatchMode):
     """Names the copies between host and device; numbers that the host knows are none.
 
-    Counts operators as well.
+    Counts operators there as well: all but those that make a view or an empty tensor.
     """
 
     def __init__(self) -> None:
@@ -36,9 +38,10 @@ class Crossings(TorchDispatchMode):
         self.operators = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.operators += 1
+        out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+        works = not (func.is_view or name in FREE or func.namespace.startswith("prim"))
+        self.operators += works and any(t.is_cuda for t in tensors)
         copied = func.overloadpacket in (aten._to_copy, aten.copy_, aten._foreach_copy_)
         if copied and len({t.device.type for t in tensors}) > 1:
             to = tree_leaves(out)[0] if func.overloadpacket is aten._to_copy else args[0]
@@ -90,8 +93,6 @@ def gpu() -> Iterator[Crossings]:
     """Within this context a GPU is there, and copies to and from it are counted."""
     joint._repeated.cache_clear()
     with ExitStack() as stack:
-        for name in ("kaiming_uniform_", "uniform_", "ones_", "zeros_"):
-            stack.enter_context(mock.patch.object(nn.init, name))
         for name in ("torch.cuda.Event", "torch.cuda.current_stream", "singd.hooks.Capture.watch"):
             stack.enter_context(mock.patch(name))
         stack.enter_context(FakeTensorMode())
@@ -101,41 +102,58 @@ def gpu() -> Iterator[Crossings]:
     joint._repeated.cache_clear()
 
 
-def network(dtype: torch.dtype, *, bias: bool = True) -> nn.Sequential:
-    """Equal layers and others, and a normalization."""
-    options = {"bias": bias, "device": DEVICE, "dtype": dtype}
-    return nn.Sequential(
-        nn.Conv2d(2, 8, 3, **options),
-        nn.Conv2d(8, 8, 3, groups=2, **options),
-        nn.Linear(32, 16, **options),
-        nn.LayerNorm(16, device=DEVICE, dtype=dtype),
-        nn.Linear(16, 16, **options),
-        nn.Linear(16, 16, **options),
-    )
+def shapes(model: nn.Module, x: Tensor) -> Shapes:
+    """What every module of a model sees that is called with one tensor, by its name.
+
+    Args:
+        model: On the device "meta".
+        x: Its input there.
+    """
+    seen: Shapes = {}
+    handles = []
+    for name, module in model.named_modules():
+
+        def see(_: nn.Module, args: tuple[Any, ...], out: Any, name: str = name) -> None:
+            if len(args) == 1 and isinstance(out, Tensor):
+                seen[name] = args[0].shape, out.shape
+
+        handles.append(module.register_forward_hook(see))
+    model(x)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def move(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put the parameters on the GPU; that has to be there."""
+    moved: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                there = torch.empty(p.shape, device=DEVICE, dtype=dtype)
+                module._parameters[name] = moved.setdefault(id(p), nn.Parameter(there))
 
 
 @torch.no_grad()
 def backward(
-    model: nn.Module,
-    optimizer: Any,
-    dtype: torch.dtype,
-    *,
-    unused: Collection[nn.Module] = (),
-    samples: int = 8,
+    optimizer: Any, seen: Shapes, dtype: torch.dtype, unused: Collection[str] = ()
 ) -> None:
-    """What a backward pass leaves behind, with inputs and output gradients in ``dtype``."""
-    shapes: dict[type[nn.Module], Callable[[Any], tuple[tuple[int, ...], tuple[int, ...]]]] = {
-        nn.Conv2d: lambda m: ((m.in_channels, 6, 6), (m.out_channels, 4, 4)),
-        nn.Linear: lambda m: ((m.in_features,), (m.out_features,)),
-        nn.LayerNorm: lambda m: (m.normalized_shape, m.normalized_shape),
-    }
+    """Leave behind what a backward pass does.
+
+    Args:
+        optimizer: One of ours.
+        seen: By the layers of its model.
+        dtype: Of what they see.
+        unused: Layers that no gradient reaches.
+    """
+    modules = dict(optimizer.model.named_modules())
     for unit in optimizer._units:
         unit.explained, unit.committed = True, 5  # else it is looked at, which waits
-        if unit.module not in unused and optimizer._wanted(unit):
-            core = shapes[type(unit.module)](unit.module)
-            x, g = (torch.empty(samples, *each, device=DEVICE, dtype=dtype) for each in core)
+        name = next(name for name, module in modules.items() if module is unit.module)
+        if name not in unused and optimizer._wanted(unit):
+            x, g = (torch.empty(shape, device=DEVICE, dtype=dtype) for shape in seen[name])
             optimizer._measure(unit, unit.module, x, g, 0, -1)
             unit.commit()
-    for module in model.modules():
+    for name, module in modules.items():
         for p in module.parameters(recurse=False):
-            p.grad = None if module in unused else torch.empty_like(p)
+            p.grad = None if name in unused else torch.empty_like(p)
