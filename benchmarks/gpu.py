@@ -247,6 +247,7 @@ def _tilings() -> list[Any]:
 def _step_kernels(run: Run) -> Iterator[Row]:
     from singd import descent
     from singd.kernels import descent as descent_kernel
+    from singd.kernels import inner_product
     from singd.kernels.rounding import round_sum
     from singd.rounding import Rounding, stochastic_round
 
@@ -262,6 +263,16 @@ def _step_kernels(run: Run) -> Iterator[Row]:
         lambda: K.copy_(stochastic_round(K.float() + alpha * x, K.dtype)),
         moved=8 * K.numel(),
     )
+    for k in (1 << 24, 1 << 18):
+        u, v = (torch.randn(run.size(k, 50), device=run.device).bfloat16() for _ in range(2))
+        yield _compared(
+            run,
+            "inner product",
+            u,
+            lambda u=u, v=v: inner_product.launch(u, v, 512).sum(),
+            lambda u=u, v=v: torch.dot(u.float(), v.float()),
+            moved=4 * len(u),
+        )
     sizes = [768 * 768] * 48 + [768 * 3072] * 24 + [768] * 96 + [3072] * 12  # GPT-2's blocks
     rounding = Rounding(0, 0)
     for dtype in (torch.bfloat16, torch.float32):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singd.rounding import Rounding
+from singd.rounding import Rounding, kernels
 
 _EXACT = (torch.float32, torch.float64)
 PIECE = 1 << 17  # numbers at a time, in the processor's caches
@@ -50,8 +50,8 @@ def descend(
     if not params:
         return
     ordered = _are_in_order(params, buffers)
-    kernels = None if ordered or isinstance(lr, Tensor) else _kernels(params, directions, buffers)
-    if ok is not None and kernels is None:
+    fast = None if ordered or isinstance(lr, Tensor) else _kernels(params, directions, buffers)
+    if ok is not None and fast is None:
         places = [*params, *buffers]
         before = [place.clone() for place in places]
         options: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
@@ -75,10 +75,10 @@ def descend(
             fused(params, [d.to(params[0].dtype).contiguous() for d in directions], buffers)
         else:
             _in_pieces(fused, params, directions, buffers, rounding)
-    elif kernels is not None:
+    elif fast is not None:
         seed, stream = rounding.draw(params[0].device)
         moved = list(params), list(directions), list(buffers)
-        kernels.descend_(*moved, lr, momentum, weight_decay, seed, stream, ok)
+        fast.descend_(*moved, lr, momentum, weight_decay, seed, stream, ok)
     else:
         plain(params, directions, buffers, lr, momentum, weight_decay, rounding)
 
@@ -166,7 +166,7 @@ def _kernels(
     """Ours, where they can take them."""
     narrow = all(t.dtype != torch.float64 for t in (*params, *directions))
     if params[0].is_cuda and narrow and all(t.is_contiguous() for t in (*params, *buffers)):
-        return Rounding.kernels()
+        return kernels()
     return None
 
 

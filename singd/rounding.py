@@ -112,7 +112,7 @@ class Rounding:
         """``x`` in ``dtype``."""
         if dtype not in _MANTISSA_BITS:
             return x.to(dtype)
-        if x.is_cuda and (fast := self.kernels()) is not None:
+        if x.is_cuda and (fast := kernels()) is not None:
             rounded: Tensor = fast.stochastic_round(x.float(), dtype, *self.draw(x.device))
             return rounded
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -140,7 +140,7 @@ class Rounding:
             alpha: A scalar, or ``[b]``.
         """
         low = stored.dtype in _MANTISSA_BITS and stored.is_contiguous() and alpha.ndim < 2
-        if stored.is_cuda and low and (fast := self.kernels()) is not None:
+        if stored.is_cuda and low and (fast := kernels()) is not None:
             fast.add_rounded_(stored, x.float(), alpha, *self.draw(stored.device))
         else:
             stored.copy_(self(stored.to(x.dtype) + leading(alpha, stored) * x, stored.dtype))
@@ -153,16 +153,12 @@ class Rounding:
         self.draws += 16  # a use may take a few streams
         return self.seeds[device], self.draws
 
-    @staticmethod
-    def kernels() -> ModuleType | None:
-        """:mod:`singd.kernels`, if they and Triton are there."""
-        return _kernels()
-
 
 @functools.cache
-def _kernels() -> ModuleType | None:
+def kernels() -> ModuleType | None:
+    """:mod:`singd.kernels`, if they and Triton are there."""
     try:
-        from singd import kernels
+        from singd import kernels as fast
     except ImportError:
         return None
-    return kernels
+    return fast

@@ -300,11 +300,11 @@ def _moves(naturals: Naturals) -> Iterator[tuple[nn.Parameter, Tensor]]:
         yield from of.moves(natural)
 
 
-def _sum(numbers: Sequence[Tensor]) -> Tensor:
-    """The sum of scalars, on the device of the first."""
-    if len(numbers) == 1:
-        return numbers[0]
-    return torch.stack([number.to(numbers[0].device) for number in numbers]).sum()
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of all numbers in some tensors, on the device of the first."""
+    if len(parts) == 1:
+        return parts[0].sum() if parts[0].ndim else parts[0]
+    return torch.cat([part.view(-1).to(parts[0].device) for part in parts]).sum()
 
 
 def _all_finite(tensors: list[Tensor], ord: float) -> Tensor:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from singd.joint import jointly
-from singd.rounding import leading
+from singd.rounding import kernels, leading
 from structured import Dense, Diagonal, Kronecker, Operator, StructuredMatrix
 
 _PIECE = 1 << 18  # numbers of low precision that are made wide at a time
@@ -259,14 +259,19 @@ def _for_rows(KK: Operator) -> Operator:
 
 
 def inner(X: Tensor, Y: Tensor) -> Tensor:
-    """``sum_ij X_ij Y_ij`` over all dimensions, in float32 at least."""
+    """Numbers ``[k]`` that add up to ``sum_ij X_ij Y_ij`` over all dimensions, in float32 at least.
+
+    On a GPU in one pass over 16-bit numbers: :mod:`singd.kernels`.
+    """
     x, y = X.flatten(), Y.flatten()
     if x.dtype.itemsize >= 4:
-        return torch.dot(x, y)
+        return torch.dot(x, y).view(1)
+    if x.is_cuda and (fast := kernels()) is not None:
+        sums: Tensor = fast.inner(x, y)
+        return sums
     size = _PIECE if x.is_cpu else max(1, len(x))
     pieces = zip(x.split(size), y.split(size), strict=True)
-    sums = [torch.dot(one.float(), other.float()) for one, other in pieces]
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+    return torch.stack([torch.dot(one.float(), other.float()) for one, other in pieces])
 
 
 def moving_average(S: StructuredMatrix, new: StructuredMatrix, lr_cov: float) -> StructuredMatrix:

@@ -1,8 +1,8 @@
 """Triton kernels of the step, behind PyTorch operators: on CUDA they serve, elsewhere their twins.
 
-The twins are :func:`singd.rounding.stochastic_round` and :func:`singd.descent.plain`. Randomness
-comes from a seed in a tensor and a count, so nothing waits for the device. Deleting this folder
-leaves a correct library.
+The twins are :func:`singd.rounding.stochastic_round`, :func:`singd.descent.plain` and
+:func:`singd.update.inner`. Randomness comes from a seed in a tensor and a count, so nothing waits
+for the device. Deleting this folder leaves a correct library.
 """
 
 from __future__ import annotations
@@ -110,6 +110,36 @@ def _(
     from singd.kernels.descent import launch
 
     launch(params, directions, buffers, lr, momentum, weight_decay, seed, stream, ok)
+
+
+@torch.library.custom_op("singd::inner", mutates_args=())
+def inner(x: Tensor, y: Tensor) -> Tensor:
+    """Numbers ``[k]`` that add up to the inner product of two vectors, in float32.
+
+    Args:
+        x: Contiguous, in bfloat16 or float16.
+        y: Like ``x``.
+    """
+    sums = torch.zeros(_programs(len(x)), dtype=torch.float32, device=x.device)
+    sums[0] = torch.dot(x.float(), y.float())
+    return sums
+
+
+@inner.register_kernel("cuda")
+def _(x: Tensor, y: Tensor) -> Tensor:
+    from singd.kernels.inner_product import launch
+
+    return launch(x, y, _programs(len(x)))
+
+
+@inner.register_fake
+def _(x: Tensor, y: Tensor) -> Tensor:
+    return torch.empty(_programs(len(x)), dtype=torch.float32, device=x.device)
+
+
+def _programs(n: int) -> int:
+    """How many programs share a sum of ``n`` products: a few of each multiprocessor at most."""
+    return max(1, min(-(-n // 4096), 512))
 
 
 def _generator(seed: Tensor, stream: int) -> torch.Generator:

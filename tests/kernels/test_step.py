@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from singd import descent
+from singd import descent, update
 from singd.rounding import Rounding, stochastic_round
 
 pytest.importorskip("triton")
 from singd import kernels
 from singd.kernels import descent as descent_kernel
+from singd.kernels import inner_product
 from singd.kernels.rounding import round_sum
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -175,6 +176,23 @@ def test_a_rounded_sum_of_rounding_is_its_twin_on_the_cpu():
     )
 
 
+@pytest.mark.parametrize("programs", [1, 2, 5])
+@pytest.mark.parametrize("n", [0, 1, 4095, 4096, 4097, 30_000])
+@pytest.mark.parametrize("dtype", LOW)
+def test_inner_products(dtype, n, programs):
+    torch.manual_seed(0)
+    x, y = (torch.randn(n, device=DEVICE).to(dtype) for _ in range(2))
+    found, expected = inner_product.launch(x, y, programs), (x.double() * y.double()).sum()
+    assert (found.shape, found.dtype) == ((programs,), torch.float32)
+    for sums in (found, kernels.inner(x, y), update.inner(x.view(1, -1), y.view(1, -1))):
+        torch.testing.assert_close(sums.double().sum(), expected, rtol=1e-5, atol=1e-3)
+
+
+def test_inner_products_in_as_many_parts_as_pay():
+    sizes = {0: 1, 4096: 1, 4097: 2, 1 << 20: 256, 1 << 30: 512}
+    assert {n: kernels._programs(n) for n in sizes} == sizes
+
+
 def test_the_operators():
     """Schemas, fakes and the twins behind them."""
     x, s = torch.randn(4, 5, device=DEVICE), seed()
@@ -183,6 +201,7 @@ def test_the_operators():
     check(kernels.stochastic_round, (x, torch.bfloat16, s, 0), test_utils=tests)
     alpha = torch.tensor(0.1, device=DEVICE)
     check(kernels.add_rounded_, (x.bfloat16(), x, alpha, s, 0), test_utils=tests)
+    check(kernels.inner, (x.bfloat16().view(-1), x.bfloat16().view(-1)), test_utils=tests)
     for ok in ((), (torch.tensor(True, device=DEVICE),)):
         moved = [x], [x.clone()], [x.clone()]
         check(kernels.descend_, (*moved, 0.1, 0.9, 0.0, s, 0, *ok), test_utils=tests)

@@ -46,11 +46,11 @@ def test_without_their_folders(tmp_path: Path) -> None:
     for package in ("structured", "singd"):
         skipped = shutil.ignore_patterns("kernels", "__pycache__")
         shutil.copytree(ROOT / package, tmp_path / package, ignore=skipped)
-    run(tmp_path, "", "_dispatch.kernels is None and rounding._kernels() is None")
+    run(tmp_path, "", "_dispatch.kernels is None and rounding.kernels() is None")
 
 
 def test_without_triton() -> None:
-    expected = "_dispatch.kernels is not None and rounding._kernels() is None"
+    expected = "_dispatch.kernels is not None and rounding.kernels() is None"
 
     hide = "import importlib.util as u; f = u.find_spec; "
     hide += "u.find_spec = lambda n, *a: None if n == 'triton' else f(n, *a)"

@@ -96,7 +96,7 @@ def test_sums_of_products_are_wide(
 ) -> None:
     monkeypatch.setattr(update, "_PIECE", 4)
     X, Y = (torch.randn(shape, dtype=torch.float64).to(dtype) for _ in range(2))
-    got, expected = update.inner(X, Y), (X.double() * Y.double()).sum()
+    got, expected = update.inner(X, Y).sum(), (X.double() * Y.double()).sum()
     assert got.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
 
