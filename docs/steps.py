@@ -103,10 +103,23 @@ def by_part(rows: list[Row], head: str, T: int, cell: Callable[[Row], str]) -> s
     return table(head, cells, parts)
 
 
+def launches() -> str:
+    """Operators of statistics, of a step with an update, and of one without."""
+    cells: dict[str, dict[str, str]] = {}
+    cases: dict[str, None] = {}
+    for row in read("launches.csv", "bf16"):
+        case = row["model"].upper()
+        cases[case] = None
+        numbers = (row[name] for name in ("statistics", "step with update", "plain step"))
+        cells.setdefault(row["method"], {})[case] = ", ".join(numbers)
+    return table("method", cells, cases)
+
+
 def pages() -> dict[str, str]:
     """What the pages include, by name."""
     return {
         "step": by_processor(times, "step.csv"),
+        "launches": launches(),
         "step_bf16": by_processor(times, "step.csv", "bf16"),
         "memory_state": states(),
         "memory_peak": peaks(),
