@@ -91,15 +91,15 @@ def _view(t: Tensor, key: Any) -> Tensor:
 @contextmanager
 def gpu() -> Iterator[Crossings]:
     """Within this context a GPU is there, and copies to and from it are counted."""
-    joint._repeated.cache_clear()
     with ExitStack() as stack:
+        joint._repeated.cache_clear()  # it keeps tensors
+        stack.callback(joint._repeated.cache_clear)
         for name in ("torch.cuda.Event", "torch.cuda.current_stream", "singd.hooks.Capture.watch"):
             stack.enter_context(mock.patch(name))
         stack.enter_context(FakeTensorMode())
         crossings = stack.enter_context(Crossings())
         stack.enter_context(_ByOperators())
         yield crossings
-    joint._repeated.cache_clear()
 
 
 def shapes(model: nn.Module, x: Tensor) -> Shapes:

@@ -284,24 +284,24 @@ class SINGD(KroneckerOptimizer):
         K, U, m = kept.to(wide), U.to(wide), job.old.get(f"m_{side}")
         if form == "H":
             dtype = _multiplied_in(kept)
-            return _Factor(side, K, m, U, kept.to(dtype).gram().to(wide), dtype)
+            return _Factor(side, kept, m, U, kept.to(dtype).gram().to(wide), dtype)
         commutes = isinstance(K, Diagonal)  # and multiplies number by number: it loses no digits
         if form == "S" and not commutes:
             norm = U.frobenius_norm()
         P = job.products.get(2 * side) if self._by_products(group) else None
         if P is None or not K.closed_under_transpose:
-            return _Factor(side, K, m, update.curvature(K, U), K.gram(), wide, norm)
+            return _Factor(side, kept, m, update.curvature(K, U), K.gram(), wide, norm)
         P = P if P.dtype == wide else K.mT.gram()
         V = U if form == "PS" else P.matmul(U)
-        return _Factor(side, K, m, V, P, wide, norm, on_left=not commutes)
+        return _Factor(side, kept, m, V, P, wide, norm, on_left=not commutes)
 
     def _move(self, group: Group, factor: _Factor, step: float | Tensor | None) -> Members:
         """The step of one factor, by its weight; or by momentum if there is none."""
         if step is None:
             return self._move_by_momentum(group, factor)
-        K, X = factor.K.to(factor.dtype), factor.H.to(factor.dtype)
+        K, X, wide = factor.K.to(factor.dtype), factor.H.to(factor.dtype), factor.H.dtype
         KX = X.matmul(K) if factor.on_left else K.matmul(X)
-        return {factor.side: update.lerp_step(factor.K, KX.to(factor.K.dtype), step)}
+        return {factor.side: update.lerp_step(factor.K.to(wide), KX.to(wide), step)}
 
     def _move_by_momentum(self, group: Group, factor: _Factor) -> Members:
         """The step of one factor with a momentum, or normalized."""
@@ -317,7 +317,7 @@ class SINGD(KroneckerOptimizer):
             lr_cov = update.normalized(lr_cov, m_K)
         if group["factor_clip"] is not None:
             lr_cov = update.clipped(lr_cov, m_K, group["factor_clip"])
-        new[factor.side] = update.factor_step(factor.K, m_K, lr_cov)
+        new[factor.side] = update.factor_step(factor.K.to(m_K.dtype), m_K, lr_cov)
         return new
 
     def _by_products(self, group: Group) -> bool:
@@ -354,10 +354,10 @@ class SINGD(KroneckerOptimizer):
 
 @dataclass
 class _Factor:
-    """A factor that is due, in the precision of the sums; see :mod:`singd.update`."""
+    """A factor that is due; see :mod:`singd.update`."""
 
     side: str
-    K: StructuredMatrix
+    K: StructuredMatrix  # as it is stored; all else in the precision of the sums
     m: StructuredMatrix | None  # its momentum
     H: StructuredMatrix
     Q: StructuredMatrix
