@@ -138,9 +138,9 @@ def square_sums(values: Tensor, approximation: str, *, average: bool) -> Tensor:
     """
     if approximation == "reduce":
         values = _reduced(values, average)[..., None, :]
-    wide = torch.promote_types(values.dtype, torch.float32)
     if not values.is_cpu:
-        return torch.linalg.vector_norm(values, dim=(-3, -2), dtype=wide).square()
+        return _in_one_pass(values)
+    wide = torch.promote_types(values.dtype, torch.float32)
     row = values[..., :1, :1, :].numel() * wide.itemsize
     count = max(1, PIECE // max(1, row))
     if values.ndim == 3 and values.is_contiguous():
@@ -150,6 +150,12 @@ def square_sums(values: Tensor, approximation: str, *, average: bool) -> Tensor:
         count = max(1, count // max(1, values.shape[-2]))
         sums = [piece.to(wide).square().sum((-3, -2)) for piece in values.split(count, -3)]
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+
+def _in_one_pass(values: Tensor) -> Tensor:
+    """:func:`square_sums` of ``[..., N, P, d]`` by a kernel that squares what it reads."""
+    wide = torch.promote_types(values.dtype, torch.float32)
+    return torch.linalg.vector_norm(values, dim=(-3, -2), dtype=wide).square()
 
 
 def _column_sums(X: Tensor) -> Tensor:

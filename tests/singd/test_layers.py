@@ -11,8 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from singd import SINGD, Layer, register_layer
-from singd._layer import flatten_rows
+from singd import SINGD, Layer, _layer, register_layer
+from singd._layer import flatten_rows, square_sums
 from singd.layers import LAYERS, OPTIONAL, find_layer
 from singd.testing import check_layer
 from tests.singd.dense import relative
@@ -20,6 +20,20 @@ from tests.singd.dense import relative
 law = settings(max_examples=60, deadline=None)
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 F64 = torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, F64])
+@pytest.mark.parametrize("shape", [(0, 2, 3), (5, 1, 3), (4, 6, 3), (2, 4, 6, 3), (3, 2, 4, 1, 7)])
+def test_squares_are_summed_in_pieces_and_in_one_pass(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """The one on a CPU, the other on a GPU."""
+    monkeypatch.setattr(_layer, "PIECE", 50)
+    values = torch.randn(shape, dtype=F64).to(dtype)
+    expected = values.double().square().sum((-3, -2))
+    for found in (square_sums(values, "expand", average=True), _layer._in_one_pass(values)):
+        assert found.dtype == torch.promote_types(dtype, torch.float32)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 @law
