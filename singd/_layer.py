@@ -20,9 +20,9 @@ PIECE = 1 << 20  # bytes of patches or squares at a time: no copy of all activat
 def piece_size(device: torch.device) -> int:
     """Bytes of patches at a time: as fit into the caches of a CPU; on a GPU, as outlast a launch.
 
-    There a piece takes some ten launches, in which 32 MB are read and multiplied.
+    There a piece takes some ten launches, in which more than 16 MB could be read and multiplied.
     """
-    return PIECE if device.type == "cpu" else 32 * PIECE
+    return PIECE if device.type == "cpu" else 16 * PIECE
 
 
 class Layer:

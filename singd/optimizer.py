@@ -260,12 +260,12 @@ class SINGD(KroneckerOptimizer):
         factors = [self._factor(group, job, side) for job in jobs for side in job.forms]
         weights: Sequence[tuple[Any, Any]] = [(1.0, group["damping"])] * len(factors)
         if not group["kfac_like"]:
-            H, Q = [f.H for f in factors], [f.Q for f in factors]
-            weights = update.singd_weights(H, Q, group["damping"])
-            del H, Q
+            H, traces = [f.H for f in factors], [f.gram_trace() for f in factors]
+            weights = update.singd_weights(H, traces, group["damping"])
+            del H
         for f, (a, c) in zip(factors, weights, strict=True):
             c = c if f.norm is None else update.resolved_damping(c, a, f.norm)
-            f.H = f.Q = update.total_curvature(f.H, f.Q, a, c)
+            f.H, f.Q = update.total_curvature(f.H, f.gram(), a, c), None
         steps: list[Any] = [None] * len(factors)
         if not self._by_momentum(group):
             X, on_left = [f.H for f in factors], [f.on_left for f in factors]
@@ -282,26 +282,29 @@ class SINGD(KroneckerOptimizer):
         kept, norm = job.old[side], None
         wide = torch.promote_types(kept.dtype, U.dtype)
         K, U, m = kept.to(wide), U.to(wide), job.old.get(f"m_{side}")
+        held = kept if isinstance(kept, Dense) else K  # no wide copies of all large ones at once
         if form == "H":
-            dtype = _multiplied_in(kept)
-            return _Factor(side, kept, m, U, kept.to(dtype).gram().to(wide), dtype)
+            return _Factor(side, held, m, U, _multiplied_in(kept))
         commutes = isinstance(K, Diagonal)  # and multiplies number by number: it loses no digits
         if form == "S" and not commutes:
             norm = U.frobenius_norm()
         P = job.products.get(2 * side) if self._by_products(group) else None
         if P is None or not K.closed_under_transpose:
-            return _Factor(side, kept, m, update.curvature(K, U), K.gram(), wide, norm)
+            return _Factor(side, held, m, update.curvature(K, U), wide, norm=norm)
         P = P if P.dtype == wide else K.mT.gram()
         V = U if form == "PS" else P.matmul(U)
-        return _Factor(side, kept, m, V, P, wide, norm, on_left=not commutes)
+        return _Factor(side, held, m, V, wide, P, norm, on_left=not commutes)
 
     def _move(self, group: Group, factor: _Factor, step: float | Tensor | None) -> Members:
         """The step of one factor, by its weight; or by momentum if there is none."""
         if step is None:
             return self._move_by_momentum(group, factor)
         K, X, wide = factor.K.to(factor.dtype), factor.H.to(factor.dtype), factor.H.dtype
+        del factor.H  # here and below: so that less is held at once
         KX = X.matmul(K) if factor.on_left else K.matmul(X)
-        return {factor.side: update.lerp_step(factor.K.to(wide), KX.to(wide), step)}
+        del K, X
+        KX = KX.to(wide)
+        return {factor.side: update.lerp_step(factor.K, KX, step)}
 
     def _move_by_momentum(self, group: Group, factor: _Factor) -> Members:
         """The step of one factor with a momentum, or normalized."""
@@ -357,13 +360,24 @@ class _Factor:
     """A factor that is due; see :mod:`singd.update`."""
 
     side: str
-    K: StructuredMatrix  # as it is stored; all else in the precision of the sums
+    K: StructuredMatrix  # in the precision of the sums as all else, or as it is stored
     m: StructuredMatrix | None  # its momentum
     H: StructuredMatrix
-    Q: StructuredMatrix
     dtype: torch.dtype  # of its products
+    Q: StructuredMatrix | None = None  # ``Pi(K^T K)``, or ``K K^T`` on the left
     norm: Tensor | None = None  # of S, where that was summed
     on_left: bool = False
+
+    def gram(self) -> StructuredMatrix:
+        """``Q``."""
+        return self.K.to(self.dtype).gram().to(self.H.dtype) if self.Q is None else self.Q
+
+    def gram_trace(self) -> Tensor:
+        """``tr(Q)``; of large matrices ``Q`` is not kept for it."""
+        if self.Q is None and isinstance(self.K, Dense):
+            return update.gram_trace(self.K.to(self.H.dtype))
+        self.Q = self.gram()
+        return self.Q.trace()
 
 
 def _multiplied_in(K: StructuredMatrix) -> torch.dtype:

@@ -86,7 +86,7 @@ def singd_momenta(
     ``1/2 (tr(H_C)/d_out H_K + lambda tr(C^T C)/d_out Pi(K^T K) - I)``, and K and C exchanged.
     """
     KK, CC = K.gram(), C.gram()
-    weights = singd_weights([H_K, H_C], [KK, CC], damping)
+    weights = singd_weights([H_K, H_C], [KK.trace(), CC.trace()], damping)
     m_K, m_C = (
         0.5 * total_curvature(H, Q, a, c).add_scaled_identity(-1.0)
         for H, Q, (a, c) in zip((H_K.clone(), H_C.clone()), (KK, CC), weights, strict=True)
@@ -139,16 +139,21 @@ def product_statistic(P: StructuredMatrix, A: Tensor) -> StructuredMatrix:
 
 
 def singd_weights(
-    H: Sequence[StructuredMatrix], Q: Sequence[StructuredMatrix], damping: float | Tensor
+    H: Sequence[StructuredMatrix], traces: Sequence[Tensor], damping: float | Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     """``(a, c)`` of K, C, K, C, ...: ``tr(H_C)/d_out`` and ``lambda tr(C^T C)/d_out`` for a K.
 
-    In IKFAC they are 1 and lambda.
+    In IKFAC they are 1 and lambda. ``traces`` are those of ``K^T K``, ``C^T C``, ...
     """
     sizes = [x.n for x in H]
     a = jointly(lambda h, n: h / n, sizes, [x.trace() for x in H])
-    c = jointly(lambda q, n: q * (damping / n), sizes, [x.trace() for x in Q])
+    c = jointly(lambda q, n: q * (damping / n), sizes, traces)
     return [(a[i ^ 1].to(x.dtype), c[i ^ 1].to(x.dtype)) for i, x in enumerate(H)]
+
+
+def gram_trace(K: StructuredMatrix) -> Tensor:
+    """``tr Pi(K^T K) = ||K||_F^2``, ``[...]``: a structure that contains I keeps traces."""
+    return K.frobenius_norm().square()
 
 
 def resolved_damping(c: float | Tensor, a: float | Tensor, norm: Tensor) -> Tensor:
@@ -195,11 +200,16 @@ def lerp_weights(
 def lerp_step(
     K: StructuredMatrix, KX: StructuredMatrix, weight: float | Tensor
 ) -> StructuredMatrix:
-    """``K - beta_1 / 2 (K X - K) = K (I - beta_1 m_K)``, in the memory of ``K X`` (or ``X K``)."""
+    """``K - beta_1 / 2 (K X - K) = K (I - beta_1 m_K)``, in the memory of ``K X`` (or ``X K``).
+
+    That may be wider than ``K``.
+    """
 
     def step_(kx: Tensor, k: Tensor) -> Tensor:
         w = leading(weight, kx) if isinstance(weight, Tensor) else weight
-        return torch.lerp(k, kx, w, out=kx)
+        if k.dtype == kx.dtype:
+            return torch.lerp(k, kx, w, out=kx)
+        return kx.sub_(k).mul_(w).add_(k)
 
     return KX.map(step_, K)
 

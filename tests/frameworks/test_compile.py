@@ -79,18 +79,21 @@ def test_a_compiled_model_trains_alike(order: Callable[..., Any], backend: str) 
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
 @pytest.mark.parametrize("structure", ["dense", "diagonal", "hierarchical(3, 2)", "lower_toeplitz"])
 def test_a_compiled_step_trains_alike(structure: str) -> None:
-    """As PyTorch's optimizers are compiled; once, for steps of both kinds."""
-    eager, model = net(), net()
+    """As PyTorch's optimizers are compiled; once, for steps of both kinds.
+
+    In float64: PyTorch decomposes what it compiles, so the last digits are others.
+    """
+    eager, model = net().double(), net().double()
     options: dict[str, Any] = {"T": 2, "structures": (structure, structure), "alpha1": 0.5}
     expected, optimizer = SINGD(eager, **options), SINGD(model, **options)
     step, compilations = torch.compile(optimizer.step, backend="aot_eager"), []
     for inputs, targets in loader(6):
         for each, of, take in ((eager, expected, expected.step), (model, optimizer, step)):
             of.zero_grad()
-            nn.functional.cross_entropy(each(inputs), targets).backward()
+            nn.functional.cross_entropy(each(inputs.double()), targets).backward()
             take()
         compilations.append(counters["stats"]["unique_graphs"])
-    assert distance(snapshot(model, optimizer), snapshot(eager, expected)) <= 1e-6
+    assert distance(snapshot(model, optimizer), snapshot(eager, expected)) <= 1e-12
     assert 0 < compilations[2] == compilations[-1]
 
 

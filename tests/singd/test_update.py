@@ -221,8 +221,9 @@ def test_the_step_of_all_at_once_is_the_same_step(
         weights: list[Any] = [(1.0, damping)] * 2
     else:
         momenta = list(update.singd_momenta(K, C, H_K, H_C, damping))
-        weights = update.singd_weights([V_K, V_C], [P_K, P_C], damping)
-    factors, traces = (K, C), update.singd_weights([H_K, H_C], [K.gram(), C.gram()], damping)
+        weights = update.singd_weights([V_K, V_C], [P_K.trace(), P_C.trace()], damping)
+    grams = [update.gram_trace(K), update.gram_trace(C)]
+    factors, traces = (K, C), update.singd_weights([H_K, H_C], grams, damping)
     for of_product, of_curvature in zip(weights, traces, strict=True):
         if not kfac_like:
             torch.testing.assert_close(of_product, of_curvature)
