@@ -146,14 +146,14 @@ def backward(
         dtype: Of what they see.
         unused: Layers that no gradient reaches.
     """
-    modules = dict(optimizer.model.named_modules())
+    names = {module: name for name, module in optimizer.model.named_modules()}
     for unit in optimizer._units:
         unit.explained, unit.committed = True, 5  # else it is looked at, which waits
-        name = next(name for name, module in modules.items() if module is unit.module)
+        name = names[unit.module]
         if name not in unused and optimizer._wanted(unit):
             x, g = (torch.empty(shape, device=DEVICE, dtype=dtype) for shape in seen[name])
             optimizer._measure(unit, unit.module, x, g, 0, -1)
             unit.commit()
-    for name, module in modules.items():
+    for module, name in names.items():
         for p in module.parameters(recurse=False):
             p.grad = None if name in unused else torch.empty_like(p)

@@ -1,7 +1,7 @@
 """The step of the parameters: weight decay, momentum, and a sum that is never rounded to nearest.
 
 One kernel does it for many parameters: ours on a GPU, on the CPU that of :class:`torch.optim.SGD`,
-or below float32 PyTorch's operations piece by piece; elsewhere its ``foreach`` operations.
+below float32 on wide copies piece by piece; elsewhere PyTorch's ``foreach`` operations.
 """
 
 from __future__ import annotations
