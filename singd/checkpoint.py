@@ -291,4 +291,4 @@ def make_state(optimizer: KroneckerOptimizer) -> None:
                 if group["momentum"]:
                     state[p]["momentum_buffer"] = torch.zeros_like(p)
                 if group["graft"] == "adamw":
-                    state[p] |= grafting.fresh(p)
+                    state[p] |= grafting.fresh(p, group)

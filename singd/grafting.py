@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from singd.capture import Unit
+from singd.options import Group, counter_device
 
 if TYPE_CHECKING:
     from singd.base import KroneckerOptimizer
@@ -29,10 +30,10 @@ def state_names(method: str | None) -> tuple[str, ...]:
     return ("graft_exp_avg", "graft_exp_avg_sq") if method == "adamw" else ()
 
 
-def fresh(p: Tensor) -> dict[str, Tensor]:
+def fresh(p: Tensor, group: Group) -> dict[str, Tensor]:
     """AdamW's moments of a parameter before any step; steps are counted where nothing waits."""
     zeros = {name: torch.zeros_like(p) for name in state_names("adamw")}
-    return {"step": torch.zeros((), device=p.device if p.is_cuda else "cpu"), **zeros}
+    return {"step": torch.zeros((), device=counter_device(p, group)), **zeros}
 
 
 def graft_(
@@ -64,7 +65,13 @@ def graft_(
     if units[0].group["graft"] == "adamw":
         params = [p for p, *_ in parts]
         moments = [
-            (p, {k: s[k].to(zero, copy=True) if k in s else zero for k, zero in fresh(p).items()})
+            (
+                p,
+                {
+                    k: s[k].to(zero, copy=True) if k in s else zero
+                    for k, zero in fresh(p, units[0].group).items()
+                },
+            )
             for p, s in zip(params, map(optimizer.state.__getitem__, params), strict=True)
         ]
         wanted = _adamw_steps(wanted, [own for _, own in moments], optimizer._adamw.defaults)
