@@ -3,13 +3,14 @@
     python -m benchmarks.step --models mlp,gpt --T 10 --peer .peer
     python -m benchmarks.step --models vgg --T 1 --methods singd:dense,muon --dtypes bf16
 
-Every method lives in a process of its own, and the processes take turns of ten steps each, after
-three that do not count (of one period of updates, where those take long), so that whatever else the
-machine does falls on all alike; medians over the turns are compared. ``ratio`` is our time over
-SGD's, divided by that of PyPI ``singd``. Five turns (fewer, where they take long) come before: ours
-looks in its first passes, and ever more rarely, whether the layers explain the gradients. A method
-that cannot run is left out, with a word on why. ``step.csv`` is kept up case by case; rows of
-methods that are not named, and of other processors, stay.
+Every method lives in a process of its own, with threads bound to cores. The processes take turns of
+ten steps each, after three that do not count (of one period of updates, where those take long). A
+turn of SGD comes right before every other: ``over SGD`` is the median of such pairs, since cores
+that share their caches with strangers are by a third faster or slower from one second to the next.
+``ratio`` is what a step takes beyond SGD's, divided by the same of PyPI ``singd``. Five turns (fewer,
+where they take long) come before: ours looks in its first passes, and ever more rarely, whether the
+layers explain the gradients. A method that cannot run is left out, with a word on why. ``step.csv``
+is kept up case by case; rows of methods that are not named, and of other processors, stay.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.T, self.steps, self.before = T, T, 0
+        self.steps, self.before = T, 0
         self.seconds: list[float] = []
         self.spent = 0.0
 
@@ -84,7 +85,7 @@ class Worker:
         for _ in range(WARMUP - 1):
             if self.spent < PATIENCE:
                 self.turn()
-        self.spent = 0.0
+        self.seconds, self.spent = [], 0.0
         return True
 
     def turn(self) -> float:
@@ -96,8 +97,10 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"a worker ended: {self.process.args}")
-        self.spent += (self.before + self.steps) * float(line)
-        return float(line)
+        seconds = float(line)
+        self.spent += (self.before + self.steps) * seconds
+        self.seconds.append(seconds)
+        return seconds
 
     def close(self) -> None:
         """End the process."""
@@ -109,37 +112,35 @@ class Worker:
 def rows(
     model: str, T: int, dtype: str, names: Sequence[str], peer: Path | None, rounds: int
 ) -> Iterator[Row]:
-    """Measure methods on one model; SGD first.
-
-    A process before them takes turns as they do and is not looked at: the scheduler was seen to
-    keep both threads of the first of many processes on one core, for two to three times the time.
-    """
-    methods = {"": Worker("sgd", model, T, dtype, None)}
-    methods |= {
+    """Measure methods on one model; SGD first."""
+    methods = {
         name: Worker(
             name.removeprefix("PyPI "), model, T, dtype, peer if name.startswith("PyPI ") else None
         )
         for name in names
     }
+    over: dict[str, list[float]] = {name: [] for name in names}
     try:
         for name in [name for name, method in methods.items() if not method.begin()]:
             print(f"{name} does not run on {model} in {dtype}", file=sys.stderr)
             methods.pop(name).close()
+        sgd = methods["sgd"]
         for _ in tqdm(range(rounds), desc=f"{model} T={T} {dtype}"):
-            for method in methods.values():
-                if len(method.seconds) < 2 or method.spent < PATIENCE:
-                    method.seconds.append(method.turn())
-        methods.pop("").close()
-        times = {name: statistics.median(method.seconds) for name, method in methods.items()}
+            for name, method in methods.items():
+                if method is not sgd and (len(over[name]) < 2 or method.spent < PATIENCE):
+                    before = sgd.turn()
+                    over[name].append(method.turn() / before)
     finally:
         for method in methods.values():
             method.close()
-    for name, seconds in times.items():
-        over = seconds / times["sgd"] - 1
+    over["sgd"] = [1.0]
+    ratios = {name: statistics.median(over[name]) for name in methods}
+    for name, ratio in ratios.items():
+        ms = 1e3 * statistics.median(methods[name].seconds)
         row = dict(zip(KEY, (processor(), model, dtype, str(T), name), strict=True))
-        row |= {"ms": f"{1e3 * seconds:.3f}", "over SGD": f"{1 + over:.3f}", "ratio": ""}
-        if f"PyPI {name}" in times:
-            row["ratio"] = f"{over / (times[f'PyPI {name}'] / times['sgd'] - 1):.3f}"
+        row |= {"ms": f"{ms:.3f}", "over SGD": f"{ratio:.3f}", "ratio": ""}
+        if f"PyPI {name}" in ratios:
+            row["ratio"] = f"{(ratio - 1) / (ratios[f'PyPI {name}'] - 1):.3f}"
         yield row
 
 

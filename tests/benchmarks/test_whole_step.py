@@ -13,7 +13,9 @@ TIMES = {"sgd": 10, "singd:dense": 15, "PyPI singd:dense": 20, "soap": 3000}  # 
 
 
 class Worker:
-    """Answers as if every method took so long."""
+    """Answers as if every method took so long, on a machine that changes its speed."""
+
+    turns = 0
 
     def __init__(self, name, model, T, dtype, peer):
         self.name = f"PyPI {name}" if peer else name
@@ -23,8 +25,11 @@ class Worker:
         return self.name in TIMES
 
     def turn(self):
-        seconds = 1e-3 * TIMES[self.name]
+        slow = 3 if Worker.turns // 2 % 2 else 1  # for a pair of turns
+        Worker.turns += 1
+        seconds = 1e-3 * slow * TIMES[self.name]
         self.spent += 10 * seconds
+        self.seconds.append(seconds)
         return seconds
 
     def close(self):
@@ -33,6 +38,7 @@ class Worker:
 
 def test_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(step, "Worker", Worker)
+    monkeypatch.setattr(Worker, "turns", 0)
     out = tmp_path / "step.csv"
     options = ["--models", "mlp", "--T", "10", "--rounds", "3", "--out", str(out)]
     step.main([*options, "--methods", "singd:dense,muon", "--peer", str(tmp_path)])
