@@ -7,10 +7,11 @@ Every method lives in a process of its own, with threads bound to cores. The pro
 ten steps each, after three that do not count (of one period of updates, where those take long). A
 turn of SGD comes right before every other: ``over SGD`` is the median of such pairs, since cores
 that share their caches with strangers are by a third faster or slower from one second to the next.
-``ratio`` is what a step takes beyond SGD's, divided by the same of PyPI ``singd``. Five turns (fewer,
-where they take long) come before: ours looks in its first passes, and ever more rarely, whether the
-layers explain the gradients. A method that cannot run is left out, with a word on why. ``step.csv``
-is kept up case by case; rows of methods that are not named, and of other processors, stay.
+``ratio`` is what a step takes beyond SGD's, divided by the same of PyPI ``singd``. Five turns
+(fewer, where they take long) come before: ours looks in its first passes, and ever more rarely,
+whether the layers explain the gradients. A method that cannot run is left out, with a word on why.
+``step.csv`` is kept up case by case; rows of methods that are not named, and of other processors,
+stay.
 """
 
 from __future__ import annotations

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from singd import distributed, update
+from singd import distributed, rule, update
 from singd.base import KroneckerOptimizer
 from singd.capture import Form, Unit
 from singd.factors import Job
 from singd.grouping import Members, Products
 from singd.options import Group, by_name, floating, in_range, integer, one_of, pair
-from singd.precision import products_in, rounds_products
-from structured import (
-    Dense,
-    Diagonal,
-    Operator,
-    Structure,
-    StructuredMatrix,
-    StructureLike,
-    add_symmetric_product_,
-    parse,
-)
+from structured import Dense, Operator, Structure, StructuredMatrix, StructureLike, parse
 
 MAX_DIM = 8192
 
@@ -204,7 +193,7 @@ class SINGD(KroneckerOptimizer):
             *(dict(g) if isinstance(g, Mapping) else g for g in given),
             *(group[k] for k in ("wide_structure", "kfac_like", "preconditioner_dtype")),
             group["alpha1"] == 0,
-            self._by_products(group),
+            rule.by_products(group),
         )
 
     def _fresh(self, unit: Unit, batch: tuple[int, ...], device: torch.device | str) -> Members:
@@ -228,22 +217,10 @@ class SINGD(KroneckerOptimizer):
             unit.forms[side] = "PS" if form == "S" and self._pays(unit, K, X) else form
         if unit.forms[side] == "PS" and unit.bucket is not None:
             return update.product_statistic(unit.bucket.product(unit, 2 * side, part), X)
-        dtype = torch.promote_types(K.dtype, X.dtype)
-        dtype = torch.float32 if dtype == torch.float16 else dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        if unit.forms[side] == "H":
-            return update.rooted_statistic(K.to(dtype), X.to(dtype)).to(wide)
-        if isinstance(K, Dense) and X.dtype == torch.bfloat16:  # exact sums of its products
-            S = X.new_empty(*X.shape[:-1], K.n, dtype=wide)
-            add_symmetric_product_(S, X, beta=0.0)
-            return Dense(S)
-        return K.to(wide).project_gram(X.to(wide))
+        return rule.statistic(K, X, unit.forms[side])
 
     def _form(self, unit: Unit, side: str) -> Form:
-        """S, unless that loses too many digits or does not determine ``Pi(K^T S K)``."""
-        K = unit.members[side]
-        rounded = rounds_products(_multiplied_in(K), K.device) and not isinstance(K, Diagonal)
-        return "H" if rounded or not K.closed_under_congruence else "S"
+        return rule.form_of(unit.members[side])
 
     def _pays(self, unit: Unit, K: StructuredMatrix, X: Tensor) -> bool:
         """Whether to sum ``P S`` in place of ``S``: twice the work for each row, ``n^3`` saved."""
@@ -251,89 +228,13 @@ class SINGD(KroneckerOptimizer):
         few = isinstance(K, Dense) and 2 * X.shape[-1] <= K.n and unit.whole
         alone = distributed.size(self._process_group) == 1
         bucket = unit.bucket
-        if not (few and exact and alone and bucket and self._by_products(unit.group)):
+        if not (few and exact and alone and bucket and rule.by_products(unit.group)):
             return False
         bucket.products = bucket.products or self._products(unit.group, bucket.members)
         return True
 
     def _update(self, group: Group, jobs: Iterable[Job]) -> Iterator[Members]:
-        factors = [self._factor(group, job, side) for job in jobs for side in job.forms]
-        weights: Sequence[tuple[Any, Any]] = [(1.0, group["damping"])] * len(factors)
-        if not group["kfac_like"]:
-            H, traces = [f.H for f in factors], [f.gram_trace() for f in factors]
-            weights = update.singd_weights(H, traces, group["damping"])
-            del H
-        for f, (a, c) in zip(factors, weights, strict=True):
-            c = c if f.norm is None else update.resolved_damping(c, a, f.norm)
-            f.H, f.Q = update.total_curvature(f.H, f.gram(), a, c), None
-        steps: list[Any] = [None] * len(factors)
-        if not self._by_momentum(group):
-            X, on_left = [f.H for f in factors], [f.on_left for f in factors]
-            steps = update.lerp_weights(self._lr_cov(group), X, on_left, group["factor_clip"])
-            del X
-        while factors:  # none is kept longer than its step takes
-            yield self._move(group, factors.pop(0), steps.pop(0)) | self._move(
-                group, factors.pop(0), steps.pop(0)
-            )
-
-    def _factor(self, group: Group, job: Job, side: str) -> _Factor:
-        """A factor, what makes its curvature, and on which side of it that stands."""
-        U, form = job.sums.pop(side), job.forms[side]
-        kept, norm = job.old[side], None
-        wide = torch.promote_types(kept.dtype, U.dtype)
-        K, U, m = kept.to(wide), U.to(wide), job.old.get(f"m_{side}")
-        held = kept if isinstance(kept, Dense) else K  # no wide copies of all large ones at once
-        if form == "H":
-            return _Factor(side, held, m, U, _multiplied_in(kept))
-        commutes = isinstance(K, Diagonal)  # and multiplies number by number: it loses no digits
-        if form == "S" and not commutes:
-            norm = U.frobenius_norm()
-        P = job.products.get(2 * side) if self._by_products(group) else None
-        if P is None or not K.closed_under_transpose:
-            return _Factor(side, held, m, update.curvature(K, U), wide, norm=norm)
-        P = P if P.dtype == wide else K.mT.gram()
-        V = U if form == "PS" else P.matmul(U)
-        return _Factor(side, held, m, V, wide, P, norm, on_left=not commutes)
-
-    def _move(self, group: Group, factor: _Factor, step: float | Tensor | None) -> Members:
-        """The step of one factor, by its weight; or by momentum if there is none."""
-        if step is None:
-            return self._move_by_momentum(group, factor)
-        K, X, wide = factor.K.to(factor.dtype), factor.H.to(factor.dtype), factor.H.dtype
-        del factor.H  # here and below: so that less is held at once
-        KX = X.matmul(K) if factor.on_left else K.matmul(X)
-        del K, X
-        KX = KX.to(wide)
-        return {factor.side: update.lerp_step(factor.K, KX, step)}
-
-    def _move_by_momentum(self, group: Group, factor: _Factor) -> Members:
-        """The step of one factor with a momentum, or normalized."""
-        new: Members = {}
-        alpha1 = 0.0 if factor.m is None else group["alpha1"]
-        m_K = 0.5 * factor.H.add_scaled_identity(-1.0)
-        if group["normalize_lr_cov"]:
-            m_K = (1 - alpha1) * m_K  # else the largest entry could only grow
-        if factor.m is not None:
-            m_K = new[f"m_{factor.side}"] = alpha1 * factor.m.to(m_K.dtype) + m_K
-        lr_cov = self._lr_cov(group)
-        if group["normalize_lr_cov"]:
-            lr_cov = update.normalized(lr_cov, m_K)
-        if group["factor_clip"] is not None:
-            lr_cov = update.clipped(lr_cov, m_K, group["factor_clip"])
-        new[factor.side] = update.factor_step(factor.K.to(m_K.dtype), m_K, lr_cov)
-        return new
-
-    def _by_products(self, group: Group) -> bool:
-        """Whether an update may go by products."""
-        return group["keep_products"] and not self._by_momentum(group)
-
-    def _by_momentum(self, group: Group) -> bool:
-        """Whether an update needs the momentum ``m_K`` itself."""
-        return bool(group["normalize_lr_cov"] or (group["alpha1"] and not group["kfac_like"]))
-
-    def _lr_cov(self, group: Group) -> Any:
-        """``beta_1`` at this step."""
-        return group["lr_cov"](group["step"]) if callable(group["lr_cov"]) else group["lr_cov"]
+        return rule.updated(group, jobs)
 
     def _products(self, group: Group, members: Members) -> Products:
         if not group["keep_products"]:
@@ -353,34 +254,3 @@ class SINGD(KroneckerOptimizer):
         kept = {name: product.to(wide) for name, product in products.items()}
         natural = update.precondition(K.to(wide), C.to(wide), G.to(wide), **kept)
         return natural.to(G.dtype)
-
-
-@dataclass
-class _Factor:
-    """A factor that is due; see :mod:`singd.update`."""
-
-    side: str
-    K: StructuredMatrix  # in the precision of the sums as all else, or as it is stored
-    m: StructuredMatrix | None  # its momentum
-    H: StructuredMatrix
-    dtype: torch.dtype  # of its products
-    Q: StructuredMatrix | None = None  # ``Pi(K^T K)``, or ``K K^T`` on the left
-    norm: Tensor | None = None  # of S, where that was summed
-    on_left: bool = False
-
-    def gram(self) -> StructuredMatrix:
-        """``Q``."""
-        return self.K.to(self.dtype).gram().to(self.H.dtype) if self.Q is None else self.Q
-
-    def gram_trace(self) -> Tensor:
-        """``tr(Q)``; of large matrices ``Q`` is not kept for it."""
-        if self.Q is None and isinstance(self.K, Dense):
-            return update.gram_trace(self.K.to(self.H.dtype))
-        self.Q = self.gram()
-        return self.Q.trace()
-
-
-def _multiplied_in(K: StructuredMatrix) -> torch.dtype:
-    """The precision of products with K and its curvature: only large ones gain by a low one."""
-    dense = products_in(K.dtype, K.device)
-    return dense if isinstance(K, Dense) else torch.promote_types(dense, torch.float32)

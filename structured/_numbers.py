@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -35,15 +35,17 @@ _PANEL = 1 << 21  # bytes: what is made and read again at once stays in the cach
 _LARGE = 1 << 15  # numbers: products as large are not worth a temporary for all of them
 
 
-def panels(A: Tensor, X: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Two tensors of one batch shape in pieces along it, ``X`` by about :data:`_PANEL` bytes."""
+def panels(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one batch shape cut alike along it, the last into about :data:`_PANEL` bytes."""
+    X = tensors[-1]
     if X.nbytes <= _PANEL or not X.is_cpu:
-        return [A], [X]
-    if X.nbytes > _PANEL * len(X) and X.ndim > 3:
-        pairs = [panels(a, x) for a, x in zip(A, X, strict=True)]
-        return [a for each, _ in pairs for a in each], [x for _, each in pairs for x in each]
-    count = max(1, _PANEL * len(X) // X.nbytes)
-    return A.split(count), X.split(count)
+        yield tensors
+    elif X.nbytes > _PANEL * len(X) and X.ndim > 3:
+        for each in zip(*tensors, strict=True):
+            yield from panels(*each)
+    else:
+        count = max(1, _PANEL * len(X) // X.nbytes)
+        yield from zip(*(t.split(count) for t in tensors), strict=True)
 
 
 def write_product_(out: Tensor, A: Tensor, B: Tensor) -> None:
@@ -56,9 +58,7 @@ def write_product_(out: Tensor, A: Tensor, B: Tensor) -> None:
         add_product_(out, A, B, beta=0.0)
         return
     batched = out.ndim > 2 and out.shape[:-2] == A.shape[:-2] == B.shape[:-2]
-    As, Bs = panels(A, B) if batched else ([A], [B])
-    outs = panels(A, out)[1] if batched else [out]
-    for each in zip(outs, As, Bs, strict=True):
+    for each in panels(out, A, B) if batched else [(out, A, B)]:
         place, a, b = _as_stored(*each)
         place.copy_(a @ b)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -59,7 +60,11 @@ def network(*, bias: bool = True, samples: int = 8) -> tuple[nn.Sequential, Shap
 
 
 def crossings(
-    dtype: torch.dtype, method: Any = SINGD, rows: torch.dtype | None = None, **options: Any
+    dtype: torch.dtype,
+    method: Any = SINGD,
+    rows: torch.dtype | None = None,
+    before: Callable[[int, Any], set[str]] = lambda *_: set(),
+    **options: Any,
 ) -> list[list[str]]:
     """The copies between host and device of every pass and step, in two periods of two.
 
@@ -67,6 +72,7 @@ def crossings(
         dtype: Of the parameters.
         method: An optimizer.
         rows: Of what the layers see, if it is not ``dtype``, as under autocast.
+        before: Called with the number of every pass and the optimizer; says which layers it spares.
         options: Of the optimizer.
     """
     found = []
@@ -74,9 +80,10 @@ def crossings(
     with gpu() as seen:
         move(model, dtype)
         optimizer = method(model, T=2, **options)
-        for _ in range(4):
+        for number in range(4):
+            unused = before(number, optimizer)
             seen.found.clear()
-            backward(optimizer, seen_by, rows or dtype)
+            backward(optimizer, seen_by, rows or dtype, unused=unused)
             optimizer._verdict._held = None  # or it would be read
             optimizer.step()
             found.append(list(seen.found))
@@ -116,17 +123,8 @@ def test_so_do_steps_under_autocast(structure: str) -> None:
 
 
 def test_so_do_steps_without_some_of_equal_layers() -> None:
-    model, seen_by = network()
-    with gpu() as seen:
-        move(model, torch.float32)
-        optimizer = SINGD(model, T=1)
-        for number in range(4):
-            if number == 2:
-                seen.found.clear()
-            backward(optimizer, seen_by, torch.float32, unused={"5"})
-            optimizer._verdict._held = None
-            optimizer.step()
-        assert seen.found == ["to cpu"] * 2
+    found = crossings(torch.float32, before=lambda *_: {"5"})
+    assert found[2:] == [["to cpu"]] * 2
 
 
 def test_kfac_leaves_one_number_for_later() -> None:
@@ -137,20 +135,16 @@ def test_kfac_leaves_one_number_for_later() -> None:
 def test_a_graph_records_no_copy_from_the_host(
     monkeypatch: pytest.MonkeyPatch, structure: str
 ) -> None:
-    model, seen_by = network(bias="block_circulant" not in structure)
-    with gpu() as seen:
-        move(model, torch.float32)
-        options: dict[str, Any] = {"structures": (structure, structure), "max_skipped": None}
-        optimizer = SINGD(model, T=2, **options)
-        group = next(group for group in optimizer.param_groups if group["rule"] == "kronecker")
-        group["lr"] = torch.empty((), device=DEVICE)
-        for number in range(4):
-            if number == 2:
-                monkeypatch.setattr(cuda_graph, "capturing", lambda: True)
-                seen.found.clear()
-            backward(optimizer, seen_by, torch.float32)
-            optimizer.step()
-        assert seen.found == []
+    def before(number: int, optimizer: Any) -> set[str]:
+        if number == 0:
+            group = next(g for g in optimizer.param_groups if g["rule"] == "kronecker")
+            group["lr"] = torch.empty((), device=DEVICE)
+        if number == 2:
+            monkeypatch.setattr(cuda_graph, "capturing", lambda: True)
+        return set()
+
+    options: dict[str, Any] = {"structures": (structure, structure), "max_skipped": None}
+    assert crossings(torch.float32, before=before, **options)[2:] == [[]] * 2
 
 
 @pytest.mark.parametrize("structure", ["dense", "diagonal", "block_diagonal(7)"])
