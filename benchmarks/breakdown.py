@@ -271,5 +271,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    workers.keep_memory("breakdown")
+    workers.restart("breakdown")
     main()

@@ -360,5 +360,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    workers.keep_memory("ops")  # as its peer does
+    workers.restart("ops")  # as its peer does
     main()
