@@ -140,27 +140,21 @@ def square_sums(values: Tensor, approximation: str, *, average: bool) -> Tensor:
         values = _reduced(values, average)[..., None, :]
     if not values.is_cpu:
         return _in_one_pass(values)
-    wide = torch.promote_types(values.dtype, torch.float32)
-    row = values[..., :1, :1, :].numel() * wide.itemsize
-    count = max(1, PIECE // max(1, row))
     if values.ndim == 3 and values.is_contiguous():
-        rows = values.flatten(0, 1)
-        sums = [_column_sums(piece.to(wide).square()) for piece in rows.split(count)]
-    else:
-        count = max(1, count // max(1, values.shape[-2]))
-        sums = [piece.to(wide).square().sum((-3, -2)) for piece in values.split(count, -3)]
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+        values = values.flatten(0, 1)[:, None]
+    wide = torch.promote_types(values.dtype, torch.float32)
+    sample = values[..., :1, :, :].numel() * wide.itemsize
+    first, *others = values.split(max(1, PIECE // max(1, sample)), -3)
+    squares = first.to(wide).square()
+    for piece in (other.to(wide) for other in others):  # one pass: sums stay where they are made
+        squares.narrow(-3, 0, piece.shape[-3]).addcmul_(piece, piece)
+    return squares.sum((-3, -2))
 
 
 def _in_one_pass(values: Tensor) -> Tensor:
     """:func:`square_sums` of ``[..., N, P, d]`` by a kernel that squares what it reads."""
     wide = torch.promote_types(values.dtype, torch.float32)
     return torch.linalg.vector_norm(values, dim=(-3, -2), dtype=wide).square()
-
-
-def _column_sums(X: Tensor) -> Tensor:
-    """On a CPU by a product: a sum reads what the other cores have just written."""
-    return X.new_ones(len(X)) @ X if X.is_cpu else X.sum(0)
 
 
 def _reduced(values: Tensor, average: bool) -> Tensor:
