@@ -146,7 +146,8 @@ def square_sums(values: Tensor, approximation: str, *, average: bool) -> Tensor:
     sample = values[..., :1, :, :].numel() * wide.itemsize
     first, *others = values.split(max(1, PIECE // max(1, sample)), -3)
     squares = first.to(wide).square()
-    for piece in (other.to(wide) for other in others):  # one pass: sums stay where they are made
+    for other in others:  # one pass: sums stay where they are made
+        piece = other.to(wide)
         squares.narrow(-3, 0, piece.shape[-3]).addcmul_(piece, piece)
     return squares.sum((-3, -2))
 
