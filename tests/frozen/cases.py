@@ -40,7 +40,8 @@ class Case:
     def precision(self) -> torch.dtype:
         """The lowest precision in which anything is computed or stored."""
         stored = self.options.get("preconditioner_dtype", ())
-        used = {self.dtype, self.autocast, *stored} - {None}
+        moved = F32 if self.way == "moved to float32" else None
+        used = {self.dtype, self.autocast, moved, *stored} - {None}
         return max(used, key=lambda dtype: torch.finfo(dtype).eps)
 
 
