@@ -185,7 +185,7 @@ def _held(what: str, model: Any, optimizer: Any, x: Tensor, step: Callable[[], N
 
 def kernels(run: Run) -> list[Row]:
     """Every kernel against its twin."""
-    from structured import _gram
+    from structured._products import gram
     from structured.kernels import sums_of_squares, symmetric_product
 
     rows = []
@@ -198,7 +198,7 @@ def kernels(run: Run) -> list[Row]:
                     f"sums of squares, {layout}",
                     X,
                     lambda X=X: sums_of_squares.launch(X),
-                    lambda X=X: _gram.sums_of_squares(X),
+                    lambda X=X: gram.sums_of_squares(X),
                     moved=X.nbytes,
                 )
             )
@@ -210,7 +210,7 @@ def kernels(run: Run) -> list[Row]:
                 "block gram",
                 X,
                 lambda X=X: symmetric_product.launch(X),
-                lambda X=X: _gram.symmetric_product(X),
+                lambda X=X: gram.symmetric_product(X),
                 moved=X.nbytes,
             )
         )

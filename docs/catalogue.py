@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from structured import Structure, parse
-from structured._spec import known
+from structured._core.spec import known
 
 # Options that read better than those made up from the signature.
 EXAMPLES = {

@@ -5,11 +5,9 @@ few tensors. See :class:`StructuredMatrix` for what a member can do and how to a
 :func:`parse` for naming one.
 """
 
-from structured._dispatch import add_symmetric_product_
-from structured._inverse_root import divergence, inverse_root
-from structured._matrix import Operator, StructuredMatrix, static
-from structured._module import StructuredParameter
-from structured._spec import Structure, StructureLike, parse
+from structured._core.matrix import Operator, StructuredMatrix, static
+from structured._core.spec import Structure, StructureLike, parse
+from structured._products.dispatch import add_symmetric_product_
 from structured.block_circulant import BlockCirculant
 from structured.block_diagonal import BlockDiagonal
 from structured.block_triangular import (
@@ -23,7 +21,9 @@ from structured.dense import Dense
 from structured.diagonal import Diagonal
 from structured.direct_sum import DirectSum
 from structured.hierarchical import Hierarchical
+from structured.inverse_root import divergence, inverse_root
 from structured.kronecker import Kronecker
+from structured.parameter import StructuredParameter
 from structured.rotated import Rotated
 from structured.scaled_identity import ScaledIdentity
 from structured.strided import Strided

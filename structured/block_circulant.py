@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Size, Tensor
 
-from structured._fft import irfft, rfft
-from structured._matrix import Scalar, StructuredMatrix, at_least_float32, largest
-from structured._numbers import tabulated
+from structured._core.matrix import Scalar, StructuredMatrix, at_least_float32, largest
+from structured._core.numbers import tabulated
+from structured._transforms.fft import irfft, rfft
 from structured.dense import Dense
 
 # In the Fourier basis a complex block ``F`` is held as its real and imaginary parts on top of each

@@ -17,9 +17,9 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
-from structured._dispatch import symmetric_product
-from structured._matrix import Scalar, StructuredMatrix, joint_norm, largest
-from structured._numbers import add_product_, write_product_
+from structured._core.matrix import Scalar, StructuredMatrix, joint_norm, largest
+from structured._core.numbers import add_product_, write_product_
+from structured._products.dispatch import symmetric_product
 from structured.dense import Dense
 
 

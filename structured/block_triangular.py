@@ -14,8 +14,8 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
-from structured._matrix import Scalar, StructuredMatrix, joint_norm, largest
-from structured._spec import Structure, StructureLike, composition, parse
+from structured._core.matrix import Scalar, StructuredMatrix, joint_norm, largest
+from structured._core.spec import Structure, StructureLike, composition, parse
 from structured.dense import Dense
 from structured.diagonal import Diagonal
 

@@ -17,9 +17,9 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
-from structured._autocorrelation import autocorrelation
-from structured._fft import fft, irfft, rfft
-from structured._matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
+from structured._core.matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
+from structured._transforms.autocorrelation import autocorrelation
+from structured._transforms.fft import fft, irfft, rfft
 
 
 def _power(F: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
-from structured._dispatch import symmetric_product
-from structured._matrix import Scalar, StructuredMatrix, largest, trailing
-from structured._numbers import add_product_
+from structured._core.matrix import Scalar, StructuredMatrix, largest, trailing
+from structured._core.numbers import add_product_
+from structured._products.dispatch import symmetric_product
 
 
 class Dense(StructuredMatrix):

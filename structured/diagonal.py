@@ -15,8 +15,8 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
-from structured._dispatch import sums_of_squares
-from structured._matrix import Scalar, StructuredMatrix, largest, trailing
+from structured._core.matrix import Scalar, StructuredMatrix, largest, trailing
+from structured._products.dispatch import sums_of_squares
 
 
 class Diagonal(StructuredMatrix):

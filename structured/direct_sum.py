@@ -14,8 +14,8 @@ import torch
 from torch import Size, Tensor
 from torch.nn.functional import pad
 
-from structured._matrix import Scalar, StructuredMatrix, joint_norm
-from structured._spec import StructureLike, parse
+from structured._core.matrix import Scalar, StructuredMatrix, joint_norm
+from structured._core.spec import StructureLike, parse
 from structured.block_triangular import split_sizes
 
 

@@ -26,10 +26,10 @@ import torch
 from torch import Size, Tensor
 from torch.nn.functional import pad
 
-from structured._dispatch import sums_of_squares
-from structured._matrix import Operator, Scalar, StructuredMatrix, joint_norm, largest, static
-from structured._numbers import add_product_
-from structured._stored import Stored
+from structured._core.matrix import Operator, Scalar, StructuredMatrix, joint_norm, largest, static
+from structured._core.numbers import add_product_
+from structured._core.stored import Stored
+from structured._products.dispatch import sums_of_squares
 from structured.dense import Dense
 
 

@@ -18,7 +18,7 @@ import torch
 from linear_operator.operators import DenseLinearOperator, LinearOperator, RootLinearOperator
 from torch import Size, Tensor
 
-from structured._matrix import StructuredMatrix, at_least_float32
+from structured._core.matrix import StructuredMatrix, at_least_float32
 
 __all__ = ["to_linear_operator", "to_root_linear_operator", "to_scipy"]
 

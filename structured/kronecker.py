@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Size, Tensor
 
-from structured._checks import check_columns
-from structured._matrix import Operator
+from structured._core.checks import check_columns
+from structured._core.matrix import Operator
 
 
 @dataclass(frozen=True, eq=False)

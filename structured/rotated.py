@@ -14,9 +14,9 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
-from structured._cosine import cosine, inverse_cosine
-from structured._matrix import Scalar, StructuredMatrix, at_least_float32, static
-from structured._spec import StructureLike, parse, words
+from structured._core.matrix import Scalar, StructuredMatrix, at_least_float32, static
+from structured._core.spec import StructureLike, parse, words
+from structured._transforms.cosine import cosine, inverse_cosine
 
 _COLUMNS = 256  # transformed at a time on the CPU (measured)
 

@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
-from structured._matrix import Scalar, StructuredMatrix, at_least_float32, static
+from structured._core.matrix import Scalar, StructuredMatrix, at_least_float32, static
 
 
 class ScaledIdentity(StructuredMatrix):

@@ -16,8 +16,8 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
-from structured._matrix import Scalar, StructuredMatrix
-from structured._spec import StructureLike, parse
+from structured._core.matrix import Scalar, StructuredMatrix
+from structured._core.spec import StructureLike, parse
 from structured.tied import part_size
 
 

@@ -14,8 +14,8 @@ from typing import Any, Self
 
 from torch import Size, Tensor
 
-from structured._matrix import Scalar, StructuredMatrix, at_least_float32, static
-from structured._spec import StructureLike, parse
+from structured._core.matrix import Scalar, StructuredMatrix, at_least_float32, static
+from structured._core.spec import StructureLike, parse
 
 
 def part_size(n: int, k: int, name: str) -> int:

@@ -16,10 +16,10 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
-from structured._autocorrelation import autocorrelation
-from structured._dispatch import symmetric_product
-from structured._fft import fft_length, irfft, rfft
-from structured._matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
+from structured._core.matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
+from structured._products.dispatch import symmetric_product
+from structured._transforms.autocorrelation import autocorrelation
+from structured._transforms.fft import fft_length, irfft, rfft
 
 
 def _convolve(t: Tensor, X: Tensor, *, adjoint: bool = False) -> Tensor:

@@ -19,8 +19,8 @@ from torch import Size, Tensor
 from torch.linalg import solve_triangular
 from torch.nn.functional import pad
 
-from structured._matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
-from structured._numbers import add_product_
+from structured._core.matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
+from structured._core.numbers import add_product_
 
 _PANEL = 128  # columns of a Gram matrix; wider ones compute more that is thrown away
 _LEAF = 256  # rows; in smaller blocks the zeros cost less than the calls

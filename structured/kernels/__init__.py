@@ -1,8 +1,8 @@
 """Triton kernels behind PyTorch operators, each beside its plain twin.
 
-The twins are the functions of ``structured/_gram.py``. An operator runs its kernel on CUDA where
-that can serve; anywhere else, and wherever something is differentiated, its twin. Deleting this
-folder leaves a correct library.
+The twins are the functions of ``structured/_products/gram.py``. An operator runs its kernel on CUDA
+where that can serve; anywhere else, and wherever something is differentiated, its twin. Deleting
+this folder leaves a correct library.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from structured import _gram
+from structured._products import gram
 
 _LIBRARY = torch.library.Library("structured", "DEF")
 
@@ -111,7 +111,7 @@ define(
     _LIBRARY,
     "sums_of_squares(Tensor X) -> Tensor",
     _sums_of_squares,
-    _gram.sums_of_squares,
+    gram.sums_of_squares,
     lambda X: X.new_empty(X.shape[:-1]),
     _is_served,
 )
@@ -119,7 +119,7 @@ define(
     _LIBRARY,
     "symmetric_product(Tensor X) -> Tensor",
     _symmetric_product,
-    _gram.symmetric_product,
+    gram.symmetric_product,
     lambda X: X.new_empty(*X.shape[:-1], X.shape[-2]),
     _is_served,
 )
@@ -127,7 +127,7 @@ define(
     _LIBRARY,
     "add_symmetric_product_(Tensor(a!) out, Tensor X, float beta, float alpha) -> ()",
     _add_symmetric_product_,
-    _gram.add_symmetric_product_,
+    gram.add_symmetric_product_,
     lambda out, X, beta, alpha: None,
     lambda out, X, beta, alpha: _is_served(X) and out.dtype == torch.float32 and out.ndim <= 4,
 )

@@ -46,10 +46,10 @@ def test_only_public_names(name: str) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "from structured._matrix import trailing",
+        "from structured._core.matrix import trailing",
         "from structured import trailing",
         "from singd.update import curvature",
-        "import structured._coordinates",
+        "import structured._core.defaults",
         "K._build([])",
     ],
 )

@@ -12,8 +12,8 @@ from torch import nn
 
 from singd import KFAC, SINGD
 from structured import StructuredMatrix, parse
-from structured._operations import OPERATIONS
-from structured._strategies import Operands
+from structured.testing.operations import OPERATIONS
+from structured.testing.strategies import Operands
 from tests.singd import test_cuda_graph
 from tests.singd.runs import snapshot
 from tests.structured.specs import SPECS

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from structured import Dense, Diagonal, _dispatch, _gram, kernels
+from structured import Dense, Diagonal, kernels
+from structured._products import dispatch, gram
 
 pytest.importorskip("triton")
 import triton
@@ -96,7 +97,7 @@ def test_sums_of_symmetric_products_in_place(shape, beta):
     exact = beta * before.double() + 2 * X.double() @ X.double().mT
     torch.testing.assert_close(out, exact.float(), rtol=0, atol=0)
     twin = before.clone()
-    _gram.add_symmetric_product_(twin, X, beta, 2.0)
+    gram.add_symmetric_product_(twin, X, beta, 2.0)
     torch.testing.assert_close(twin, exact.float(), rtol=0, atol=0)
 
 
@@ -166,7 +167,7 @@ def test_tilings_suit_the_device(n, dtype):
 @pytest.mark.parametrize("columns", [20, 5000])
 def test_what_is_replaced_does_not_matter(columns):
     X = matrix((33, columns), torch.float32, "rows")
-    for add in (product.launch_add, _gram.add_symmetric_product_):
+    for add in (product.launch_add, gram.add_symmetric_product_):
         out = torch.full((33, 33), torch.nan, device=DEVICE)
         add(out, X, 0.0, 2.0)
         assert torch.equal(out, 2 * X @ X.mT)
@@ -200,7 +201,7 @@ class TestOperator:
 
     def test_transforms(self, name):
         X = torch.randn(2, 4, 3, device=DEVICE)
-        operator, twin = getattr(OPERATORS, name), getattr(_gram, name)
+        operator, twin = getattr(OPERATORS, name), getattr(gram, name)
         each = torch.func.vmap(operator, in_dims=2)(X)
         torch.testing.assert_close(each, torch.func.vmap(twin, in_dims=2)(X))
         tangents = torch.func.jvp(operator, (X,), (X,))[1]
@@ -238,7 +239,7 @@ def test_on_cuda_the_operators_are_called():
         for structure in (Diagonal, Dense):
             assert structure.zeros(6, device="cuda").project_gram(X).device.type == "cuda"
             structure.zeros(6, device="cuda").gram()
-        _dispatch.add_symmetric_product_(X.new_zeros(6, 6), X)
+        dispatch.add_symmetric_product_(X.new_zeros(6, 6), X)
     names = [name.removeprefix("structured::") for name in seen if name.startswith("structured")]
     expected = ["sums_of_squares", *2 * ["symmetric_product"], "add_symmetric_product_"]
     assert names == expected
@@ -260,12 +261,12 @@ def test_on_the_cpu_no_operator_is_called():
 
     with Watch():
         X = torch.ones(6, 5)
-        _dispatch.sums_of_squares(X)
-        _dispatch.symmetric_product(X)
-        _dispatch.add_symmetric_product_(torch.ones(6, 6), X)
+        dispatch.sums_of_squares(X)
+        dispatch.symmetric_product(X)
+        dispatch.add_symmetric_product_(torch.ones(6, 6), X)
 
 
-@pytest.mark.parametrize("module", [_dispatch, _gram])
+@pytest.mark.parametrize("module", [dispatch, gram])
 def test_sums_in_place_on_the_cpu(module):
     X = torch.arange(6.0).reshape(3, 2)
     out = torch.ones(3, 3, dtype=torch.float64)
@@ -289,13 +290,13 @@ def test_sums_in_place_on_the_cpu(module):
     ],
 )
 def test_where_products_by_panels_pay(shape, dtype, pays):
-    assert _gram._panels_pay(torch.empty(shape, dtype=dtype)) is pays
-    assert not _gram._panels_pay(torch.empty(shape, dtype=dtype, device="meta"))
+    assert gram._panels_pay(torch.empty(shape, dtype=dtype)) is pays
+    assert not gram._panels_pay(torch.empty(shape, dtype=dtype, device="meta"))
 
 
 def test_panels_do_five_eighths_of_the_work():
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
-        _gram.symmetric_product(torch.empty(1024, 1024))
+        gram.symmetric_product(torch.empty(1024, 1024))
     assert counter.get_total_flops() == 2 * 1024**3 * 5 // 8
 
 
@@ -310,18 +311,18 @@ def test_panels_do_five_eighths_of_the_work():
 )
 def test_where_norms_pay(shape, dtype, pays):
     X = torch.empty(shape, dtype=dtype)
-    assert _gram._norms_pay(X) is pays
-    assert not _gram._norms_pay(torch.empty(*shape[:-2], *shape[:-3:-1], dtype=dtype).mT)
-    assert not _gram._norms_pay(torch.empty(shape, dtype=dtype, requires_grad=True))
-    assert not _gram._norms_pay(torch.empty(shape, dtype=dtype, device="meta"))
+    assert gram._norms_pay(X) is pays
+    assert not gram._norms_pay(torch.empty(*shape[:-2], *shape[:-3:-1], dtype=dtype).mT)
+    assert not gram._norms_pay(torch.empty(shape, dtype=dtype, requires_grad=True))
+    assert not gram._norms_pay(torch.empty(shape, dtype=dtype, device="meta"))
 
 
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("shape", [(768, 800), (769, 800), (2, 400, 1500)])
 def test_products_by_panels(shape, trained):
     X = torch.randint(-3, 4, shape).float().requires_grad_(trained)
-    assert _gram._panels_pay(X)
-    found = _gram.symmetric_product(X)
+    assert gram._panels_pay(X)
+    found = gram.symmetric_product(X)
     torch.testing.assert_close(found, X @ X.mT, rtol=0, atol=0)
     if trained:
         C = torch.randint(-3, 4, found.shape).float()

@@ -16,7 +16,7 @@ import sys
 import torch
 {before}
 import structured, singd
-from structured import _dispatch
+from structured._products import dispatch
 from singd import rounding
 assert structured.__file__.startswith({root!r}), structured.__file__
 assert {expected}
@@ -46,15 +46,15 @@ def test_without_their_folders(tmp_path: Path) -> None:
     for package in ("structured", "singd"):
         skipped = shutil.ignore_patterns("kernels", "__pycache__")
         shutil.copytree(ROOT / package, tmp_path / package, ignore=skipped)
-    run(tmp_path, "", "_dispatch.kernels is None and rounding.kernels() is None")
+    run(tmp_path, "", "dispatch.kernels is None and rounding.kernels() is None")
 
 
 def test_without_triton() -> None:
-    expected = "_dispatch.kernels is not None and rounding.kernels() is None"
+    expected = "dispatch.kernels is not None and rounding.kernels() is None"
 
     hide = "import importlib.util as u; f = u.find_spec; "
     hide += "u.find_spec = lambda n, *a: None if n == 'triton' else f(n, *a)"
-    run(ROOT, hide, expected + " and not _dispatch.kernels._triton_is_installed()")
+    run(ROOT, hide, expected + " and not dispatch.kernels._triton_is_installed()")
 
 
 @pytest.mark.parametrize(

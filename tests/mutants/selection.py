@@ -76,9 +76,9 @@ class Watch:
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_call(self, item: Any) -> Iterator[None]:
-        coordinates = sys.modules["structured._coordinates"]
-        coordinates._SHAPES.clear()  # what is remembered is not reached
-        coordinates._WEIGHTS.clear()
+        defaults = sys.modules["structured._core.defaults"]
+        defaults._SHAPES.clear()  # what is remembered is not reached
+        defaults._WEIGHTS.clear()
         self.lines.clear()
         start = time.process_time()
         sys.settrace(self.trace)

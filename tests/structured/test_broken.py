@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from structured import Diagonal, StructuredMatrix, parse
-from structured._mistakes import _mistakes
 from structured.testing import LAWS, check
+from structured.testing.mistakes import _mistakes
 from tests.structured.broken import Affine, GramOfTheTranspose, Traceless
 from tests.structured.broken_conduct import BROKEN  # those of both
 

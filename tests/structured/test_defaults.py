@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from structured import _coordinates, _definition
-from structured.testing import LAWS, check
+from structured._core import defaults
+from structured.testing import LAWS, check, definition
 from tests.structured.algebras import (
     ALGEBRAS,
     Complex,
@@ -36,14 +36,14 @@ def test_projections_onto_any_space(space, n, law):
 )
 def test_closed_form_where_it_holds(algebra, ndim):
     """Vectors of weights where every number owns its places, matrices where they overlap."""
-    weights = _coordinates._weights(_coordinates._key(algebra.zeros(6), 0))
+    weights = defaults._weights(defaults._key(algebra.zeros(6), 0))
     assert weights.orthogonal.ndim == ndim
     assert weights.symmetric.ndim == ndim
 
 
 @pytest.mark.parametrize("algebra", [Cyclic, Skewed, InBasis])
 def test_weights_are_found_while_compiling(algebra):
-    _coordinates._WEIGHTS.clear()
+    defaults._WEIGHTS.clear()
     torch._dynamo.reset()
     A = algebra.zeros(6).map(lambda t: torch.arange(float(t.numel())).reshape(t.shape))
     X = torch.arange(12.0).reshape(6, 2)
@@ -68,7 +68,7 @@ def test_the_rank_of_the_definition_is_relative():
             return torch.diag_embed(1e-6 * self.d + 2e-6 * self.e)
 
     A = Small.zeros(7, dtype=torch.float64)
-    assert len(_definition.orthonormal_basis(A)) == 7
+    assert len(definition.orthonormal_basis(A)) == 7
 
 
 def test_layouts_are_hashable():

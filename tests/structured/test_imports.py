@@ -12,7 +12,7 @@ import pytest
 
 import structured
 
-MODULES = [f"structured.{module.name}" for module in pkgutil.iter_modules(structured.__path__)]
+MODULES = [module.name for module in pkgutil.walk_packages(structured.__path__, "structured.")]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -47,4 +47,4 @@ def test_there_are_examples():
         for test in finder.find(importlib.import_module(name))
         if test.examples
     }
-    assert {"structured._matrix", "structured._spec", "structured.testing"} <= examples
+    assert {"structured._core.matrix", "structured._core.spec", "structured.testing"} <= examples

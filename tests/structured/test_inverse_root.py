@@ -1,5 +1,7 @@
 """The best root in a structure: theory, stationarity, and how much of S each structure holds."""
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch import Tensor
 from structured import LowerToeplitz, StructuredMatrix, divergence, inverse_root, parse
 from tests.structured.algebras import Wasteful
 
+MODULE = importlib.import_module("structured.inverse_root")  # the attribute is the function
 CLOSED_FORMS = [
     "dense",
     "diagonal",
@@ -90,7 +93,7 @@ def test_no_member_nearby_is_better(structure):
 
 @pytest.mark.parametrize("wrap", ["{}", "transposed({})"])
 def test_iteration_and_closed_form_agree(wrap, monkeypatch):
-    monkeypatch.setattr("structured._inverse_root._MAX_ITERATIONS", 500)  # without momentum 2200
+    monkeypatch.setattr(MODULE, "_MAX_ITERATIONS", 500)  # without momentum 2200
     S = spd(2)
     expected = inverse_root(wrap.format("lower_toeplitz"), S).to_dense()
     actual = inverse_root(wrap.format("bare"), S).to_dense()
@@ -155,7 +158,7 @@ def test_divergence_is_that_of_the_gaussians():
 
 
 def test_the_iteration_needs_no_commuting_members(monkeypatch):
-    monkeypatch.setattr("structured._inverse_root._MAX_ITERATIONS", 500)
+    monkeypatch.setattr(MODULE, "_MAX_ITERATIONS", 500)
     S = spd(n=3)
     K = inverse_root(Wasteful, S).to_dense()  # lower triangular
     torch.testing.assert_close(K @ K.mT, torch.linalg.inv(S), rtol=1e-8, atol=1e-8)
@@ -165,7 +168,7 @@ def test_the_iteration_stops_at_its_tolerance(monkeypatch):
     """The residual it stops at is the least tolerance, by sqrt(n), that stops it there."""
 
     def solved(tolerance):
-        monkeypatch.setattr("structured._inverse_root._TOLERANCE", tolerance)
+        monkeypatch.setattr(MODULE, "_TOLERANCE", tolerance)
         K = inverse_root(Bare, spd())
         dense = K.to_dense()
         return K, (K.project(dense.mT @ spd() @ dense).to_dense() - eye()).norm() / 12**0.5
@@ -177,7 +180,7 @@ def test_the_iteration_stops_at_its_tolerance(monkeypatch):
 
 
 def test_the_iteration_stops_where_rounding_hides_the_rest(monkeypatch):
-    monkeypatch.setattr("structured._inverse_root._MAX_ITERATIONS", 200)
+    monkeypatch.setattr(MODULE, "_MAX_ITERATIONS", 200)
     ramp = torch.arange(12.0, dtype=torch.float64)
     lag = (ramp[:, None] - ramp) % 12
     S = torch.cos(lag * torch.pi / 6) + 1e-7 * eye()  # eigenvalues 6 and 1e-7
@@ -218,6 +221,6 @@ def test_errors():
 
 
 def test_no_end_is_an_error(monkeypatch):
-    monkeypatch.setattr("structured._inverse_root._MAX_ITERATIONS", 3)
+    monkeypatch.setattr(MODULE, "_MAX_ITERATIONS", 3)
     with pytest.raises(RuntimeError, match="after 3 steps for Circulant"):
         inverse_root("circulant", spd())

@@ -2,7 +2,8 @@
 
 import pytest
 
-from structured import _cosine, block_circulant, circulant, parse, rotated, toeplitz, triangular
+from structured import block_circulant, circulant, parse, rotated, toeplitz, triangular
+from structured._transforms import cosine
 from structured.testing import LAWS, check
 from tests.structured.specs import ALIASES, NESTINGS, SPECS
 
@@ -28,7 +29,7 @@ BY_FFT = [
     ("upper_toeplitz", toeplitz, "_dense_is_faster", never),
     ("circulant", circulant, "_dense_is_faster", never),
     ("block_circulant(2)", block_circulant, "_BY_PRODUCT", 0),
-    ("rotated(diagonal, cosine)", _cosine, "_LARGEST", (0, 1)),
+    ("rotated(diagonal, cosine)", cosine, "_LARGEST", (0, 1)),
 ]
 BY_BLOCKS = [
     ("lower_toeplitz", toeplitz, "_block_size", lambda n, dtype: 2),
@@ -38,7 +39,7 @@ BY_BLOCKS = [
     ("upper_toeplitz", toeplitz, "_gram_is_faster", never),
     ("lower_triangular", triangular, "_PANEL", 1),
     ("upper_triangular", triangular, "_PANEL", 2),
-    ("rotated(diagonal, cosine)", _cosine, "_LARGEST", (12, 2)),
+    ("rotated(diagonal, cosine)", cosine, "_LARGEST", (12, 2)),
     ("rotated(diagonal, cosine)", rotated, "_COLUMNS", 1),
     ("rotated(lower_triangular, hadamard)", rotated, "_COLUMNS", 2),
 ]

@@ -21,9 +21,9 @@ from structured import (
     parse,
     static,
 )
-from structured._numbers import add_product_
-from structured._operations import OPERATIONS, dense_of
-from structured._strategies import Operands
+from structured._core.numbers import add_product_
+from structured.testing.operations import OPERATIONS, dense_of
+from structured.testing.strategies import Operands
 from tests.structured.specs import SPECS
 
 A = Dense(torch.tensor([[1.0, 2.0, 0.0], [-1.0, 3.0, 1.0], [2.0, 0.0, -2.0]]))

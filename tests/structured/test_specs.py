@@ -8,7 +8,7 @@ from torch import Tensor
 
 import structured
 from structured import Circulant, Dense, Diagonal, StructuredMatrix, Tied, parse
-from structured._spec import known, snake_case
+from structured._core.spec import known, snake_case
 from tests.structured.specs import SPECS
 
 

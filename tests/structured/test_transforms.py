@@ -7,9 +7,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.peak import PeakBytes
-from structured import _autocorrelation, _cosine, _numbers, parse, toeplitz, triangular
-from structured._fft import factors
-from structured._numbers import _PANEL, add_product_, panels, tabulated, write_product_
+from structured import parse, toeplitz, triangular
+from structured._core import numbers
+from structured._core.numbers import _PANEL, add_product_, panels, tabulated, write_product_
+from structured._transforms import autocorrelation, cosine
+from structured._transforms.fft import factors
 
 # n -> (p, q)
 PRODUCTS = {
@@ -49,9 +51,9 @@ def test_cosine_transforms_against_scipy(n, dtype):
 def test_which_cosine_transforms_are_products():
     X = torch.ones(1)
     for n, sizes in (PRODUCTS | FFTS).items():
-        assert factors(n, _cosine._LARGEST[1]) == sizes
-        assert _cosine._by_product(sizes[0], X) is (n in PRODUCTS)
-    assert not _cosine._by_product(1, X.to("meta"))
+        assert factors(n, cosine._LARGEST[1]) == sizes
+        assert cosine._by_product(sizes[0], X) is (n in PRODUCTS)
+    assert not cosine._by_product(1, X.to("meta"))
 
 
 @pytest.mark.parametrize("columns", [0, 3, 200, 256, 300])
@@ -60,9 +62,9 @@ def test_autocorrelation(n, columns, monkeypatch):
     """By FFT and by product, whole and by parts."""
     X = normal(2, n, columns)
     sums = toeplitz.diagonal_sums(X @ X.mT)
-    monkeypatch.setattr(_autocorrelation, "_FEWEST", 1)
-    torch.testing.assert_close(_autocorrelation.autocorrelation(X), sums)
-    torch.testing.assert_close(_autocorrelation._by_fft(X, 2 * n), sums)
+    monkeypatch.setattr(autocorrelation, "_FEWEST", 1)
+    torch.testing.assert_close(autocorrelation.autocorrelation(X), sums)
+    torch.testing.assert_close(autocorrelation._by_fft(X, 2 * n), sums)
     for spec in ("lower_toeplitz", "circulant"):
         A = parse(spec)(n, dtype=torch.float64)
         (ours,), (theirs,) = (B.tensors() for B in (A.project_gram(X), A.project(X @ X.mT)))
@@ -74,11 +76,11 @@ def test_which_autocorrelations_are_products(monkeypatch):
 
     def count(n, columns, **options):
         calls.clear()
-        _autocorrelation.autocorrelation(torch.ones(n, columns), **options)
+        autocorrelation.autocorrelation(torch.ones(n, columns), **options)
         return len(calls)
 
-    calls, by_fft = [], _autocorrelation._by_fft
-    monkeypatch.setattr(_autocorrelation, "_by_fft", lambda *of: calls.append(of) or by_fft(*of))
+    calls, by_fft = [], autocorrelation._by_fft
+    monkeypatch.setattr(autocorrelation, "_by_fft", lambda *of: calls.append(of) or by_fft(*of))
     assert count(512, 127) == count(4096, 128) == count(131, 128) == 1
     assert count(512, 128) == count(2048, 128) == count(100, 128) == 0
     assert count(4096, 128, cyclic=True) == count(131, 128, cyclic=True) == 0
@@ -191,7 +193,7 @@ def test_panels_fit_into_a_cache(shape, count):
 @pytest.mark.parametrize("by_columns", [False, True])
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
 def test_products_written_panel_by_panel(monkeypatch, batch, by_columns, panel):
-    monkeypatch.setattr(_numbers, "_PANEL", panel)
+    monkeypatch.setattr(numbers, "_PANEL", panel)
     A, B = normal(*batch, 4, 4), normal(*batch, 4, 5)
     B = B.mT.contiguous().mT if by_columns else B
     expected = A @ B

@@ -12,8 +12,8 @@ import functools
 import torch
 from torch import Tensor
 
-from structured._matrix import StructuredMatrix, trailing
-from structured._spec import StructureLike, parse
+from structured._core.matrix import StructuredMatrix, trailing
+from structured._core.spec import StructureLike, parse
 from structured.block_diagonal import BlockDiagonal
 from structured.block_triangular import BlockLower, BlockUpper
 from structured.dense import Dense

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 import torch
 from torch import Size, Tensor
 
-from structured import _coordinates
-from structured._checks import check_arguments, check_member, check_scalar
-from structured._dispatch import symmetric_product
-from structured._numbers import at_least_float32, joint_norm, largest, trailing
-from structured._operator import Operator
-from structured._stored import Stored, static
+from structured._core import defaults
+from structured._core.checks import check_arguments, check_member, check_scalar
+from structured._core.numbers import at_least_float32, joint_norm, largest, trailing
+from structured._core.operator import Operator
+from structured._core.stored import Stored, static
+from structured._products.dispatch import symmetric_product
 
 if TYPE_CHECKING:
     from linear_operator import LinearOperator
@@ -107,7 +107,7 @@ class StructuredMatrix(Stored, Operator):
     @property
     def shape(self) -> Size:
         """``[*batch_shape, n, n]``."""
-        return _coordinates.shape(self)
+        return defaults.shape(self)
 
     @property
     def mT(self) -> StructuredMatrix:
@@ -133,7 +133,7 @@ class StructuredMatrix(Stored, Operator):
 
         Reads back a matrix that lies in the space: ``A.orthogonal_project(A.to_dense())`` is ``A``.
         """
-        return _coordinates.orthogonal_project(self, M)
+        return defaults.orthogonal_project(self, M)
 
     def project(self, S: Tensor) -> Self:
         """``Pi(S)`` for a symmetric ``S [..., n, n]``, a member like ``self``.
@@ -141,7 +141,7 @@ class StructuredMatrix(Stored, Operator):
         ``Pi(S)`` is the member ``r`` of least norm with ``P(r + r^T) = 2 P(S)``; equivalently its
         symmetric part is the nearest to ``S``. Only the structure of ``self`` matters.
         """
-        return _coordinates.project(self, S)
+        return defaults.project(self, S)
 
     def project_gram(self, X: Tensor) -> Self:
         """``Pi(X X^T)`` for ``X [..., n, m]``, a member like ``self``."""

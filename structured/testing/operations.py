@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from structured._matrix import StructuredMatrix
+from structured._core.matrix import StructuredMatrix
 
 
 class Operation(NamedTuple):
@@ -68,9 +68,11 @@ def _congruence(A: StructuredMatrix, U: StructuredMatrix) -> StructuredMatrix:
 
 
 def tensors_of(result: Any) -> list[Tensor]:
+    """The stored tensors of a member, or the tensor itself."""
     return list(result.tensors()) if isinstance(result, StructuredMatrix) else [result]
 
 
 def dense_of(result: Any) -> Tensor:
+    """A member written out, or the tensor itself."""
     dense: Tensor = result.to_dense() if isinstance(result, StructuredMatrix) else result
     return dense

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from structured._laws import assert_close
-from structured._matrix import StructuredMatrix
-from structured._mistakes import errors
-from structured._operations import OPERATIONS, dense_of, tensors_of
-from structured._spec import Structure, parse
-from structured._strategies import Operands
+from structured._core.matrix import StructuredMatrix
+from structured._core.spec import Structure, parse
+from structured.testing.laws import assert_close
+from structured.testing.mistakes import errors
+from structured.testing.operations import OPERATIONS, dense_of, tensors_of
+from structured.testing.strategies import Operands
 
 
 def fresh(operands: Operands, dtype: torch.dtype) -> None:

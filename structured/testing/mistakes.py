@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from structured._matrix import StructuredMatrix
-from structured._spec import Structure
+from structured._core.matrix import StructuredMatrix
+from structured._core.spec import Structure
 from structured.dense import Dense
 from structured.diagonal import Diagonal
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from torch import Size, Tensor
 
-from structured import _definition
-from structured._matrix import StructuredMatrix
-from structured._spec import Structure, parse
+from structured._core.matrix import StructuredMatrix
+from structured._core.spec import Structure, parse
+from structured.testing import definition
 
 SIZES = range(13)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -124,7 +124,7 @@ def conditioned(draw: DrawFn, like: StructuredMatrix) -> StructuredMatrix:
     dense = draw(members(like)).to_dense()
     dominant = _DOMINANT + dense.abs().sum((-2, -1))
     eye = torch.eye(like.n, dtype=like.dtype)
-    return _definition.read(like, dense + dominant[..., None, None] * eye)
+    return definition.read(like, dense + dominant[..., None, None] * eye)
 
 
 @st.composite

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from structured._matrix import StructuredMatrix
+from structured._core.matrix import StructuredMatrix
 
 
 class StructuredParameter(nn.Module):

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from structured._matrix import StructuredMatrix
+from structured._core.matrix import StructuredMatrix
 
 StructureLike: TypeAlias = "str | type[StructuredMatrix] | Structure | Callable[..., Any]"
 
@@ -139,7 +139,7 @@ def known() -> dict[str, Callable[..., Structure]]:
     """
 
     def ours(cls: type) -> bool:
-        return getattr(sys.modules[__package__], cls.__name__, None) is cls
+        return getattr(sys.modules["structured"], cls.__name__, None) is cls
 
     def make(cls: type[StructuredMatrix]) -> Callable[..., Structure]:
         return lambda *options: Structure(cls, options)

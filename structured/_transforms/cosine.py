@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from structured._fft import factors, irfft, rfft
-from structured._numbers import tabulated
+from structured._core.numbers import tabulated
+from structured._transforms.fft import factors, irfft, rfft
 
 _LARGEST = (64, 32)  # p and q: up to here products are faster than FFTs (measured)
 

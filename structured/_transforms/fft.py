@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from structured._matrix import at_least_float32
+from structured._core.matrix import at_least_float32
 
 
 def fft(t: Tensor) -> Tensor:

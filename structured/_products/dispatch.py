@@ -1,4 +1,4 @@
-"""The functions of :mod:`structured._gram`: by kernels on a GPU, as they stand anywhere else.
+"""The functions of :mod:`.gram`: by kernels on a GPU, as they stand anywhere else.
 
 On the CPU that costs one attribute; a call of a custom operator costs 5 to 15 us, as much as small
 products themselves. On CUDA PyTorch's dispatcher chooses further. Without ``structured/kernels``
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from structured import _gram
+from structured._products import gram
 
 try:
     from structured import kernels  # registers the operators; Triton is imported on first use
@@ -23,7 +23,7 @@ def sums_of_squares(X: Tensor) -> Tensor:
     if X.is_cuda and kernels is not None:
         squares: Tensor = torch.ops.structured.sums_of_squares(X)
         return squares
-    return _gram.sums_of_squares(X)
+    return gram.sums_of_squares(X)
 
 
 def symmetric_product(X: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def symmetric_product(X: Tensor) -> Tensor:
     if X.is_cuda and kernels is not None:
         product: Tensor = torch.ops.structured.symmetric_product(X)
         return product
-    return _gram.symmetric_product(X)
+    return gram.symmetric_product(X)
 
 
 def add_symmetric_product_(out: Tensor, X: Tensor, beta: float = 1.0, alpha: float = 1.0) -> None:
@@ -46,4 +46,4 @@ def add_symmetric_product_(out: Tensor, X: Tensor, beta: float = 1.0, alpha: flo
     if X.is_cuda and kernels is not None:
         torch.ops.structured.add_symmetric_product_(out, X, beta, alpha)
     else:
-        _gram.add_symmetric_product_(out, X, beta, alpha)
+        gram.add_symmetric_product_(out, X, beta, alpha)

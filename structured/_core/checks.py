@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from structured._matrix import StructuredMatrix
-    from structured._operator import Operator
+    from structured._core.matrix import StructuredMatrix
+    from structured._core.operator import Operator
 
 
 def check_columns(A: Operator, X: Any, operation: str) -> None:

@@ -27,10 +27,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from structured._conduct import CONDUCT
-from structured._laws import ALGEBRA, assert_close
-from structured._spec import Structure, StructureLike, parse
-from structured._strategies import SIZES, cases, structures
+from structured._core.spec import Structure, StructureLike, parse
+from structured.testing.conduct import CONDUCT
+from structured.testing.laws import ALGEBRA, assert_close
+from structured.testing.strategies import SIZES, cases, structures
 
 __all__ = ["LAWS", "assert_close", "check", "structures"]
 

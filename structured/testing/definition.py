@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from structured._matrix import StructuredMatrix
+from structured._core.matrix import StructuredMatrix
 
 _RANK_TOLERANCE = 1e-10
 

@@ -24,7 +24,7 @@ import torch
 from torch import Size, Tensor
 
 if TYPE_CHECKING:
-    from structured._matrix import StructuredMatrix
+    from structured._core.matrix import StructuredMatrix
 
     M_ = TypeVar("M_", bound=StructuredMatrix)
 

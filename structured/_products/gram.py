@@ -1,7 +1,7 @@
 """Gram matrices ``X X^T``, their diagonals and their sums, in plain PyTorch.
 
-:mod:`structured._dispatch` chooses between these and the kernels of ``structured/kernels``, of
-which they are the definition.
+:mod:`.dispatch` chooses between these and the kernels of ``structured/kernels``, of which they are
+the definition.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from structured._numbers import accumulate_, at_least_float32
+from structured._core.numbers import accumulate_, at_least_float32
 
 _RUN = 1024  # numbers; a norm adds them up one after the other, which in the end loses digits
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structured import _definition
-from structured._matrix import StructuredMatrix, trailing
-from structured._spec import Structure
+from structured._core.matrix import StructuredMatrix, trailing
+from structured._core.spec import Structure
+from structured.testing import definition
 
 TOLERANCE = 1e-12
 
@@ -68,7 +68,7 @@ def identity(structure: Structure, A: StructuredMatrix) -> None:
     member = structure.identity(A.n, batch_shape=A.batch_shape, dtype=A.dtype)
     eye = torch.eye(A.n, dtype=A.dtype)
     assert_close(member, eye.expand(A.shape), "identity")
-    assert_close(_definition.orthogonal_projection(A, eye), eye, "identity within the space")
+    assert_close(definition.orthogonal_projection(A, eye), eye, "identity within the space")
 
 
 def product(A: StructuredMatrix, B: StructuredMatrix) -> None:
@@ -124,13 +124,13 @@ def orthogonal_project(A: StructuredMatrix, M: Tensor) -> None:
     """``P`` reads members back and leaves a residual orthogonal to all of them."""
     assert_close(A.orthogonal_project(A.to_dense()), A.to_dense(), "P(A)")
     nearest = A.orthogonal_project(M)
-    assert_close(nearest, _definition.orthogonal_projection(A, M), "P(M)")
+    assert_close(nearest, definition.orthogonal_projection(A, M), "P(M)")
     assert_close(nearest.orthogonal_project(nearest.to_dense()), nearest.to_dense(), "P(P(M))")
 
 
 def project(A: StructuredMatrix, S: Tensor) -> None:
     """``Pi(S)`` is the member of least norm whose symmetric part is nearest to ``S``."""
-    assert_close(A.project(S), _definition.projection(A, S), "Pi(S)")
+    assert_close(A.project(S), definition.projection(A, S), "Pi(S)")
 
 
 def project_trace(A: StructuredMatrix, S: Tensor) -> None:
@@ -141,14 +141,14 @@ def project_trace(A: StructuredMatrix, S: Tensor) -> None:
 
 def project_gram(A: StructuredMatrix, X: Tensor) -> None:
     """``Pi(X X^T)``."""
-    assert_close(A.project_gram(X), _definition.projection(A, X @ X.mT), "Pi(X X^T)")
+    assert_close(A.project_gram(X), definition.projection(A, X @ X.mT), "Pi(X X^T)")
 
 
 def gram(A: StructuredMatrix) -> None:
     """``Pi(A^T A)``."""
     dense = A.to_dense()
     assert A.gram().layout == A.layout, f"gram: {A.gram()!r}, expected one like {A!r}"
-    assert_close(A.gram(), _definition.projection(A, dense.mT @ dense), "Pi(A^T A)")
+    assert_close(A.gram(), definition.projection(A, dense.mT @ dense), "Pi(A^T A)")
 
 
 def outer(A: StructuredMatrix, X: Tensor) -> None:
@@ -237,10 +237,10 @@ def transpose_closure(A: StructuredMatrix, K: StructuredMatrix, S: Tensor) -> No
     if not A.closed_under_transpose:
         return
     transposed = A.to_dense().mT
-    assert_close(_definition.orthogonal_projection(A, transposed), transposed, "A^T in the space")
+    assert_close(definition.orthogonal_projection(A, transposed), transposed, "A^T in the space")
     dense = K.to_dense()
-    outside = dense.mT @ _definition.projection(K, S) @ dense
-    inside = _definition.projection(K, dense.mT @ S @ dense)
+    outside = dense.mT @ definition.projection(K, S) @ dense
+    inside = definition.projection(K, dense.mT @ S @ dense)
     assert_close(inside, outside, "Pi(K^T S K), expected K^T Pi(S) K")
 
 
@@ -249,7 +249,7 @@ def congruence(K: StructuredMatrix, S: Tensor) -> None:
     if not K.closed_under_congruence:
         return
     dense, S = K.to_dense(), S.sum(tuple(range(S.ndim - 2))).expand(K.shape)
-    expected = _definition.projection(K, dense.mT @ S @ dense)
+    expected = definition.projection(K, dense.mT @ S @ dense)
     assert_close(K.congruence(K.project(S)), expected, "Pi(K^T S K) from Pi(S)")
 
 

@@ -1,0 +1,1 @@
+"""What every structure stands on: operators, records of tensors, the base class, specs."""

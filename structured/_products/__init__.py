@@ -1,0 +1,1 @@
+"""Products of matrices: what is multiplied how, on a CPU and on a GPU."""
