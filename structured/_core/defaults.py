@@ -7,37 +7,30 @@ coordinates ``G^+ E^T M``. The projection ``Pi(S)``, the ``r`` of least norm wit
 
     G^{-1/2} ((I + G^{-1/2} H G^{-1/2}) / 2)^+ G^{-1/2}  E^T S.
 
-If each number owns its places, ``G = diag(g)``. If in addition every transposed direction ``T E_i``
-either lies in the space (``s_i = 1``) or is orthogonal to it (``s_i = 0``), this is just
-``2 / (g_i (1 + s_i))`` times ``E^T S``: "factor two off the diagonal". Both conditions are read off
-one random vector (``s = (G^{-1} H)^2 r / r``) once for each structure and size; otherwise the
-``p x p`` matrices are formed.
+Most numbers own their places: ``G`` is diagonal there, and every transposed direction ``T E_i``
+either lies in the space (``s_i = 1``) or is orthogonal to it (``s_i = 0``). Then this is just
+``2 / (g_i (1 + s_i))`` times ``E^T S``: "factor two off the diagonal".
+:mod:`structured._core.weights` finds out by probing, once for each structure and size.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Size, Tensor
+
+from structured._core.stored import convert
+from structured._core.weights import Weights, analyse
 
 if TYPE_CHECKING:
     from structured._core.matrix import StructuredMatrix
 
     M_ = TypeVar("M_", bound=StructuredMatrix)
 
-_TOLERANCE = 1e-9
 _REMEMBERED = 1024  # structures and sizes
-
-
-class Weights(NamedTuple):
-    """What turns ``E^T M`` into coordinates: vectors ``[p]`` or matrices ``[p, p]``, float64."""
-
-    orthogonal: Tensor
-    symmetric: Tensor
-
 
 _SHAPES: dict[tuple[Any, ...], Size] = {}
 # Static tensors are known by their id, and kept beside the weights: an id may be used again.
@@ -70,10 +63,12 @@ def _solve(member: M_, M: Tensor, which: str) -> M_:
     if M.is_meta:  # static tensors may be there too, without numbers to analyse
         return member.with_tensors([M.new_empty((*batch, *core)) for core in cores])
     found = _weights(_key(member, dropped), *_statics(member))
-    weights: Tensor = getattr(found, which).to(M.device, wide)
     pulled = _pull(member, cores, M.to(wide))
-    diagonal = weights.ndim == 1
-    solved = pulled * weights if diagonal else (weights @ pulled[..., None])[..., 0]
+    solved = pulled * getattr(found, which).to(M.device, wide)
+    for group in found.groups:
+        index = group.numbers.to(M.device)
+        mixed = getattr(group, which).to(M.device, wide) @ pulled[..., index, None]
+        solved = solved.index_add(-1, index.flatten(), mixed.flatten(-3))
     return member.with_tensors([t.to(M.dtype) for t in _split(solved, cores, batch)])
 
 
@@ -89,7 +84,11 @@ def _split(flat: Tensor, cores: Sequence[Size], batch: Sequence[int]) -> list[Te
 def _push(member: StructuredMatrix, cores: Sequence[Size], flat: Tensor) -> Tensor:
     """``E flat``, ``[..., n, n]`` from ``[..., p]``."""
     tensors = _split(flat, cores, flat.shape[:-1])
-    return member._with_static(lambda t: t.to(flat)).with_tensors(tensors).to_dense()
+    return (
+        member._with_static(lambda t: convert(t, flat.device, flat.dtype))
+        .with_tensors(tensors)
+        .to_dense()
+    )
 
 
 def _pull(member: StructuredMatrix, cores: Sequence[Size], M: Tensor) -> Tensor:
@@ -130,15 +129,16 @@ def _statics(member: StructuredMatrix) -> Iterator[Tensor]:
 def _template(key: tuple[Any, ...], statics: Iterator[Tensor]) -> StructuredMatrix:
     """The zero member with the given key, on the CPU in float64."""
     cls, parts, values = key
+    cpu, wide = torch.device("cpu"), torch.float64
     built = [
         _template(part, statics)
         if part and isinstance(part[0], type)
-        else torch.zeros(part, dtype=torch.float64, device="cpu")
+        else torch.zeros(part, dtype=wide, device=cpu)
         for part in parts
     ]
     member: StructuredMatrix = cls._unflatten(
         built,
-        [next(statics).to("cpu", torch.float64) if isinstance(v, Size) else v for v in values],
+        [convert(next(statics), cpu, wide) if isinstance(v, Size) else v for v in values],
     )
     return member
 
@@ -158,34 +158,7 @@ _weights._dynamo_marked_constant = True  # type: ignore[attr-defined]  # an attr
 
 
 def _analyse(template: StructuredMatrix) -> Weights:
-    """Find the weights of a structure on the CPU in float64."""
     cores = [t.shape for t in template.tensors()]
-    p = sum(core.numel() for core in cores)
-    r = torch.randn(
-        p, dtype=torch.float64, generator=torch.Generator().manual_seed(0), device="cpu"
-    )
-
-    def G(flat: Tensor) -> Tensor:
-        return _pull(template, cores, _push(template, cores, flat))
-
-    def H(flat: Tensor) -> Tensor:
-        return _pull(template, cores, _push(template, cores, flat).mT)
-
-    g = G(torch.ones_like(r))
-    if torch.allclose(G(r), g * r, rtol=_TOLERANCE, atol=_TOLERANCE):
-        s = H(H(r) / g) / g / r  # NaN where a number has no place
-        if (torch.minimum(s.abs(), (s - 1).abs()) < _TOLERANCE).all():
-            return Weights(1 / g, 2 / (g * (1 + s.round())))
-    basis = _push(template, cores, torch.eye(p, dtype=torch.float64, device="cpu"))
-    return Weights(*_matrices(basis))
-
-
-def _matrices(basis: Tensor) -> tuple[Tensor, Tensor]:
-    """The two ``[p, p]`` matrices of a basis ``[p, n, n]`` whose directions overlap."""
-    E, ET = basis.flatten(1), basis.mT.flatten(1)
-    values, vectors = torch.linalg.eigh(E @ E.mT)
-    root = torch.where(values > _TOLERANCE * values.max(), values, torch.inf).rsqrt()
-    Q = vectors * root  # coordinates of an orthonormal basis, [p, p]
-    B = Q.mT @ (E @ ET.mT) @ Q
-    half = (torch.eye(len(B), dtype=B.dtype) + B) / 2
-    return Q @ Q.mT, Q @ torch.linalg.pinv(half, rtol=_TOLERANCE, hermitian=True) @ Q.mT
+    push = functools.partial(_push, template, cores)
+    pull = functools.partial(_pull, template, cores)
+    return analyse(push, pull, sum(core.numel() for core in cores))

@@ -15,7 +15,9 @@ def static(**kwargs: Any) -> Any:
     """Mark a field as part of the structure, shared by all its members, not a stored number.
 
     Sums, scalings and :meth:`Stored.tensors` pass static fields by. Two members belong to the same
-    structure only if their static fields are equal (tensors: equal numbers).
+    structure only if their static fields are equal (tensors: equal numbers). A conversion of the
+    dtype converts static floating-point and complex tensors; integer and boolean ones, such as
+    permutations and masks, only move between devices.
     """
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
@@ -54,9 +56,12 @@ class Stored:
                     f"{type(self).__name__}: expected {name} in {parts[0].dtype} on "
                     f"{parts[0].device} as {self._fields[0]}, got {part.dtype} on {part.device}"
                 )
-        if not parts[0].dtype.is_floating_point:
+        self._check_real()
+
+    def _check_real(self) -> None:
+        if not self.dtype.is_floating_point:
             raise ValueError(
-                f"{type(self).__name__}: expected real floating-point numbers, got {parts[0].dtype}"
+                f"{type(self).__name__}: expected real floating-point numbers, got {self.dtype}"
             )
 
     @property
@@ -116,11 +121,16 @@ class Stored:
         return self._map(Tensor.detach)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Convert dtype or device, as :meth:`torch.Tensor.to`."""
+        """Convert dtype or device, as :meth:`torch.Tensor.to`.
+
+        Raises:
+            ValueError: If the numbers would not be real floating-point numbers.
+        """
         if len(args) == 1 and args[0] is self.dtype and not kwargs and not self._static_tensors:
             return self
         moved = self._map(lambda t: t.to(*args, **kwargs))
-        return moved._with_static(lambda t: t.to(*args, **kwargs))
+        moved._check_real()
+        return moved._with_static(lambda t: convert(t, moved.device, moved.dtype))
 
     @property
     def layout(self) -> tuple[Any, ...]:
@@ -188,6 +198,17 @@ class Stored:
             for name, value in zip(names, values, strict=True):
                 object.__setattr__(member, name, value)  # frozen; torch.compile follows this
         return member
+
+
+def convert(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A static tensor beside numbers of ``dtype``: indices and masks are no numbers, and stay."""
+    if t.is_floating_point():
+        return t.to(device, dtype)
+    return (
+        t.to(device, torch.promote_types(dtype, torch.complex64))
+        if t.is_complex()
+        else t.to(device)
+    )
 
 
 class _SharedTensor:

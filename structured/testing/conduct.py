@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from structured._core import defaults
 from structured._core.matrix import StructuredMatrix
 from structured._core.spec import Structure, parse
 from structured.testing.laws import assert_close
@@ -134,7 +135,10 @@ def trees(A: StructuredMatrix) -> None:
 
 
 def copies(A: StructuredMatrix, dtype: torch.dtype) -> None:
-    """``copy``, ``deepcopy``, ``clone``, ``detach``, ``to`` and ``pickle`` keep the member."""
+    """``copy``, ``deepcopy``, ``clone``, ``detach``, ``to`` and ``pickle`` keep the member.
+
+    A conversion of the dtype leaves static indices and masks alone.
+    """
     ways = {
         "copy": copy.copy(A),
         "deepcopy": copy.deepcopy(A),
@@ -144,6 +148,10 @@ def copies(A: StructuredMatrix, dtype: torch.dtype) -> None:
     }
     low, u = A.to(dtype), torch.finfo(dtype).eps / 2
     assert_close(low, A.to_dense().to(dtype), f"to({dtype})", tolerance=16 * u)
+    for mine, theirs in zip(defaults._statics(A), defaults._statics(low), strict=True):
+        if not (mine.is_floating_point() or mine.is_complex()):
+            assert theirs.dtype == mine.dtype, f"to({dtype}): {mine.dtype} became {theirs.dtype}"
+            assert torch.equal(theirs, mine), f"to({dtype}): {mine} became {theirs}"
     twice = f"A.to({dtype}) + A.to({dtype})"
     assert_close(low + A.to(dtype), 2 * low.to_dense(), twice, tolerance=2 * u)  # rounded once each
     if "<locals>" not in type(A).__qualname__:  # such classes cannot be pickled

@@ -168,6 +168,73 @@ class Large(Redundant):
         return torch.diag_embed(1e6 * self.d + 3e5 * self.e)
 
 
+class Overfull(StructuredMatrix):
+    """Lower triangular matrices, their diagonal stored twice; zeros are stored too."""
+
+    L: Tensor  # [..., n, n]
+    d: Tensor  # [..., n]
+
+    @classmethod
+    def zeros(cls, n, *, batch_shape=(), **opts):
+        zero = torch.zeros(*batch_shape, n, n, **opts)
+        return cls(zero, torch.zeros(*batch_shape, n, **opts))
+
+    def to_dense(self):
+        return self.L.tril() + torch.diag_embed(self.d)
+
+
+class TwoDense(StructuredMatrix):
+    """Every matrix, as a sum of two."""
+
+    M: Tensor  # [..., n, n]
+    N: Tensor  # [..., n, n]
+
+    closed_under_transpose = True
+
+    @classmethod
+    def zeros(cls, n, *, batch_shape=(), **opts):
+        zero = torch.zeros(*batch_shape, n, n, **opts)
+        return cls(zero, zero.clone())
+
+    def to_dense(self):
+        return self.M + self.N
+
+
+class OffTheScale(StructuredMatrix):
+    """Diagonal matrices whose last entries are stored in other units than the first."""
+
+    d: Tensor  # [..., n]
+
+    closed_under_transpose = True
+
+    @classmethod
+    def zeros(cls, n, *, batch_shape=(), **opts):
+        return cls(torch.zeros(*batch_shape, n, **opts))
+
+    def to_dense(self):
+        ramp = torch.arange(self.d.shape[-1], device=self.d.device)
+        return torch.diag_embed(torch.where(ramp % 2 == 0, 1e3 * self.d, self.d / 64))
+
+
+class Permuted(StructuredMatrix):
+    """Upper triangular matrices with rows and columns in an order that all members share."""
+
+    U: Tensor  # [..., n, n]
+    order: Tensor = static()
+    mask: Tensor = static()
+
+    @classmethod
+    def zeros(cls, n, *, batch_shape=(), dtype=None, device=None):
+        order = torch.arange(n, device=device)
+        mask = order[:, None] <= order
+        U = torch.zeros(*batch_shape, n, n, dtype=dtype, device=device)
+        return cls(U, order.roll(n // 2).flip(0), mask)
+
+    def to_dense(self):
+        U = torch.where(self.mask, self.U, 0)
+        return U[..., self.order, :][..., self.order]
+
+
 ALGEBRAS = {
     Complex: range(0, 9, 2),
     Cyclic: range(9),

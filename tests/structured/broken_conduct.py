@@ -81,6 +81,27 @@ class PicklesItsBase(Diagonal):
         return Diagonal, (self.d,)
 
 
+@fails("copies")
+class CastsItsIndices(StructuredMatrix):
+    """Takes a permutation for numbers."""
+
+    d: Tensor
+    order: Tensor = static()
+
+    closed_under_transpose = True
+
+    @classmethod
+    def zeros(cls, n, *, batch_shape=(), dtype=None, device=None):
+        d = torch.zeros(*batch_shape, n, dtype=dtype, device=device)
+        return cls(d, torch.arange(n, device=device).flip(0))
+
+    def to_dense(self):
+        return torch.diag_embed(self.d[..., self.order.long()])
+
+    def to(self, *args, **kwargs):
+        return super().to(*args, **kwargs)._with_static(lambda t: t.to(*args, **kwargs))
+
+
 @fails(
     "copies",
     "scaling",

@@ -11,11 +11,16 @@ from tests.structured.algebras import (
     Cyclic,
     InBasis,
     Large,
+    OffTheScale,
+    Overfull,
     PartlyMirrored,
     PartlyShared,
+    Permuted,
     Redundant,
     Series,
     Skewed,
+    TwoDense,
+    Wasteful,
 )
 
 
@@ -31,14 +36,58 @@ def test_projections_onto_any_space(space, n, law):
     check(space, laws=[law], sizes=[n])
 
 
+def groups(algebra, n):
+    """How many groups of numbers share places, by their size."""
+    zero = algebra.zeros(n)
+    found = defaults._weights(defaults._key(zero, 0), *defaults._statics(zero))
+    return {group.numbers.shape[1]: group.numbers.shape[0] for group in found.groups}
+
+
 @pytest.mark.parametrize(
-    ("algebra", "ndim"), [(Complex, 1), (Cyclic, 1), (Series, 1), (Redundant, 2), (Skewed, 2)]
+    ("algebra", "expected"),
+    [
+        (Complex, {}),
+        (Cyclic, {}),
+        (Series, {}),
+        (Wasteful, {}),
+        (Permuted, {}),
+        (Redundant, {2: 6}),
+        (Overfull, {2: 6}),
+        (TwoDense, {2: 6, 4: 15}),
+        (Skewed, {21: 1}),
+    ],
 )
-def test_closed_form_where_it_holds(algebra, ndim):
-    """Vectors of weights where every number owns its places, matrices where they overlap."""
-    weights = defaults._weights(defaults._key(algebra.zeros(6), 0))
-    assert weights.orthogonal.ndim == ndim
-    assert weights.symmetric.ndim == ndim
+def test_only_numbers_that_share_places_have_matrices(algebra, expected):
+    assert groups(algebra, 6) == expected
+
+
+@pytest.mark.parametrize("algebra", [Wasteful, Overfull, TwoDense, Permuted])
+def test_dense_fields_under_a_mask_at_a_size_where_a_matrix_of_all_would_not_fit(algebra):
+    n = 40 if algebra is TwoDense else 64  # n^2 numbers: their G has 10^7 entries
+    M = torch.arange(float(n * n)).reshape(n, n)
+    A = algebra.zeros(n)
+    P, Pi = A.orthogonal_project(M).to_dense(), A.project(M + M.mT).to_dense()
+    place = A.map(torch.ones_like).to_dense() != 0
+    twice = torch.where(place & place.mT, 1, 2)
+    torch.testing.assert_close(P, torch.where(place, M, 0))
+    torch.testing.assert_close(Pi, torch.where(place, twice * (M + M.mT), 0))
+
+
+@pytest.mark.parametrize("law", ["orthogonal_project", "project", "gram", "product", "copies"])
+@pytest.mark.parametrize("algebra", [Overfull, TwoDense, Permuted, OffTheScale])
+def test_projections_whatever_way_a_member_is_written(algebra, law):
+    check(algebra, laws=[law], sizes=range(6))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_indices_are_no_numbers(dtype):
+    """From 258 on bfloat16 rounds them to other places."""
+    A = Permuted.zeros(300).map(lambda t: torch.arange(9e4).reshape(300, 300) / 9e4)
+    low = A.to(dtype)
+    assert (low.order.dtype, low.mask.dtype) == (torch.int64, torch.bool)
+    assert torch.equal(low.to_dense(), A.to_dense().to(dtype))
+    assert torch.equal((2 * low + low).order, A.order)
+    assert low.layout == Permuted.zeros(300, dtype=dtype).layout
 
 
 @pytest.mark.parametrize("algebra", [Cyclic, Skewed, InBasis])
