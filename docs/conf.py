@@ -6,6 +6,7 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
 
+import structured  # noqa: E402  # found by the line above
 from docs import _generate  # noqa: E402  # found by the line above
 
 _generate.build()
@@ -13,7 +14,7 @@ _generate.build()
 project = "structured-singd"
 author = "The structured-singd authors"
 project_copyright = f"2026, {author}"
-release = version = "0.1.0"
+release = version = structured.__version__
 
 extensions = [
     "myst_parser",

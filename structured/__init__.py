@@ -5,9 +5,10 @@ few tensors. See :class:`StructuredMatrix` for what a member can do and how to a
 :func:`parse` for naming one.
 """
 
+from structured._core.dispatch import add_symmetric_product_
 from structured._core.matrix import Operator, StructuredMatrix, static
 from structured._core.spec import Structure, StructureLike, parse
-from structured._products.dispatch import add_symmetric_product_
+from structured._core.version import version
 from structured.block_circulant import BlockCirculant
 from structured.block_diagonal import BlockDiagonal
 from structured.block_triangular import (
@@ -31,6 +32,8 @@ from structured.tied import Tied
 from structured.toeplitz import LowerToeplitz, UpperToeplitz
 from structured.transposed import Transposed
 from structured.triangular import LowerTriangular, UpperTriangular
+
+__version__ = version()
 
 __all__ = [
     "BlockCirculant",
@@ -57,6 +60,7 @@ __all__ = [
     "Transposed",
     "UpperToeplitz",
     "UpperTriangular",
+    "__version__",
     "add_symmetric_product_",
     "divergence",
     "inverse_root",

@@ -17,9 +17,9 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
+from structured._core.dispatch import symmetric_product
 from structured._core.matrix import Scalar, StructuredMatrix, joint_norm, largest
-from structured._core.numbers import add_product_, write_product_
-from structured._products.dispatch import symmetric_product
+from structured._products.in_place import add_product_, write_product_
 from structured.dense import Dense
 
 
@@ -109,7 +109,7 @@ class BlockDiagonal(StructuredMatrix):
         """Block by block, k n a column."""
         return self._products(self.blocks, self.last, X)
 
-    def _apply_to_own(self, X: Tensor) -> Tensor:
+    def apply_overwriting(self, X: Tensor) -> Tensor:
         """Written over ``X``."""
         differentiated = any(t.requires_grad for t in (X, self.blocks, self.last))
         if differentiated or X.shape[:-2] != self.batch_shape:
@@ -123,11 +123,11 @@ class BlockDiagonal(StructuredMatrix):
 
     rows_apart = True
 
-    def _apply_apart(self, X: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def apply_rows(self, X: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Only the rows of the last block are joined."""
         h, s = self._head, X.shape[-2]
         if s < h:
-            return super()._apply_apart(X, x)
+            return super().apply_rows(X, x)
         Y = self._empty_like(X)
         self._head_product_(Y, self.blocks, X)
         end = self.last @ torch.cat([X[..., h:, :], x], -2)

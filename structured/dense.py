@@ -15,9 +15,9 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
+from structured._core.dispatch import symmetric_product
 from structured._core.matrix import Scalar, StructuredMatrix, largest, trailing
-from structured._core.numbers import add_product_
-from structured._products.dispatch import symmetric_product
+from structured._products.in_place import add_product_
 
 
 class Dense(StructuredMatrix):
@@ -48,7 +48,8 @@ class Dense(StructuredMatrix):
 
     rows_apart = True
 
-    def _apply_apart(self, X: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def apply_rows(self, X: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """By the columns that belong to either part."""
         s, M = X.shape[-2], self.M.mT
         Y, y = X.mT @ M[..., :s, :s], X.mT @ M[..., :s, s:]
         add_product_(Y, x.mT, M[..., s:, :s])

@@ -15,8 +15,8 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
+from structured._core.dispatch import sums_of_squares
 from structured._core.matrix import Scalar, StructuredMatrix, largest, trailing
-from structured._products.dispatch import sums_of_squares
 
 
 class Diagonal(StructuredMatrix):
@@ -53,12 +53,14 @@ class Diagonal(StructuredMatrix):
         """Scale the rows of ``X [..., n, m]``."""
         return self.d[..., None] * X
 
-    def _apply_to_own(self, X: Tensor) -> Tensor:
+    def apply_overwriting(self, X: Tensor) -> Tensor:
+        """Row by row, in place."""
         return self.apply(X) if X.requires_grad else X.mul_(self.d[..., None])
 
     rows_apart = True
 
-    def _apply_apart(self, X: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def apply_rows(self, X: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Row by row."""
         d, s = self.d[..., None], X.shape[-2]
         return d[..., :s, :] * X, d[..., s:, :] * x
 

@@ -26,10 +26,10 @@ import torch
 from torch import Size, Tensor
 from torch.nn.functional import pad
 
+from structured._core.dispatch import sums_of_squares
 from structured._core.matrix import Operator, Scalar, StructuredMatrix, joint_norm, largest, static
-from structured._core.numbers import add_product_
 from structured._core.stored import Stored
-from structured._products.dispatch import sums_of_squares
+from structured._products.in_place import add_product_
 from structured.dense import Dense
 
 
@@ -273,7 +273,8 @@ class Arrow(Stored, Operator):
         """Rows by one product of width k, columns by another."""
         return self._apply(X, own=False)
 
-    def _apply_to_own(self, X: Tensor) -> Tensor:
+    def apply_overwriting(self, X: Tensor) -> Tensor:
+        """As :meth:`apply`, the rows that are not full in place."""
         return self._apply(X, own=not any(t.requires_grad for t in (X, self.d, self.W)))
 
     def _apply(self, X: Tensor, *, own: bool) -> Tensor:
@@ -282,10 +283,11 @@ class Arrow(Stored, Operator):
 
     rows_apart = True
 
-    def _apply_apart(self, X: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def apply_rows(self, X: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Without joining the parts, if the second holds full rows alone."""
         k1, (k, n), s = self.first, self.W.shape[-2:], X.shape[-2]
         if s < n - k + k1:  # rows that are not full come second
-            return super()._apply_apart(X, x)
+            return super().apply_rows(X, x)
         Z = self.W[..., :s] @ X
         add_product_(Z, self.W[..., s:], x)
         ends = torch.cat([X[..., :k1, :], X[..., n - k + k1 :, :], x], -2)

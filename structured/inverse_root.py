@@ -190,17 +190,17 @@ def _(zero: DirectSum, S: Tensor) -> StructuredMatrix:
 
 @_minimiser.register
 def _(zero: Tied, S: Tensor) -> StructuredMatrix:
-    return Tied(_minimiser(zero.A, zero._mean_block(S)), zero.k)
+    return Tied(_minimiser(zero.A, zero.mean_block(S)), zero.k)
 
 
 @_minimiser.register
 def _(zero: Strided, S: Tensor) -> StructuredMatrix:
-    return Strided(_minimiser(zero.A, zero._blocks(S)))
+    return Strided(_minimiser(zero.A, zero.blocks(S)))
 
 
 @_minimiser.register
 def _(zero: Rotated, S: Tensor) -> StructuredMatrix:
-    return Rotated(_minimiser(zero.A, zero._unrotate(zero._unrotate(S).mT)), zero.Q)
+    return Rotated(_minimiser(zero.A, zero.unrotate(zero.unrotate(S).mT)), zero.Q)
 
 
 def _upper_root(S: Tensor) -> Tensor:

@@ -55,12 +55,12 @@ class Kronecker(Operator):
 
     def apply_matrix(self, G: Tensor) -> Tensor:
         """``C G K^T`` for ``G [..., p, q]``."""
-        return self.C._apply_to_own(self.K.apply(G.mT).mT)
+        return self.C.apply_overwriting(self.K.apply(G.mT).mT)
 
     def apply_apart(self, G: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """``C [G g] K^T`` for columns in two parts, the result in the same two."""
-        Y, y = self.K._apply_apart(G.mT, g.mT)
-        return self.C._apply_to_own(Y.mT), self.C._apply_to_own(y.mT)
+        Y, y = self.K.apply_rows(G.mT, g.mT)
+        return self.C.apply_overwriting(Y.mT), self.C.apply_overwriting(y.mT)
 
     def apply(self, X: Tensor) -> Tensor:
         """``(C (x) K) X`` for ``X [..., p q, m]``."""

@@ -121,7 +121,7 @@ class Rotated(StructuredMatrix):
         """``Q X``, in float32 at least."""
         return self._product(X, transpose=False)
 
-    def _unrotate(self, X: Tensor) -> Tensor:
+    def unrotate(self, X: Tensor) -> Tensor:
         """``Q^T X``, in float32 at least."""
         return self._product(X, transpose=True)
 
@@ -160,25 +160,23 @@ class Rotated(StructuredMatrix):
 
     def apply(self, X: Tensor) -> Tensor:
         """``Q (A (Q^T X))``."""
-        return self._by_columns(lambda x: self._rotate(self.A.apply(self._unrotate(x))), X)
+        return self._by_columns(lambda x: self._rotate(self.A.apply(self.unrotate(x))), X)
 
     def apply_transpose(self, X: Tensor) -> Tensor:
         """``Q (A^T (Q^T X))``."""
-        return self._by_columns(
-            lambda x: self._rotate(self.A.apply_transpose(self._unrotate(x))), X
-        )
+        return self._by_columns(lambda x: self._rotate(self.A.apply_transpose(self.unrotate(x))), X)
 
     def orthogonal_project(self, M: Tensor) -> Self:
         """``Q P_A(Q^T M Q) Q^T``."""
-        return self._build([self.A.orthogonal_project(self._unrotate(self._unrotate(M).mT).mT)])
+        return self._build([self.A.orthogonal_project(self.unrotate(self.unrotate(M).mT).mT)])
 
     def project(self, S: Tensor) -> Self:
         """``Q Pi_A(Q^T S Q) Q^T``."""
-        return self._build([self.A.project(self._unrotate(self._unrotate(S).mT))])
+        return self._build([self.A.project(self.unrotate(self.unrotate(S).mT))])
 
     def project_gram(self, X: Tensor) -> Self:
         """``Q Pi_A(Y Y^T) Q^T`` with ``Y = Q^T X``."""
-        return self._build([self.A.project_gram(self._by_columns(self._unrotate, X))])
+        return self._build([self.A.project_gram(self._by_columns(self.unrotate, X))])
 
     def gram(self) -> Self:
         """``Q Pi_A(A^T A) Q^T``."""
@@ -194,7 +192,7 @@ class Rotated(StructuredMatrix):
 
     def solve(self, X: Tensor) -> Tensor:
         """``Q (A^{-1} (Q^T X))``."""
-        return self._rotate(self.A.solve(self._unrotate(X)))
+        return self._rotate(self.A.solve(self.unrotate(X)))
 
     def logdet(self) -> Tensor:
         """As ``A``."""

@@ -78,7 +78,7 @@ class Strided(StructuredMatrix):
         """Inverse of :meth:`_split`."""
         return Y.movedim(-3, -2).flatten(-3, -2)
 
-    def _blocks(self, M: Tensor) -> Tensor:
+    def blocks(self, M: Tensor) -> Tensor:
         """Blocks of ``M [..., n, n]`` of each class with itself, ``[..., k, n / k, n / k]``."""
         grid = M.unflatten(-1, self._sizes).unflatten(-3, self._sizes)
         return grid.diagonal(dim1=-3, dim2=-1).movedim(-1, -3)
@@ -102,11 +102,11 @@ class Strided(StructuredMatrix):
 
     def orthogonal_project(self, M: Tensor) -> Self:
         """Class by class."""
-        return self._build([self.A.orthogonal_project(self._blocks(M))])
+        return self._build([self.A.orthogonal_project(self.blocks(M))])
 
     def project(self, S: Tensor) -> Self:
         """Class by class."""
-        return self._build([self.A.project(self._blocks(S))])
+        return self._build([self.A.project(self.blocks(S))])
 
     def project_gram(self, X: Tensor) -> Self:
         """``Pi(X_r X_r^T)`` for the rows of every class."""

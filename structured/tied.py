@@ -79,7 +79,7 @@ class Tied(StructuredMatrix):
         m = Y.shape[-1] // self.k
         return Y.unflatten(-1, (self.k, m)).movedim(-2, -3).flatten(-3, -2)
 
-    def _mean_block(self, M: Tensor) -> Tensor:
+    def mean_block(self, M: Tensor) -> Tensor:
         """Mean of the k diagonal blocks of ``M [..., n, n]``."""
         sizes = (self.k, self.A.n)
         blocks = M.unflatten(-1, sizes).unflatten(-3, sizes).diagonal(dim1=-4, dim2=-2)
@@ -104,11 +104,11 @@ class Tied(StructuredMatrix):
 
     def orthogonal_project(self, M: Tensor) -> Self:
         """Nearest to the mean of the diagonal blocks of ``M [..., n, n]``."""
-        return self._build([self.A.orthogonal_project(self._mean_block(M))])
+        return self._build([self.A.orthogonal_project(self.mean_block(M))])
 
     def project(self, S: Tensor) -> Self:
         """``I_k (x) Pi(mean of the diagonal blocks of S)``."""
-        return self._build([self.A.project(self._mean_block(S))])
+        return self._build([self.A.project(self.mean_block(S))])
 
     def project_gram(self, X: Tensor) -> Self:
         """``I_k (x) Pi(Y Y^T) / k`` with the blocks of rows of ``X`` side by side in ``Y``."""

@@ -16,8 +16,8 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
+from structured._core.dispatch import symmetric_product
 from structured._core.matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
-from structured._products.dispatch import symmetric_product
 from structured._transforms.autocorrelation import autocorrelation
 from structured._transforms.fft import fft_length, irfft, rfft
 

@@ -20,7 +20,7 @@ from torch.linalg import solve_triangular
 from torch.nn.functional import pad
 
 from structured._core.matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
-from structured._core.numbers import add_product_
+from structured._products.in_place import add_product_
 
 _PANEL = 128  # columns of a Gram matrix; wider ones compute more that is thrown away
 _LEAF = 256  # rows; in smaller blocks the zeros cost less than the calls

@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from numbers import Real
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from structured._core.matrix import StructuredMatrix
-    from structured._core.operator import Operator
+from structured._core.operator import Operator
+from structured._core.stored import Stored
 
 
 def check_columns(A: Operator, X: Any, operation: str) -> None:
@@ -37,7 +36,7 @@ def check_rows(A: Operator, X: Any, operation: str) -> None:
     _check_kind(A, X, operation)
 
 
-def check_square(A: StructuredMatrix, S: Any, operation: str) -> None:
+def check_square(A: Operator, S: Any, operation: str) -> None:
     """Raise unless ``S`` is ``[..., n, n]`` of our dtype and device."""
     if not isinstance(S, Tensor):
         _raise_type(A, S, operation)
@@ -46,7 +45,7 @@ def check_square(A: StructuredMatrix, S: Any, operation: str) -> None:
     _check_kind(A, S, operation)
 
 
-def check_member(A: StructuredMatrix, B: Any, operation: str) -> None:
+def check_member(A: Stored, B: Any, operation: str) -> None:
     """Raise unless ``B`` has our structure, size, batch shape, dtype and device."""
     layout = getattr(B, "layout", None)
     if not isinstance(layout, tuple):  # tensors have a layout of another kind
@@ -59,7 +58,7 @@ def check_member(A: StructuredMatrix, B: Any, operation: str) -> None:
     _check_kind(A, B, operation)
 
 
-def check_scalar(A: StructuredMatrix, c: Any, operation: str) -> None:
+def check_scalar(A: Operator, c: Any, operation: str) -> None:
     """Raise unless ``c`` is a number, or a tensor of our device, scalar or of the batch shape."""
     name = _name(A, operation)
     if not isinstance(c, Tensor):
@@ -76,7 +75,7 @@ def check_scalar(A: StructuredMatrix, c: Any, operation: str) -> None:
         raise ValueError(f"{name}: expected a scalar on {A.device}, got one on {c.device}")
 
 
-def _check_kind(A: Operator, other: Tensor | Operator, operation: str) -> None:
+def _check_kind(A: Operator | Stored, other: Any, operation: str) -> None:
     """Raise unless dtype and device are ours."""
     if other.dtype != A.dtype or other.device != A.device:
         raise ValueError(
@@ -85,12 +84,12 @@ def _check_kind(A: Operator, other: Tensor | Operator, operation: str) -> None:
         )
 
 
-def _name(A: Operator, operation: str) -> str:
+def _name(A: object, operation: str) -> str:
     """``Dense.apply``, ``Dense *``."""
     return f"{type(A).__name__}{'.' if operation.isidentifier() else ' '}{operation}"
 
 
-def _raise_type(A: Operator, X: Any, operation: str) -> NoReturn:
+def _raise_type(A: object, X: Any, operation: str) -> NoReturn:
     raise TypeError(f"{_name(A, operation)}: expected a tensor, got {type(X).__name__}")
 
 
@@ -124,7 +123,7 @@ def _checked(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     check = CHECKS[name]
 
     @functools.wraps(method)
-    def wrapper(self: StructuredMatrix, argument: Any) -> Any:
+    def wrapper(self: Any, argument: Any) -> Any:
         check(self, argument, name)
         return method(self, argument)
 

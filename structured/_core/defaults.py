@@ -16,19 +16,17 @@ either lies in the space (``s_i = 1``) or is orthogonal to it (``s_i = 0``). The
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Size, Tensor
 
-from structured._core.stored import convert
+from structured._core.member import Member
+from structured._core.stored import convert, zero_of
 from structured._core.weights import Weights, analyse
 
-if TYPE_CHECKING:
-    from structured._core.matrix import StructuredMatrix
-
-    M_ = TypeVar("M_", bound=StructuredMatrix)
+M_ = TypeVar("M_", bound=Member)
 
 _REMEMBERED = 1024  # structures and sizes
 
@@ -37,32 +35,39 @@ _SHAPES: dict[tuple[Any, ...], Size] = {}
 _WEIGHTS: dict[tuple[Any, ...], tuple[Weights, tuple[Tensor, ...]]] = {}
 
 
-def shape(member: StructuredMatrix) -> Size:
+def shape(member: Member) -> Size:
     """``[*batch_shape, n, n]``, found once per layout by writing out on the meta device."""
-    key = _key(member, 0)
+    key = member.key(0)
     if key not in _SHAPES:
         meta = member.map(lambda t: torch.empty_like(t, device="meta"))
-        _SHAPES[key] = meta._with_static(lambda t: t.to("meta")).to_dense().shape
+        _SHAPES[key] = meta.map_static(lambda t: t.to("meta")).to_dense().shape
     return _SHAPES[key]
 
 
 def orthogonal_project(member: M_, M: Tensor) -> M_:
     """``P(M)`` for ``M [..., n, n]``."""
-    return _solve(member, M, "orthogonal")
+    return _project(member, M, "orthogonal")
 
 
 def project(member: M_, S: Tensor) -> M_:
     """``Pi(S)`` for a symmetric ``S [..., n, n]``."""
-    return _solve(member, S, "symmetric")
+    return _project(member, S, "symmetric")
 
 
-def _solve(member: M_, M: Tensor, which: str) -> M_:
+def solve(M: Tensor, X: Tensor) -> Tensor:
+    """``M^{-1} X`` in float32 at least."""
+    wide = torch.promote_types(M.dtype, torch.float32)
+    X = X[(None,) * (M.ndim - X.ndim)]  # or a stack of vectors is seen where the shapes allow
+    return torch.linalg.solve(M.to(wide), X.to(wide)).to(M.dtype)
+
+
+def _project(member: M_, M: Tensor, which: str) -> M_:
     wide = torch.promote_types(M.dtype, torch.float32)
     batch, dropped = M.shape[:-2], len(member.batch_shape)
     cores = [t.shape[dropped:] for t in member.tensors()]
     if M.is_meta:  # static tensors may be there too, without numbers to analyse
         return member.with_tensors([M.new_empty((*batch, *core)) for core in cores])
-    found = _weights(_key(member, dropped), *_statics(member))
+    found = _weights(member.key(dropped), *member.static_tensors())
     pulled = _pull(member, cores, M.to(wide))
     solved = pulled * getattr(found, which).to(M.device, wide)
     for group in found.groups:
@@ -81,17 +86,17 @@ def _split(flat: Tensor, cores: Sequence[Size], batch: Sequence[int]) -> list[Te
     ]
 
 
-def _push(member: StructuredMatrix, cores: Sequence[Size], flat: Tensor) -> Tensor:
+def _push(member: Member, cores: Sequence[Size], flat: Tensor) -> Tensor:
     """``E flat``, ``[..., n, n]`` from ``[..., p]``."""
     tensors = _split(flat, cores, flat.shape[:-1])
     return (
-        member._with_static(lambda t: convert(t, flat.device, flat.dtype))
+        member.map_static(lambda t: convert(t, flat.device, flat.dtype))
         .with_tensors(tensors)
         .to_dense()
     )
 
 
-def _pull(member: StructuredMatrix, cores: Sequence[Size], M: Tensor) -> Tensor:
+def _pull(member: Member, cores: Sequence[Size], M: Tensor) -> Tensor:
     """``E^T M``, ``[..., p]`` from ``[..., n, n]``: the adjoint of ``to_dense``, by autograd."""
     p = sum(core.numel() for core in cores)
     origin = M.new_zeros(*M.shape[:-2], p)
@@ -100,56 +105,13 @@ def _pull(member: StructuredMatrix, cores: Sequence[Size], M: Tensor) -> Tensor:
     return pulled
 
 
-def _key(member: StructuredMatrix, dropped: int) -> tuple[Any, ...]:
-    """A structure without its batch shape and static tensors, as a tuple of constants."""
-    parts = []
-    for name in member._fields:
-        part = getattr(member, name)
-        nested = not isinstance(part, Tensor)
-        parts.append(_key(part, dropped) if nested else tuple(part.shape[dropped:]))
-    statics = []
-    for name in member._static:
-        value = getattr(member, name)
-        statics.append(value.shape if isinstance(value, Tensor) else value)
-    return (type(member), tuple(parts), tuple(statics))
-
-
-def _statics(member: StructuredMatrix) -> Iterator[Tensor]:
-    """The static tensors, nested members flattened."""
-    for name in member._fields:
-        part = getattr(member, name)
-        if not isinstance(part, Tensor):
-            yield from _statics(part)
-    for name in member._static:
-        value = getattr(member, name)
-        if isinstance(value, Tensor):
-            yield value
-
-
-def _template(key: tuple[Any, ...], statics: Iterator[Tensor]) -> StructuredMatrix:
-    """The zero member with the given key, on the CPU in float64."""
-    cls, parts, values = key
-    cpu, wide = torch.device("cpu"), torch.float64
-    built = [
-        _template(part, statics)
-        if part and isinstance(part[0], type)
-        else torch.zeros(part, dtype=wide, device=cpu)
-        for part in parts
-    ]
-    member: StructuredMatrix = cls._unflatten(
-        built,
-        [convert(next(statics), cpu, wide) if isinstance(v, Size) else v for v in values],
-    )
-    return member
-
-
 def _weights(key: tuple[Any, ...], *statics: Tensor) -> Weights:
     full = (key, *map(id, statics))
     if full not in _WEIGHTS:
         if len(_WEIGHTS) == _REMEMBERED:
             del _WEIGHTS[next(iter(_WEIGHTS))]
         with torch.no_grad():
-            _WEIGHTS[full] = _analyse(_template(key, iter(statics))), statics
+            _WEIGHTS[full] = _analyse(zero_of(key, statics)), statics
     return _WEIGHTS[full][0]
 
 
@@ -157,7 +119,7 @@ def _weights(key: tuple[Any, ...], *statics: Tensor) -> Weights:
 _weights._dynamo_marked_constant = True  # type: ignore[attr-defined]  # an attribute of a function
 
 
-def _analyse(template: StructuredMatrix) -> Weights:
+def _analyse(template: Member) -> Weights:
     cores = [t.shape for t in template.tensors()]
     push = functools.partial(_push, template, cores)
     pull = functools.partial(_pull, template, cores)

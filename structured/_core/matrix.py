@@ -6,6 +6,7 @@ which writes it out, is linear in them. Everything in this file follows from ``t
 
 - :class:`Operator` is anything square that can be multiplied by a tensor.
 - :class:`Stored` is an immutable record of tensors: copies, conversions, pytrees.
+- :class:`Member` is both, with sums and scalings.
 - :class:`StructuredMatrix` is a member of a structure: the class to derive from.
 
 Letters: ``n`` the size, ``m`` a number of columns, ``...`` the batch dimensions, ``A``, ``B``
@@ -15,22 +16,18 @@ members, ``S`` a symmetric matrix, ``X`` a matrix ``[..., n, m]``.
 from __future__ import annotations
 
 from abc import abstractmethod
-from numbers import Real
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import Any, Self
 
 import torch
 from torch import Size, Tensor
 
 from structured._core import defaults
-from structured._core.checks import check_arguments, check_member, check_scalar
+from structured._core.checks import check_arguments
+from structured._core.dispatch import symmetric_product
+from structured._core.member import Member, Scalar
 from structured._core.numbers import at_least_float32, joint_norm, largest, trailing
 from structured._core.operator import Operator
-from structured._core.stored import Stored, static
-from structured._products.dispatch import symmetric_product
-
-if TYPE_CHECKING:
-    from linear_operator import LinearOperator
-    from scipy.sparse.linalg import LinearOperator as ScipyOperator
+from structured._core.stored import static
 
 __all__ = [  # all that a structure file needs
     "Operator",
@@ -43,10 +40,8 @@ __all__ = [  # all that a structure file needs
     "trailing",
 ]
 
-Scalar: TypeAlias = "float | Tensor"
 
-
-class StructuredMatrix(Stored, Operator):
+class StructuredMatrix(Member):
     """A member of a structure: an immutable dataclass of tensors, or of other members.
 
     **You must** write two methods: :meth:`zeros` and :meth:`to_dense`. Subclassing with annotated
@@ -85,18 +80,7 @@ class StructuredMatrix(Stored, Operator):
         super().__init_subclass__(**kwargs)
         check_arguments(cls)
 
-    # You must write -----------------------------------------------------------------------------
-
-    @classmethod
-    @abstractmethod
-    def zeros(cls, n: int, *options: Any, **kwargs: Any) -> Self:
-        """The zero member of size ``n``; options such as a block size appear here and only here.
-
-        Args:
-            n: The size.
-            options: Whatever else makes the structure.
-            kwargs: ``batch_shape=()``, and ``dtype`` and ``device`` as of :func:`torch.zeros`.
-        """
+    # You must write, beside zeros ----------------------------------------------------------------
 
     @abstractmethod
     def to_dense(self) -> Tensor:
@@ -112,8 +96,6 @@ class StructuredMatrix(Stored, Operator):
     @property
     def mT(self) -> StructuredMatrix:
         """The transpose, a member of the transposed structure."""
-        from structured.transposed import Transposed
-
         return Transposed(self)
 
     def matmul(self, other: Self) -> Self:
@@ -183,7 +165,7 @@ class StructuredMatrix(Stored, Operator):
         Raises:
             RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
         """
-        return _solve(self.to_dense(), X)
+        return defaults.solve(self.to_dense(), X)
 
     def logdet(self) -> Tensor:
         """``log |det A|``, ``[...]``."""
@@ -203,7 +185,7 @@ class StructuredMatrix(Stored, Operator):
 
     def _solve_transpose(self, X: Tensor) -> Tensor:
         """``A^{-T} X``."""
-        return _solve(self.to_dense().mT, X)
+        return defaults.solve(self.to_dense().mT, X)
 
     def max_abs(self) -> Tensor:
         """Largest absolute entry, ``[...]``; zero for ``n = 0``."""
@@ -213,89 +195,94 @@ class StructuredMatrix(Stored, Operator):
         """Square root of the sum of all squared entries, ``[...]``."""
         return torch.linalg.matrix_norm(self.to_dense())
 
-    # You get ------------------------------------------------------------------------------------
+
+class Transposed(StructuredMatrix):
+    """``A^T`` for a member ``A`` of any structure."""
+
+    A: StructuredMatrix
+
+    @property
+    def closed_under_transpose(self) -> bool:  # type: ignore[override]  # depends on the part
+        """As ``A``."""
+        return self.A.closed_under_transpose
 
     @classmethod
-    def identity(cls, n: int, *options: Any, **kwargs: Any) -> Self:
-        """The identity of size ``n``; arguments as for :meth:`zeros`."""
-        return cls.zeros(n, *options, **kwargs).add_scaled_identity(1.0)
+    def zeros(cls, n: int, structure: Any, **opts: Any) -> Self:
+        """The zero matrix of size ``n`` in the transpose of ``structure``."""
+        if not callable(structure):
+            raise TypeError(f"transposed: expected a callable n -> member, got {structure!r}")
+        return cls(getattr(structure, "zeros", structure)(n, **opts))
 
-    def to_linear_operator(self) -> LinearOperator:
-        """As a ``LinearOperator``: :func:`structured.interop.to_linear_operator`."""
-        from structured.interop import to_linear_operator
+    def to_dense(self) -> Tensor:
+        """``A^T``."""
+        return self.A.to_dense().mT
 
-        return to_linear_operator(self)
+    @property
+    def shape(self) -> Size:
+        """``[..., n, n]``."""
+        return self.A.shape
 
-    def to_scipy(self) -> ScipyOperator:
-        """As SciPy's ``LinearOperator``: :func:`structured.interop.to_scipy`."""
-        from structured.interop import to_scipy
+    @property
+    def mT(self) -> StructuredMatrix:
+        """``A``."""
+        return self.A
 
-        return to_scipy(self)
+    def matmul(self, other: Self) -> Self:
+        """``A^T B^T = (B A)^T``."""
+        return self._build([other.A.matmul(self.A)])
 
-    def __matmul__(self, other: Any) -> Any:
-        """``A @ B`` for a member of the same structure, ``A @ X`` for a tensor."""
-        return (
-            self.matmul(other) if isinstance(other, StructuredMatrix) else super().__matmul__(other)
-        )
+    def apply(self, X: Tensor) -> Tensor:
+        """``A^T X``."""
+        return self.A.apply_transpose(X)
 
-    def __add__(self, other: Self) -> Self:
-        """``A + B``, members of one structure."""
-        if not isinstance(other, StructuredMatrix):
-            return NotImplemented
-        check_member(self, other, "+")
-        return self._map(torch.add, other)
+    def apply_transpose(self, X: Tensor) -> Tensor:
+        """``A X``."""
+        return self.A.apply(X)
 
-    def __sub__(self, other: Self) -> Self:
-        """``A - B``, members of one structure."""
-        if not isinstance(other, StructuredMatrix):
-            return NotImplemented
-        check_member(self, other, "-")
-        return self._map(torch.sub, other)
+    def orthogonal_project(self, M: Tensor) -> Self:
+        """``P_A(M^T)^T``."""
+        return self._build([self.A.orthogonal_project(M.mT)])
 
-    def __neg__(self) -> Self:
-        """``-A``."""
-        return self._map(torch.neg)
+    def project(self, S: Tensor) -> Self:
+        """``Pi_A(S)^T``."""
+        return self._build([self.A.project(S)])
 
-    def __mul__(self, c: Scalar) -> Self:
-        """``c A`` for a number or a tensor of the batch shape; keeps the dtype of ``A``."""
-        if not isinstance(c, Tensor):
-            return self._map(lambda t: t * c) if isinstance(c, Real) else NotImplemented
-        check_scalar(self, c, "*")
-        return self._map(lambda t: (t * trailing(c, t)).to(t.dtype))
+    def project_gram(self, X: Tensor) -> Self:
+        """``Pi_A(X X^T)^T``."""
+        return self._build([self.A.project_gram(X)])
 
-    __rmul__ = __mul__
+    def gram(self) -> Self:
+        """``Pi(A A^T)``; by the class of ``A.mT`` if it has one of its own."""
+        named = self.A.mT
+        if isinstance(named, Transposed) or named.mT.layout != self.A.layout:
+            return self._build([self.A._outer()])
+        return self._build([named.gram().mT])
 
-    def __truediv__(self, c: Scalar) -> Self:
-        """``A / c`` for a number or a tensor of the batch shape; keeps the dtype of ``A``."""
-        if not isinstance(c, Tensor):
-            return self._map(lambda t: t / c) if isinstance(c, Real) else NotImplemented
-        check_scalar(self, c, "/")
-        return self._map(lambda t: (t / trailing(c, t)).to(t.dtype))
+    def solve(self, X: Tensor) -> Tensor:
+        """``A^-T X``; by the class of ``A.mT`` if it has one of its own."""
+        named = self.A.mT
+        unnamed = isinstance(named, Transposed)
+        return self.A._solve_transpose(X) if unnamed else named.solve(X)
 
-    def __repr__(self) -> str:
-        batch = f", batch {tuple(self.batch_shape)}" if self.batch_shape else ""
-        return f"{self._describe()} [{str(self.dtype).removeprefix('torch.')}{batch}]"
+    def trace(self) -> Tensor:
+        """As ``A``."""
+        return self.A.trace()
 
-    def _describe(self) -> str:
-        """``name(n; field = shape or part, ...)``."""
-        parts = []
-        for name in self._fields + self._static:
-            part = getattr(self, name)
-            if isinstance(part, StructuredMatrix):
-                parts.append(f"{name} = {part._describe()}")
-            elif isinstance(part, Tensor):
-                core = part.shape[len(self.batch_shape) :]
-                parts.append(f"{name}: {' x '.join(map(str, core)) or '1'}")
-            else:
-                parts.append(f"{name} = {part}")
-        return f"{type(self).__name__}({self.n}; {', '.join(parts)})"
+    def add_scaled_identity(self, alpha: Scalar) -> Self:
+        """``(A + alpha I)^T``."""
+        return self._build([self.A.add_scaled_identity(alpha)])
 
+    def logdet(self) -> Tensor:
+        """As ``A``."""
+        return self.A.logdet()
 
-def _solve(M: Tensor, X: Tensor) -> Tensor:
-    """``M^{-1} X`` in float32 at least."""
-    wide = at_least_float32(M.dtype)
-    X = X[(None,) * (M.ndim - X.ndim)]  # or a stack of vectors is seen where the shapes allow
-    return torch.linalg.solve(M.to(wide), X.to(wide)).to(M.dtype)
+    def max_abs(self) -> Tensor:
+        """As ``A``."""
+        return self.A.max_abs()
+
+    def frobenius_norm(self) -> Tensor:
+        """As ``A``."""
+        return self.A.frobenius_norm()
 
 
 check_arguments(StructuredMatrix)  # the defaults check as well

@@ -52,14 +52,14 @@ class Operator(ABC):
     def apply(self, X: Tensor) -> Tensor:
         """``A X`` for ``X [..., n, m]``."""
 
-    def _apply_to_own(self, X: Tensor) -> Tensor:
-        """``A X`` where nobody else needs ``X``: its memory may be used."""
+    def apply_overwriting(self, X: Tensor) -> Tensor:
+        """``A X`` where ``X`` is needed no more: its memory may be used for the product."""
         return self.apply(X)
 
     rows_apart = False
     """Whether rows that come in two parts are multiplied without joining them."""
 
-    def _apply_apart(self, X: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def apply_rows(self, X: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """``A [X; x]`` for rows in two parts, the result in the same two."""
         joined = self.apply(torch.cat([X.mT, x.mT], -1).mT)
         return joined[..., : X.shape[-2], :], joined[..., X.shape[-2] :, :]

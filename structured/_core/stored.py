@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self, dataclass_transform
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.utils import _pytree as pytree
 
 
@@ -126,11 +126,11 @@ class Stored:
         Raises:
             ValueError: If the numbers would not be real floating-point numbers.
         """
-        if len(args) == 1 and args[0] is self.dtype and not kwargs and not self._static_tensors:
+        if len(args) == 1 and args[0] is self.dtype and not kwargs and not self.static_tensors():
             return self
         moved = self._map(lambda t: t.to(*args, **kwargs))
         moved._check_real()
-        return moved._with_static(lambda t: convert(t, moved.device, moved.dtype))
+        return moved.map_static(lambda t: convert(t, moved.device, moved.dtype))
 
     @property
     def layout(self) -> tuple[Any, ...]:
@@ -143,6 +143,42 @@ class Stored:
             value = getattr(self, name)
             parts.append(_SharedTensor(value) if isinstance(value, Tensor) else value)
         return (type(self), *parts)
+
+    def key(self, batch_ndim: int) -> tuple[Any, ...]:
+        """What :attr:`layout` says, as a tuple of constants: no numbers of static tensors.
+
+        Args:
+            batch_ndim: Number of leading dimensions to leave out of the shapes.
+        """
+        parts = []
+        for name in self._fields:
+            part = getattr(self, name)
+            nested = isinstance(part, Stored)
+            parts.append(part.key(batch_ndim) if nested else tuple(part.shape[batch_ndim:]))
+        statics = []
+        for name in self._static:
+            value = getattr(self, name)
+            statics.append(value.shape if isinstance(value, Tensor) else value)
+        return (type(self), tuple(parts), tuple(statics))
+
+    def static_tensors(self) -> tuple[Tensor, ...]:
+        """The tensors among the static fields, those of nested members first."""
+        out: list[Tensor] = []
+        for name in self._fields:
+            part = getattr(self, name)
+            if isinstance(part, Stored):
+                out.extend(part.static_tensors())
+        statics = (getattr(self, name) for name in self._static)
+        return (*out, *(value for value in statics if isinstance(value, Tensor)))
+
+    def map_static(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Apply ``function`` to the static tensors, nested members' too."""
+        parts: list[Any] = [getattr(self, name) for name in self._fields]
+        statics: list[Any] = [getattr(self, name) for name in self._static]
+        return self._unflatten(
+            [p.map_static(function) if isinstance(p, Stored) else p for p in parts],
+            [function(value) if isinstance(value, Tensor) else value for value in statics],
+        )
 
     # What we compute ourselves is not checked again: on small matrices that costs as much as they.
 
@@ -168,23 +204,6 @@ class Stored:
         self.__post_init__()
         return self
 
-    @property
-    def _static_tensors(self) -> bool:
-        """Whether there are tensors among the static fields, nested members' too."""
-        parts = (getattr(self, name) for name in self._fields)
-        statics = (getattr(self, name) for name in self._static)
-        nested = any(p._static_tensors for p in parts if isinstance(p, Stored))
-        return nested or any(isinstance(value, Tensor) for value in statics)
-
-    def _with_static(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """Apply ``function`` to the static tensors, nested members' too."""
-        parts: list[Any] = [getattr(self, name) for name in self._fields]
-        statics: list[Any] = [getattr(self, name) for name in self._static]
-        return self._unflatten(
-            [p._with_static(function) if isinstance(p, Stored) else p for p in parts],
-            [function(value) if isinstance(value, Tensor) else value for value in statics],
-        )
-
     def _flatten(self) -> tuple[list[Any], tuple[Any, ...]]:
         return (
             [getattr(self, name) for name in self._fields],
@@ -198,6 +217,26 @@ class Stored:
             for name, value in zip(names, values, strict=True):
                 object.__setattr__(member, name, value)  # frozen; torch.compile follows this
         return member
+
+
+def zero_of(key: tuple[Any, ...], statics: Iterable[Tensor]) -> Any:
+    """The zero record with the given :meth:`Stored.key`, on the CPU in float64.
+
+    Args:
+        key: Made without batch dimensions.
+        statics: The static tensors, ordered as :meth:`Stored.static_tensors`.
+    """
+    rest = iter(statics)
+    cpu, wide = torch.device("cpu"), torch.float64
+    cls, parts, values = key
+    built = [
+        zero_of(part, rest)
+        if part and isinstance(part[0], type)
+        else torch.zeros(part, dtype=wide, device=cpu)
+        for part in parts
+    ]
+    static = [convert(next(rest), cpu, wide) if isinstance(v, Size) else v for v in values]
+    return cls._unflatten(built, static)
 
 
 def convert(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,7 @@
 """Gram matrices ``X X^T``, their diagonals and their sums, in plain PyTorch.
 
-:mod:`.dispatch` chooses between these and the kernels of ``structured/kernels``, of which they are
-the definition.
+:mod:`structured._core.dispatch` chooses between these and the kernels of ``structured/kernels``, of
+which they are the definition.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from structured._core.numbers import accumulate_, at_least_float32
+from structured._products.in_place import accumulate_
 
 _RUN = 1024  # numbers; a norm adds them up one after the other, which in the end loses digits
 
@@ -32,7 +32,7 @@ def _norms_pay(X: Tensor) -> bool:
 
 def _norm(X: Tensor) -> Tensor:
     """Along the last dimension, in float32 at least."""
-    return torch.linalg.vector_norm(X, dim=-1, dtype=at_least_float32(X.dtype))
+    return torch.linalg.vector_norm(X, dim=-1, dtype=torch.promote_types(X.dtype, torch.float32))
 
 
 def symmetric_product(X: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from structured._core.dispatch import sums_of_squares
 from structured._core.numbers import at_least_float32, tabulated
-from structured._products.dispatch import sums_of_squares
 from structured._transforms.fft import factors, fft_length, irfft, rfft
 
 _LARGEST = (256, 16)  # p and q: up to here products are faster than FFTs (measured),

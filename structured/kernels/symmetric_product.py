@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from structured._core.numbers import accumulate_
+from structured._products.in_place import accumulate_
 from structured.kernels._layout import as_batch, parts
 
 BAND = 8  # rows of tiles

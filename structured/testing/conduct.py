@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from structured._core import defaults
 from structured._core.matrix import StructuredMatrix
 from structured._core.spec import Structure, parse
 from structured.testing.laws import assert_close
@@ -148,7 +147,7 @@ def copies(A: StructuredMatrix, dtype: torch.dtype) -> None:
     }
     low, u = A.to(dtype), torch.finfo(dtype).eps / 2
     assert_close(low, A.to_dense().to(dtype), f"to({dtype})", tolerance=16 * u)
-    for mine, theirs in zip(defaults._statics(A), defaults._statics(low), strict=True):
+    for mine, theirs in zip(A.static_tensors(), low.static_tensors(), strict=True):
         if not (mine.is_floating_point() or mine.is_complex()):
             assert theirs.dtype == mine.dtype, f"to({dtype}): {mine.dtype} became {theirs.dtype}"
             assert torch.equal(theirs, mine), f"to({dtype}): {mine} became {theirs}"

@@ -9,7 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from structured import Dense, Diagonal, kernels
-from structured._products import dispatch, gram
+from structured._core import dispatch
+from structured._products import gram
 
 pytest.importorskip("triton")
 import triton

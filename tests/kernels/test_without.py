@@ -16,7 +16,7 @@ import sys
 import torch
 {before}
 import structured, singd
-from structured._products import dispatch
+from structured._core import dispatch
 from singd import rounding
 assert structured.__file__.startswith({root!r}), structured.__file__
 assert {expected}

@@ -99,7 +99,7 @@ class CastsItsIndices(StructuredMatrix):
         return torch.diag_embed(self.d[..., self.order.long()])
 
     def to(self, *args, **kwargs):
-        return super().to(*args, **kwargs)._with_static(lambda t: t.to(*args, **kwargs))
+        return super().to(*args, **kwargs).map_static(lambda t: t.to(*args, **kwargs))
 
 
 @fails(

@@ -39,7 +39,7 @@ def test_projections_onto_any_space(space, n, law):
 def groups(algebra, n):
     """How many groups of numbers share places, by their size."""
     zero = algebra.zeros(n)
-    found = defaults._weights(defaults._key(zero, 0), *defaults._statics(zero))
+    found = defaults._weights(zero.key(0), *zero.static_tensors())
     return {group.numbers.shape[1]: group.numbers.shape[0] for group in found.groups}
 
 

@@ -1,39 +1,81 @@
-"""What ``structured`` may import, and that the examples in its docstrings hold."""
+"""What ``structured`` imports, and that the examples in its docstrings hold."""
 
 import ast
 import doctest
 import importlib
-import pkgutil
+import shutil
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 import structured
+from tests import imports
 
-MODULES = [module.name for module in pkgutil.walk_packages(structured.__path__, "structured.")]
+PACKAGE = Path(structured.__file__).parent
+TREES = imports.trees(structured)
+ORDER = ("_products", "kernels", "_core", "_transforms", "", "testing")  # the lowest first
+HEAVY = {"hypothesis", "linear_operator", "scipy", "singd", "sympy", "torch._dynamo", "triton"}
 
 
-@pytest.mark.parametrize("name", MODULES)
+def test_imports_run_one_way():
+    assert imports.upward(TREES, ORDER) == []
+    assert imports.circle(TREES) == []
+    assert imports.hidden(TREES) == []
+    assert imports.private(TREES) == []
+
+
+@pytest.mark.parametrize("name", TREES)
 def test_structured_stands_alone(name):
-    path = Path(importlib.import_module(name).__file__)
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = [alias.name for alias in getattr(node, "names", ())]
-        names.append(getattr(node, "module", None) or "")
-        assert not any(word.split(".")[0] == "singd" for word in names), f"{name} imports singd"
+    assert not any(full.split(".")[0] == "singd" for full in imports.imported(TREES[name]))
 
 
-def test_hypothesis_and_the_compiler_are_not_needed():
+def test_the_import_adds_little_to_that_of_torch():
     code = (
-        "import sys, structured; "
-        "loaded = {'hypothesis', 'torch._inductor', 'singd'} & sys.modules.keys(); "
+        "import sys, torch; before = set(sys.modules); import structured; "
+        f"loaded = {HEAVY} & (sys.modules.keys() - before); "
         "sys.exit(str(loaded) if loaded else 0)"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
-@pytest.mark.parametrize("name", ["structured", *MODULES])
+def test_the_version_is_that_of_the_project(tmp_path):
+    """In this checkout, and where the package alone is on the path: then that installed."""
+    written = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]["version"]
+    assert structured.__version__ == written
+    shutil.copytree(PACKAGE, tmp_path / "structured")
+    code = "import structured; print(structured.__version__, structured.__file__)"
+    for text in ("", "[project]\nname = 'another'\nversion = '7'\n"):
+        (tmp_path / "pyproject.toml").write_text(text)
+        command = [sys.executable, "-W", "ignore", "-c", code]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [
+            metadata.version("structured-singd"),
+            f"{tmp_path}/structured/__init__.py",
+        ]
+
+
+def test_what_stands_in_the_way_is_found():
+    """Each of the four rules is broken once."""
+    sources = {
+        "package": "",
+        "package._core.a": "from package.b import B",
+        "package.b": "def f():\n    from package._core import a",
+        "package.c": "from typing import TYPE_CHECKING\nfrom package.b import _hidden",
+        "package.d": "class D:\n    def _g(self): ...",
+        "package.e": "def f(d):\n    self._g()\n    return d._g",
+    }
+    trees = {name: ast.parse(text) for name, text in sources.items()}
+    assert imports.upward(trees, ("_core", "")) == ["package._core.a imports package.b"]
+    assert set(imports.circle(trees)) == {"package._core.a", "package.b"}
+    assert imports.hidden(trees) == ["package.c"]
+    assert imports.private(trees) == ["package.c reads _hidden", "package.e reads _g"]
+
+
+@pytest.mark.parametrize("name", TREES)
 def test_examples(name):
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert result.failed == 0
@@ -43,7 +85,7 @@ def test_there_are_examples():
     finder = doctest.DocTestFinder()
     examples = {
         name
-        for name in MODULES
+        for name in TREES
         for test in finder.find(importlib.import_module(name))
         if test.examples
     }

@@ -180,10 +180,3 @@ def test_scipy_has_no_batches():
 def test_scipy_detaches():
     A = draw("dense").map(lambda t: t.requires_grad_())
     assert isinstance(to_scipy(A) @ np.ones(6), np.ndarray)
-
-
-@by_spec
-def test_the_methods_are_the_functions(spec):
-    A, X = draw(spec), columns(6, 2)
-    torch.testing.assert_close(A.to_linear_operator() @ X, A @ X, **TOLERANCE)
-    np.testing.assert_allclose(A.to_scipy() @ X.numpy(), (A @ X).numpy(), rtol=1e-12, atol=1e-12)

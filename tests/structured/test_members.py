@@ -21,7 +21,7 @@ from structured import (
     parse,
     static,
 )
-from structured._core.numbers import add_product_
+from structured._products.in_place import add_product_
 from structured.testing.operations import OPERATIONS, dense_of
 from structured.testing.strategies import Operands
 from tests.structured.specs import SPECS
@@ -328,7 +328,7 @@ def test_block_diagonal_by_panels(batch, n, m):
     expected = A.to_dense() @ X
     torch.testing.assert_close(A.apply(X), expected)
     torch.testing.assert_close(A.apply(X.mT.contiguous().mT), expected)
-    result = A._apply_to_own(X)
+    result = A.apply_overwriting(X)
     torch.testing.assert_close(result, expected)
     assert result.data_ptr() == X.data_ptr()
 
@@ -373,7 +373,7 @@ def test_products_of_rows_in_two_parts(spec, first):
     A = parse(spec)(5, dtype=torch.float64)
     A = A.map(lambda t: torch.randn(t.shape, generator=generator).to(t))
     X = torch.randn(5, 2, generator=generator, dtype=torch.float64)
-    Y, y = A._apply_apart(X[:first], X[first:])
+    Y, y = A.apply_rows(X[:first], X[first:])
     torch.testing.assert_close(Y, (A.to_dense() @ X)[:first])
     torch.testing.assert_close(y, (A.to_dense() @ X)[first:])
 

@@ -8,8 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.peak import PeakBytes
 from structured import parse, toeplitz, triangular
-from structured._core import numbers
-from structured._core.numbers import _PANEL, add_product_, panels, tabulated, write_product_
+from structured._core.numbers import tabulated
+from structured._products import in_place
+from structured._products.in_place import _PANEL, add_product_, panels, write_product_
 from structured._transforms import autocorrelation, cosine
 from structured._transforms.fft import factors
 
@@ -43,7 +44,7 @@ def test_cosine_transforms_against_scipy(n, dtype):
     C, X = parse("rotated(diagonal, cosine)")(n), normal(2, n, 3).to(dtype)
     forth = torch.from_numpy(scipy.fft.dct(X.double().numpy(), norm="ortho", axis=-2))
     back = torch.from_numpy(scipy.fft.idct(X.double().numpy(), norm="ortho", axis=-2))
-    near(C._unrotate(X), forth, BOUNDS[dtype])
+    near(C.unrotate(X), forth, BOUNDS[dtype])
     near(C._rotate(X), back, BOUNDS[dtype])
     near(C._rotate(X.mT.contiguous().mT), back, BOUNDS[dtype])
 
@@ -193,7 +194,7 @@ def test_panels_fit_into_a_cache(shape, count):
 @pytest.mark.parametrize("by_columns", [False, True])
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
 def test_products_written_panel_by_panel(monkeypatch, batch, by_columns, panel):
-    monkeypatch.setattr(numbers, "_PANEL", panel)
+    monkeypatch.setattr(in_place, "_PANEL", panel)
     A, B = normal(*batch, 4, 4), normal(*batch, 4, 5)
     B = B.mT.contiguous().mT if by_columns else B
     expected = A @ B

@@ -1,4 +1,4 @@
-"""The functions of :mod:`.gram`: by kernels on a GPU, as they stand anywhere else.
+"""Gram matrices: by kernels on a GPU, by :mod:`structured._products.gram` anywhere else.
 
 On the CPU that costs one attribute; a call of a custom operator costs 5 to 15 us, as much as small
 products themselves. On CUDA PyTorch's dispatcher chooses further. Without ``structured/kernels``
