@@ -1,4 +1,4 @@
-"""The neighbours: members as operators of ``linear_operator`` (GPyTorch) and of SciPy.
+"""The neighbours: members and Kronecker products as operators of ``linear_operator`` and of SciPy.
 
 ``linear_operator`` takes operators for symmetric positive definite unless told otherwise: its
 default ``solve`` runs conjugate gradients or Cholesky, its ``svd`` an ``eigh``, and both return
@@ -10,7 +10,7 @@ own: their products with tensors are right, their solves again presume symmetry.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 import scipy.sparse.linalg
@@ -19,11 +19,14 @@ from linear_operator.operators import DenseLinearOperator, LinearOperator, RootL
 from torch import Size, Tensor
 
 from structured._core.matrix import StructuredMatrix, at_least_float32
+from structured.kronecker import Kronecker
+
+AnyMember: TypeAlias = StructuredMatrix | Kronecker
 
 __all__ = ["to_linear_operator", "to_root_linear_operator", "to_scipy"]
 
 
-def to_linear_operator(A: StructuredMatrix) -> LinearOperator:
+def to_linear_operator(A: AnyMember) -> LinearOperator:
     """``A`` as a ``linear_operator.LinearOperator [..., n, n]``, gradients included.
 
     ``matmul``, ``solve``, ``logdet``, ``inv_quad``, ``diagonal``, ``svd`` and the transpose are
@@ -33,10 +36,12 @@ def to_linear_operator(A: StructuredMatrix) -> LinearOperator:
         NotImplementedError: From methods of the result that need a symmetric matrix, such as
             ``cholesky``; ``to_root_linear_operator`` has them.
     """
+    if isinstance(A, Kronecker):  # batches are expanded tensor by tensor
+        A = A.expand(*A.batch_shape)
     return _Member(*A.tensors(), like=A.detach())
 
 
-def to_root_linear_operator(K: StructuredMatrix) -> LinearOperator:
+def to_root_linear_operator(K: AnyMember) -> LinearOperator:
     """``K K^T`` as a positive definite ``linear_operator.LinearOperator [..., n, n]``.
 
     Everything follows from the root: ``solve`` is two solves with ``K``, ``logdet`` twice that of
@@ -45,7 +50,7 @@ def to_root_linear_operator(K: StructuredMatrix) -> LinearOperator:
     return _Root(to_linear_operator(K))
 
 
-def to_scipy(A: StructuredMatrix) -> scipy.sparse.linalg.LinearOperator:
+def to_scipy(A: AnyMember) -> scipy.sparse.linalg.LinearOperator:
     """``A [n, n]`` as a ``scipy.sparse.linalg.LinearOperator``, with its adjoint.
 
     Products run in the dtype of ``A``, bfloat16 and float16 raised to float32, on its device.
@@ -119,7 +124,7 @@ class _Direct(LinearOperator):
 class _Member(_Direct):
     """A member: its tensors are the representation, ``like`` tells how to put them together."""
 
-    def __init__(self, *tensors: Tensor, like: StructuredMatrix) -> None:
+    def __init__(self, *tensors: Tensor, like: AnyMember) -> None:
         super().__init__(*tensors, like=like)
         self.member = like.with_tensors(tensors)
 

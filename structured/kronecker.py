@@ -1,83 +1,237 @@
-"""Kronecker products: an operator, not a structure, for they are no linear space.
+"""Kronecker products of operators: no structure, for their sums are no Kronecker products.
 
 ::
 
-    C (x) K        the numbers of C and of K
+    A (x) C        the numbers of A and of C; products those of A and of C with more columns
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
 
 import torch
-from torch import Size, Tensor
+from torch import Generator, Size, Tensor
 
-from structured._core.checks import check_columns
-from structured._core.matrix import Operator
+from structured._core.checks import check_columns, check_scalar
+from structured._core.composite import Composite
+from structured._core.matrix import Operator, Scalar, StructuredMatrix, at_least_float32, trailing
+from structured._products.kronecker import kron, kron_vectors, one_by_one
+from structured.dense import Dense
+from structured.diagonal import Diagonal
+from structured.rotated import Rotated
 
 
-@dataclass(frozen=True, eq=False)
-class Kronecker(Operator):
-    """``C (x) K``; its product with ``vec(G)``, the rows of ``G`` in turn, is ``C G K^T``."""
+class Kronecker(Composite):
+    """``A_1 (x) ... (x) A_k``, of any operators, whose batch shapes broadcast.
 
-    C: Operator  # [..., p, p]
-    K: Operator  # [..., q, q]
+    With two factors, its product with ``vec(G)``, the rows of ``G`` in turn, is ``C G K^T``. Most
+    operations are those of the factors, one by one, and nothing of size n x n is written.
 
-    def __post_init__(self) -> None:
-        C, K = self.C, self.K
-        if (C.batch_shape, C.dtype, C.device) != (K.batch_shape, K.dtype, K.device):
-            raise ValueError(
-                "Kronecker: expected factors of one batch shape, dtype and device, got "
-                f"{list(C.batch_shape)}, {C.dtype}, {C.device} and "
-                f"{list(K.batch_shape)}, {K.dtype}, {K.device}"
-            )
+    >>> from structured import Diagonal, parse
+    >>> P = Kronecker(parse("dense").identity(3), Diagonal(torch.tensor([1.0, 2.0])))
+    >>> P.n, P.trace().item(), P.inverse().to_dense().diagonal().tolist()
+    (6, 9.0, [1.0, 0.5, 1.0, 0.5, 1.0, 0.5])
+
+    Args:
+        factors: At least one operator; all of one dtype, on one device.
+
+    Raises:
+        TypeError: If a factor is no operator.
+        ValueError: If there is none, or their dtypes, devices or batch shapes do not fit.
+    """
+
+    @property
+    def factors(self) -> tuple[Operator, ...]:
+        """``A_i [..., n_i, n_i]``."""
+        return self.parts
 
     @property
     def shape(self) -> Size:
-        """``[..., p q, p q]``."""
-        size = self.C.n * self.K.n
-        return Size((*self.C.batch_shape, size, size))
+        """``[..., n, n]``, ``n`` the product of the sizes of the factors."""
+        n = math.prod(self._sizes)
+        return Size((*self._joint_batch_shape(), n, n))
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Data type of the factors."""
-        return self.C.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the factors."""
-        return self.C.device
+    def _sizes(self) -> list[int]:
+        return [A.n for A in self.factors]
 
     @property
     def mT(self) -> Kronecker:
-        """``C^T (x) K^T``."""
-        return Kronecker(self.C.mT, self.K.mT)
-
-    def apply_matrix(self, G: Tensor) -> Tensor:
-        """``C G K^T`` for ``G [..., p, q]``."""
-        return self.C.apply_overwriting(self.K.apply(G.mT).mT)
-
-    def apply_apart(self, G: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """``C [G g] K^T`` for columns in two parts, the result in the same two."""
-        Y, y = self.K.apply_rows(G.mT, g.mT)
-        return self.C.apply_overwriting(Y.mT), self.C.apply_overwriting(y.mT)
-
-    def apply(self, X: Tensor) -> Tensor:
-        """``(C (x) K) X`` for ``X [..., p q, m]``."""
-        check_columns(self, X, "apply")
-        p, q, m = self.C.n, self.K.n, X.shape[-1]
-        Y = self.K.apply(X.unflatten(-2, (p, q)).movedim(-3, -2).flatten(-2))  # [..., q, p m]
-        Y = self.C.apply(Y.unflatten(-1, (p, m)).movedim(-2, -3).flatten(-2))  # [..., p, q m]
-        return Y.unflatten(-1, (q, m)).flatten(-3, -2)
-
-    def apply_transpose(self, X: Tensor) -> Tensor:
-        """``(C (x) K)^T X`` for ``X [..., p q, m]``."""
-        return self.mT.apply(X)
+        """``A_1^T (x) ... (x) A_k^T``."""
+        return Kronecker(*(A.mT for A in self.factors))
 
     def to_dense(self) -> Tensor:
         """Write the product out."""
-        C, K = self.C.to_dense(), self.K.to_dense()
-        return torch.einsum("...ij,...kl->...ikjl", C, K).reshape(self.shape)
+        return kron(A.to_dense() for A in self.factors)
+
+    # Products and solves: one factor after another ----------------------------------------------
+
+    def apply(self, X: Tensor) -> Tensor:
+        """``P X`` for ``X [..., n, m]``: by each ``A_i`` with ``m n / n_i`` columns."""
+        check_columns(self, X, "apply")
+        return one_by_one(X, self._sizes, [A.apply for A in self.factors])
+
+    def apply_transpose(self, X: Tensor) -> Tensor:
+        """``P^T X`` for ``X [..., n, m]``."""
+        check_columns(self, X, "apply_transpose")
+        return one_by_one(X, self._sizes, [A.apply_transpose for A in self.factors])
+
+    def apply_matrix(self, G: Tensor) -> Tensor:
+        """``C G K^T`` for ``G [..., p, q]``, of two factors ``C (x) K``."""
+        C, K = self._pair()
+        return C.apply_overwriting(K.apply(G.mT).mT)
+
+    def apply_apart(self, G: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """``C [G g] K^T`` for columns in two parts, the result in the same two."""
+        C, K = self._pair()
+        Y, y = K.apply_rows(G.mT, g.mT)
+        return C.apply_overwriting(Y.mT), C.apply_overwriting(y.mT)
+
+    def _pair(self) -> tuple[Operator, Operator]:
+        if len(self.factors) != 2:
+            raise ValueError(f"Kronecker: expected two factors, got {len(self.factors)}")
+        return self.factors[0], self.factors[1]
+
+    def solve(self, X: Tensor) -> Tensor:
+        """``P^{-1} X`` for ``X [..., n, m]`` or ``[n]``, by the solves of the factors."""
+        if isinstance(X, Tensor) and X.ndim == 1:
+            return self.solve(X[:, None])[..., 0]
+        check_columns(self, X, "solve")
+        return one_by_one(X, self._sizes, [A.solve for A in self._members()])
+
+    def inverse(self) -> Kronecker:
+        """``A_1^{-1} (x) ... (x) A_k^{-1}``, each a member of the structure of its factor."""
+        return Kronecker(*(_inverse(A) for A in self._members()))
+
+    def matmul(self, other: Kronecker) -> Kronecker:
+        """``A_1 B_1 (x) ... (x) A_k B_k``; factors of unlike structures give a dense one.
+
+        Raises:
+            ValueError: If the factors are not of the same sizes.
+        """
+        ours, theirs = self._sizes, other._sizes
+        if ours != theirs:
+            raise ValueError(f"Kronecker @: expected factors of sizes {ours}, got {theirs}")
+        pairs = zip(self.factors, other.factors, strict=True)
+        return Kronecker(*(_product(A, B) for A, B in pairs))
+
+    def __matmul__(self, other: Any) -> Any:
+        """``P @ Q`` for a Kronecker product of as many factors, ``P @ X`` for a tensor."""
+        return self.matmul(other) if isinstance(other, Kronecker) else super().__matmul__(other)
+
+    def sample(self, m: int, *, generator: Generator | None = None) -> Tensor:
+        """``m`` columns ``P z`` with standard normal ``z``, ``[..., n, m]``: covariance P P^T."""
+        z = torch.empty((*self.shape[:-1], m), dtype=self.dtype, device=self.device)
+        return self.apply(z.normal_(generator=generator))
+
+    # Numbers ------------------------------------------------------------------------------------
+
+    def trace(self) -> Tensor:
+        """Product of the traces, ``[...]``."""
+        return math.prod(A.trace() for A in self._members())
+
+    def logdet(self) -> Tensor:
+        """``sum_i (n / n_i) log|det A_i|``, ``[...]``."""
+        sizes = self._sizes
+        others = (math.prod(sizes[:i] + sizes[i + 1 :]) for i in range(len(sizes)))
+        return sum(k * A.logdet() for k, A in zip(others, self._members(), strict=True))
+
+    def frobenius_norm(self) -> Tensor:
+        """Product of the norms, ``[...]``."""
+        return math.prod(A.frobenius_norm() for A in self._members())
+
+    def max_abs(self) -> Tensor:
+        """Largest absolute entry, ``[...]``: the product of those of the factors."""
+        return math.prod(A.max_abs() for A in self._members())
+
+    def diagonal(self) -> Tensor:
+        """``[..., n]``, the Kronecker product of the diagonals."""
+        return kron_vectors(_diagonal(A) for A in self.factors)
+
+    # Scaling and shifting -----------------------------------------------------------------------
+
+    def __mul__(self, c: Scalar) -> Kronecker:
+        """``c P`` for a number or a tensor of the batch shape: the first factor is scaled."""
+        return self._with_first(c, "*", lambda A: c * A)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, c: Scalar) -> Kronecker:
+        """``P / c`` for a number or a tensor of the batch shape."""
+        return self._with_first(c, "/", lambda A: A / c)
+
+    def __neg__(self) -> Kronecker:
+        """``-P``."""
+        return self * -1
+
+    def _with_first(self, c: Scalar, operation: str, scale: Callable[[Any], Any]) -> Kronecker:
+        if not isinstance(c, Real | Tensor):
+            return NotImplemented
+        check_scalar(self, c, operation)
+        first, *rest = self._members()
+        if isinstance(c, Tensor) and c.ndim:  # one for each of the batch
+            first = _expand(first, self.batch_shape)
+        return Kronecker(scale(first), *rest)
+
+    def add_scaled_identity(self, alpha: Scalar) -> Rotated:
+        """``P + alpha I`` for symmetric factors, by their eigenvalues: a rotated diagonal matrix.
+
+        ``Q diag(lambda_1i lambda_2j ... + alpha) Q^T``, ``Q`` the Kronecker product of the
+        eigenvectors, found in float32 at least. Its products and solves cost two products with
+        ``Q``. Only the lower triangles of the factors are read; gradients need eigenvalues that
+        differ, as those of :func:`torch.linalg.eigh`.
+
+        Args:
+            alpha: A number or a tensor of the batch shape.
+        """
+        check_scalar(self, alpha, "add_scaled_identity")
+        wide = at_least_float32(self.dtype)
+        pairs = [torch.linalg.eigh(A.to_dense().to(wide)) for A in self.factors]
+        values = kron_vectors(pair.eigenvalues for pair in pairs)
+        shift = trailing(alpha, values) if isinstance(alpha, Tensor) else alpha
+        Q = Kronecker(*(Dense(pair.eigenvectors) for pair in pairs))
+        return Rotated(Diagonal((values + shift).to(wide)), Q).to(self.dtype)
+
+    def expand(self, *batch_shape: int) -> Kronecker:
+        """The same product with every factor of the given batch shape."""
+        return Kronecker(*(_expand(A, batch_shape) for A in self._members()))
+
+    def _members(self) -> list[Any]:
+        """The factors with all operations: what knows its products alone is written out."""
+        known = (StructuredMatrix, Kronecker)
+        return [A if isinstance(A, known) else Dense(A.to_dense()) for A in self.factors]
 
     def __repr__(self) -> str:
-        return f"{self.C!r} (x) {self.K!r}"
+        return " (x) ".join(map(repr, self.factors))
+
+
+def _diagonal(A: Operator) -> Tensor:
+    return A.diagonal() if isinstance(A, Kronecker) else A.to_dense().diagonal(dim1=-2, dim2=-1)
+
+
+def _inverse(A: Any) -> Any:
+    """The inverse as a member: structures are closed under inversion."""
+    if isinstance(A, Kronecker):
+        return A.inverse()
+    eye = torch.eye(A.n, dtype=A.dtype, device=A.device)
+    return A.orthogonal_project(A.solve(eye.expand(A.shape)))
+
+
+def _product(A: Operator, B: Operator) -> Operator:
+    """``A B``, a member where both are of one structure."""
+    if isinstance(A, Kronecker) and isinstance(B, Kronecker):
+        return A.matmul(B)
+    if isinstance(A, StructuredMatrix) and A.layout == getattr(B, "layout", None):
+        return A @ B
+    return Dense(A.apply(B.to_dense()))
+
+
+def _expand(A: Any, batch_shape: Sequence[int]) -> Any:
+    """``A`` again and again along further batch dimensions."""
+    if isinstance(A, Kronecker):
+        return A.expand(*batch_shape)
+    first = len(A.batch_shape)
+    return A.map(lambda t: t.expand(*batch_shape, *t.shape[first:]))

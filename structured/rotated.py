@@ -14,8 +14,10 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
-from structured._core.matrix import Scalar, StructuredMatrix, at_least_float32, static
+from structured._core.composite import Composite
+from structured._core.matrix import Operator, Scalar, StructuredMatrix, at_least_float32, static
 from structured._core.spec import StructureLike, parse, words
+from structured._core.stored import Stored
 from structured._transforms.cosine import cosine, inverse_cosine
 
 _COLUMNS = 256  # transformed at a time on the CPU (measured)
@@ -65,6 +67,18 @@ _TRANSFORMS = {"cosine": (inverse_cosine, cosine), "hadamard": (_hadamard, _hada
 words(*_TRANSFORMS)
 
 
+def _is_permutation(Q: Tensor) -> bool:
+    return not (Q.is_floating_point() or Q.is_complex())
+
+
+def _apply(Q: Operator, X: Tensor, *, transpose: bool) -> Tensor:
+    """``Q X`` or ``Q^T X``; an operator of another dtype is converted, or else ``X`` is."""
+    if Q.dtype != X.dtype and isinstance(Q, Stored | Composite):
+        Q = Q.to(X.dtype)
+    X = X.to(Q.dtype)
+    return Q.apply_transpose(X) if transpose else Q.apply(X)
+
+
 class Rotated(StructuredMatrix):
     """``Q A Q^T`` for a member ``A`` of any structure and an orthogonal ``Q``.
 
@@ -76,12 +90,14 @@ class Rotated(StructuredMatrix):
     Args:
         A: A member of the structure to rotate.
         Q: ``"cosine"`` (the basis of the orthonormal DCT-II), ``"hadamard"`` (one Sylvester matrix
-            for each binary digit of n: 13 = 8 + 4 + 1), or an orthogonal tensor ``[..., n, n]``,
-            which is not checked to be so.
+            for each binary digit of n: 13 = 8 + 4 + 1), an orthogonal tensor ``[..., n, n]``, a
+            permutation as integers ``[n]`` (``Q X`` is ``X[Q]``), or any orthogonal operator, such
+            as a Kronecker product of eigenvectors or a transform of your own. None is checked to
+            be orthogonal.
     """
 
     A: StructuredMatrix  # [..., n, n]
-    Q: Tensor | str = static()
+    Q: Tensor | Operator | str = static()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,8 +105,13 @@ class Rotated(StructuredMatrix):
         if isinstance(Q, str):
             if Q not in _TRANSFORMS:
                 raise ValueError(f"rotated(A, Q): expected one of {list(_TRANSFORMS)}, got {Q!r}")
-        elif not isinstance(Q, Tensor):
-            raise TypeError(f"rotated(A, Q): expected a name or a tensor, got {type(Q).__name__}")
+        elif not isinstance(Q, Tensor | Operator):
+            raise TypeError(
+                f"rotated(A, Q): expected a name, a tensor or an operator, got {type(Q).__name__}"
+            )
+        elif isinstance(Q, Tensor) and _is_permutation(Q):
+            if Q.shape != (n,):
+                raise ValueError(f"rotated(A, Q): expected indices [{n}], got {list(Q.shape)}")
         elif Q.shape[-2:] != (n, n):
             raise ValueError(f"rotated(A, Q): expected Q [..., {n}, {n}], got {list(Q.shape)}")
 
@@ -104,7 +125,7 @@ class Rotated(StructuredMatrix):
         cls,
         n: int,
         structure: StructureLike,
-        Q: Tensor | str,
+        Q: Tensor | Operator | str,
         *,
         batch_shape: Sequence[int] = (),
         **opts: Any,
@@ -113,7 +134,7 @@ class Rotated(StructuredMatrix):
 
         Raises:
             ValueError: If ``Q`` is an unknown name or a tensor of another size.
-            TypeError: If ``Q`` is neither a name nor a tensor.
+            TypeError: If ``Q`` is neither a name, a tensor nor an operator.
         """
         return cls(parse(structure)(n, batch_shape=batch_shape, **opts), Q)
 
@@ -131,6 +152,10 @@ class Rotated(StructuredMatrix):
             return X
         if isinstance(self.Q, str):
             return _TRANSFORMS[self.Q][transpose](wide).to(X.dtype)
+        if isinstance(self.Q, Operator):
+            return _apply(self.Q, wide, transpose=transpose).to(X.dtype)
+        if _is_permutation(self.Q):
+            return X.index_select(-2, self.Q.argsort() if transpose else self.Q)
         Q = self.Q.to(wide.dtype)
         return ((Q.mT if transpose else Q) @ wide).to(X.dtype)
 
@@ -139,6 +164,17 @@ class Rotated(StructuredMatrix):
         if X.shape[-1] <= _COLUMNS or not X.is_cpu or not isinstance(self.Q, str):
             return function(X)
         return torch.cat([function(columns) for columns in X.split(_COLUMNS, -1)], -1)
+
+    def rebase(self, Q: Tensor | Operator | str) -> Rotated:
+        """The nearest matrix with the structure of ``A`` in another basis ``Q``.
+
+        ``Q P_A(Q^T M Q) Q^T`` for this matrix ``M``; at the cost of products with n columns.
+
+        Raises:
+            ValueError: As the class.
+            TypeError: As the class.
+        """
+        return Rotated(self.A, Q).orthogonal_project(self.to_dense())
 
     def to_dense(self) -> Tensor:
         """``Q A Q^T``."""

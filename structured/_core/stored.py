@@ -126,7 +126,7 @@ class Stored:
         Raises:
             ValueError: If the numbers would not be real floating-point numbers.
         """
-        if len(args) == 1 and args[0] is self.dtype and not kwargs and not self.static_tensors():
+        if len(args) == 1 and args[0] is self.dtype and not kwargs and not self._shares_numbers():
             return self
         moved = self._map(lambda t: t.to(*args, **kwargs))
         moved._check_real()
@@ -141,7 +141,7 @@ class Stored:
             parts.append(part.layout if isinstance(part, Stored) else part.shape)
         for name in self._static:
             value = getattr(self, name)
-            parts.append(_SharedTensor(value) if isinstance(value, Tensor) else value)
+            parts.append(_Shared(value) if _has_numbers(value) else value)
         return (type(self), *parts)
 
     def key(self, batch_ndim: int) -> tuple[Any, ...]:
@@ -172,12 +172,12 @@ class Stored:
         return (*out, *(value for value in statics if isinstance(value, Tensor)))
 
     def map_static(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """Apply ``function`` to the static tensors, nested members' too."""
+        """Apply ``function`` to the tensors of static fields, nested members' too."""
         parts: list[Any] = [getattr(self, name) for name in self._fields]
         statics: list[Any] = [getattr(self, name) for name in self._static]
         return self._unflatten(
             [p.map_static(function) if isinstance(p, Stored) else p for p in parts],
-            [function(value) if isinstance(value, Tensor) else value for value in statics],
+            [_map_value(function, value) for value in statics],
         )
 
     # What we compute ourselves is not checked again: on small matrices that costs as much as they.
@@ -203,6 +203,12 @@ class Stored:
                 part._checked()
         self.__post_init__()
         return self
+
+    def _shares_numbers(self) -> bool:
+        """Whether there are tensors in static fields, nested members' too."""
+        parts = (getattr(self, name) for name in self._fields)
+        nested = any(part._shares_numbers() for part in parts if isinstance(part, Stored))
+        return nested or any(_has_numbers(getattr(self, name)) for name in self._static)
 
     def _flatten(self) -> tuple[list[Any], tuple[Any, ...]]:
         return (
@@ -235,7 +241,12 @@ def zero_of(key: tuple[Any, ...], statics: Iterable[Tensor]) -> Any:
         else torch.zeros(part, dtype=wide, device=cpu)
         for part in parts
     ]
-    static = [convert(next(rest), cpu, wide) if isinstance(v, Size) else v for v in values]
+    static = [
+        convert(next(rest), cpu, wide)
+        if isinstance(v, Size)
+        else _map_value(lambda t: convert(t, cpu, wide), v)
+        for v in values
+    ]
     return cls._unflatten(built, static)
 
 
@@ -250,20 +261,38 @@ def convert(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     )
 
 
-class _SharedTensor:
-    """A static tensor in a layout: equal to itself, and to one with the same numbers."""
+def _has_numbers(value: Any) -> bool:
+    """Whether a static value is a tensor or a record of tensors, such as an operator."""
+    return isinstance(value, Tensor) or hasattr(value, "map_static")
 
-    def __init__(self, value: Tensor) -> None:
+
+def _map_value(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply ``function`` to every tensor of a static value."""
+    if isinstance(value, Tensor):
+        return function(value)
+    return value.map(function).map_static(function) if _has_numbers(value) else value
+
+
+class _Shared:
+    """A static tensor or record in a layout: equal to itself, and to one with the same numbers."""
+
+    def __init__(self, value: Any) -> None:
         self.value = value
 
     def __hash__(self) -> int:
         return hash(self.value.shape)
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _SharedTensor):
+        if not isinstance(other, _Shared):
             return False
         mine, theirs = self.value, other.value
         if mine is theirs:
             return True
         alike = (mine.shape, mine.dtype, mine.device) == (theirs.shape, theirs.dtype, theirs.device)
-        return alike and torch.equal(mine, theirs)
+        if not alike or isinstance(mine, Tensor) != isinstance(theirs, Tensor):
+            return False
+        if isinstance(mine, Tensor):
+            return torch.equal(mine, theirs)
+        pairs = zip(mine.tensors(), theirs.tensors(), strict=False)
+        same: bool = mine.layout == theirs.layout and all(torch.equal(a, b) for a, b in pairs)
+        return same

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 
 import numpy as np
 import pytest
@@ -237,44 +236,6 @@ def test_repr_reads_as_mathematics():
         "[bfloat16, batch (3,)]"
     )
     assert repr(Tied.zeros(4, 2, "dense")) == "Tied(4; A = Dense(2; M: 2 x 2), k = 2) [float32]"
-
-
-def kronecker(batch=()):
-    C = LowerTriangular.zeros(3, batch_shape=batch, dtype=torch.float64)
-    K = parse("low_rank_upper(1)")(2, batch_shape=batch, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda t: torch.randint(-3, 4, t.shape, generator=generator).to(t)  # noqa: E731  # short
-    return Kronecker(C.map(draw), K.map(draw))
-
-
-@pytest.mark.parametrize("batch", [(), (2,), (1, 3)])
-def test_kronecker(batch):
-    P = kronecker(batch)
-    C, K = P.C.to_dense(), P.K.to_dense()
-    dense = torch.stack(
-        [torch.kron(c, k) for c, k in zip(C.reshape(-1, 3, 3), K.reshape(-1, 2, 2), strict=True)]
-    ).reshape(*batch, 6, 6)
-    X = torch.arange(24.0, dtype=torch.float64).reshape(6, 4)
-    G = torch.arange(6.0, dtype=torch.float64).reshape(3, 2)
-    assert P.shape == dense.shape
-    assert torch.equal(P.to_dense(), dense)
-    assert torch.equal(P @ X, dense @ X)
-    assert torch.equal(P.apply_transpose(X), dense.mT @ X)
-    assert torch.equal(X.mT @ P, X.mT @ dense)
-    assert torch.equal(P.mT.to_dense(), dense.mT)
-    assert torch.equal(P.apply_matrix(G), C @ G @ K.mT)
-    X = torch.arange(24.0 * max(math.prod(batch), 1), dtype=torch.float64).reshape(*batch, 6, 4)
-    assert torch.equal(P @ X, dense @ X)
-    assert torch.equal(P.apply_matrix(G).flatten(-2), (dense @ G.flatten()[:, None])[..., 0])
-
-
-def test_kronecker_of_unlike_factors():
-    with pytest.raises(ValueError, match="expected factors of one batch shape, dtype and device"):
-        Kronecker(Diagonal.zeros(2), Diagonal.zeros(2, dtype=torch.float64))
-    with pytest.raises(
-        ValueError, match=r"Kronecker\.apply: expected shape \[\.\.\., 6, m\], got \[5, 1\]"
-    ):
-        kronecker() @ torch.zeros(5, 1, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("argument", ["3", 3.0, None, A])
