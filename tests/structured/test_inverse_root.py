@@ -1,15 +1,23 @@
 """The best root in a structure: theory, stationarity, and how much of S each structure holds."""
 
-import importlib
-
 import pytest
 import torch
 from torch import Tensor
 
-from structured import LowerToeplitz, StructuredMatrix, divergence, inverse_root, parse
-from tests.structured.algebras import Wasteful
+from structured import (
+    Dense,
+    Kronecker,
+    LowerToeplitz,
+    Rotated,
+    StructuredMatrix,
+    divergence,
+    inverse_root,
+    parse,
+)
+from structured._roots import iteration
+from structured._roots.power import inverse_power
+from tests.structured.algebras import Complex, Wasteful
 
-MODULE = importlib.import_module("structured.inverse_root")  # the attribute is the function
 CLOSED_FORMS = [
     "dense",
     "diagonal",
@@ -29,8 +37,7 @@ CLOSED_FORMS = [
     "transposed(lower_toeplitz)",
     "transposed(direct_sum(transposed(lower_triangular), dense, 5))",
 ]
-ITERATED = ["scaled_identity", "circulant", "block_circulant(3)"]
-SPECS = CLOSED_FORMS + ITERATED
+SPECS = [*CLOSED_FORMS, "scaled_identity", "circulant", "block_circulant(3)", Complex]
 
 
 class Bare(StructuredMatrix):
@@ -93,7 +100,7 @@ def test_no_member_nearby_is_better(structure):
 
 @pytest.mark.parametrize("wrap", ["{}", "transposed({})"])
 def test_iteration_and_closed_form_agree(wrap, monkeypatch):
-    monkeypatch.setattr(MODULE, "_MAX_ITERATIONS", 500)  # without momentum 2200
+    monkeypatch.setattr(iteration, "_MAX_ITERATIONS", 500)  # without momentum 2200
     S = spd(2)
     expected = inverse_root(wrap.format("lower_toeplitz"), S).to_dense()
     actual = inverse_root(wrap.format("bare"), S).to_dense()
@@ -158,7 +165,7 @@ def test_divergence_is_that_of_the_gaussians():
 
 
 def test_the_iteration_needs_no_commuting_members(monkeypatch):
-    monkeypatch.setattr(MODULE, "_MAX_ITERATIONS", 500)
+    monkeypatch.setattr(iteration, "_MAX_ITERATIONS", 500)
     S = spd(n=3)
     K = inverse_root(Wasteful, S).to_dense()  # lower triangular
     torch.testing.assert_close(K @ K.mT, torch.linalg.inv(S), rtol=1e-8, atol=1e-8)
@@ -168,7 +175,7 @@ def test_the_iteration_stops_at_its_tolerance(monkeypatch):
     """The residual it stops at is the least tolerance, by sqrt(n), that stops it there."""
 
     def solved(tolerance):
-        monkeypatch.setattr(MODULE, "_TOLERANCE", tolerance)
+        monkeypatch.setattr(iteration, "_TOLERANCE", tolerance)
         K = inverse_root(Bare, spd())
         dense = K.to_dense()
         return K, (K.project(dense.mT @ spd() @ dense).to_dense() - eye()).norm() / 12**0.5
@@ -180,12 +187,95 @@ def test_the_iteration_stops_at_its_tolerance(monkeypatch):
 
 
 def test_the_iteration_stops_where_rounding_hides_the_rest(monkeypatch):
-    monkeypatch.setattr(MODULE, "_MAX_ITERATIONS", 200)
+    """Without an allowance for rounding it would go on for ever."""
+    monkeypatch.setattr(iteration, "_TOLERANCE", 0.0)
+    S = spd()
+    K = inverse_root(Bare, S)
+    assert residual(K, S) < 1e-12
+
+
+def test_circulant_roots_are_exact_for_any_condition():
     ramp = torch.arange(12.0, dtype=torch.float64)
     lag = (ramp[:, None] - ramp) % 12
     S = torch.cos(lag * torch.pi / 6) + 1e-7 * eye()  # eigenvalues 6 and 1e-7
     K = inverse_root("circulant", S).to_dense()
     torch.testing.assert_close(K @ K.mT @ S, eye(), rtol=0, atol=1e-5)
+
+
+WHITENED = ["dense", "lower_triangular", "upper_triangular", "transposed(lower_triangular)"]
+
+
+@pytest.mark.parametrize("spec", WHITENED)
+@pytest.mark.parametrize("n", [0, 1, 2, 7, 12])
+def test_full_structures_whiten(spec, n):
+    S = spd(2, n=n)
+    K = inverse_root(spec, S, 0.5, kind="whitening").to_dense()
+    P, damped = K @ K.mT, S + 0.5 * eye(n)
+    torch.testing.assert_close(P @ damped @ P, eye(n).expand(2, n, n), rtol=1e-9, atol=1e-9)
+
+
+def whiteness(K, S):
+    """The criterion: ``trace(K^T S K) + trace((K K^T)^{-1})``."""
+    dense = K.to_dense()
+    return (dense * (S @ dense)).sum((-2, -1)) + torch.linalg.inv(dense).square().sum((-2, -1))
+
+
+@pytest.mark.parametrize("structure", [*SPECS, Bare], ids=str)
+def test_no_member_nearby_whitens_better(structure):
+    S = spd(2)
+    K = inverse_root(structure, S, kind="whitening")
+    assert K.layout == parse(structure)(12, batch_shape=(2,)).layout
+    least = whiteness(K, S)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(10):
+        noise = K.map(lambda t: torch.randn(t.shape, generator=generator, dtype=t.dtype))
+        assert (whiteness(K + 1e-3 * noise / noise.frobenius_norm(), S) > least).all()
+    slope = K.to_dense().mT @ S @ K.to_dense()
+    inverse = torch.linalg.inv(K.to_dense())
+    difference = K.project(slope) - K.project(inverse @ inverse.mT)
+    assert (difference.frobenius_norm() < 1e-7).all()
+
+
+OF_MEMBERS = ["dense", "diagonal", "block_diagonal(5)", "circulant", "block_circulant(3)"]
+OF_MEMBERS += ["scaled_identity", "tied(2, circulant)", "strided(3, diagonal)"]
+OF_MEMBERS += ["direct_sum(circulant, dense, 5)", "rotated(circulant, cosine)"]
+
+
+@pytest.mark.parametrize("spec", OF_MEMBERS)
+@pytest.mark.parametrize("kind", ["inverse", "whitening"])
+def test_members_have_roots_of_their_structure(spec, kind):
+    """Exact ones, that are those of the dense matrix, and it is not written out."""
+    S = parse(spec)(12, dtype=torch.float64).project(spd(2))
+    K = inverse_root(spec, S, 0.1, kind=kind)
+    assert K.layout == S.layout
+    P, dense = K.to_dense() @ K.to_dense().mT, S.to_dense() + 0.1 * eye()
+    whole = P @ dense if kind == "inverse" else P @ dense @ P
+    torch.testing.assert_close(whole, eye().expand(2, 12, 12), rtol=1e-9, atol=1e-9)
+    expected = inverse_root(spec, S.to_dense(), 0.1, kind=kind).to_dense()
+    torch.testing.assert_close(K.to_dense(), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("spec", ["circulant", "rotated(diagonal, hadamard)", "scaled_identity"])
+def test_members_are_not_written_out(spec, monkeypatch):
+    S = parse(spec).identity(12, dtype=torch.float64)
+    monkeypatch.setattr(StructuredMatrix, "to_dense", None)
+    for cls in (type(S), type(getattr(S, "A", S))):
+        monkeypatch.setattr(cls, "to_dense", None)
+    for structure in (spec, "scaled_identity"):
+        assert inverse_root(structure, S, 3.0).trace() == 6.0
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "lower_triangular", "circulant", "dense"])
+def test_roots_of_any_operator(structure):
+    C, K = spd(3, n=3), spd(n=4)
+    S = Kronecker(Dense(C), Dense(K))
+    for kind in ("inverse", "whitening"):
+        found = inverse_root(structure, S, 0.1, kind=kind)
+        expected = inverse_root(structure, S.to_dense(), 0.1, kind=kind)
+        torch.testing.assert_close(found.to_dense(), expected.to_dense(), rtol=1e-9, atol=1e-9)
+    rotated = Rotated(parse("diagonal").identity(12, dtype=torch.float64), "cosine")
+    found = inverse_root(structure, 4 * rotated).to_dense()
+    torch.testing.assert_close(found @ found.mT, eye() / 4)
 
 
 def test_low_precision_is_computed_in_double():
@@ -203,13 +293,31 @@ def test_gradients():
     def nats(S):
         S = (S + S.mT) / 2
         return torch.stack(
-            [divergence(inverse_root(s, S), S) for s in ("diagonal", "tied(2, dense)")]
+            [divergence(inverse_root(s, S), S) for s in ("diagonal", "circulant", Complex)]
         )
 
     assert torch.autograd.gradcheck(nats, S.requires_grad_(), fast_mode=True)
 
 
+@pytest.mark.parametrize("p", [0.5, 0.25])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_gradients_of_powers(p, dtype):
+    """Where eigenvalues are equal too."""
+    S = spd(2, n=4).to(dtype)
+    S[0] = 3 * torch.eye(4)
+
+    def power(M):
+        return inverse_power((M + M.mH) / 2, p)
+
+    assert torch.autograd.gradcheck(power, S.clone().requires_grad_())
+    values = torch.linalg.eigvalsh(S)
+    found = torch.linalg.eigvalsh(power(S)).flip(-1)
+    torch.testing.assert_close(found, values**-p)
+
+
 def test_errors():
+    with pytest.raises(ValueError, match=r"expected a kind of \['inverse', 'whitening'\], got 'w'"):
+        inverse_root("dense", spd(), kind="w")
     with pytest.raises(ValueError, match=r"expected S \[..., n, n\], got \[3, 2\]"):
         inverse_root("dense", torch.zeros(3, 2))
     with pytest.raises(torch.linalg.LinAlgError):
@@ -221,6 +329,6 @@ def test_errors():
 
 
 def test_no_end_is_an_error(monkeypatch):
-    monkeypatch.setattr(MODULE, "_MAX_ITERATIONS", 3)
-    with pytest.raises(RuntimeError, match="after 3 steps for Circulant"):
-        inverse_root("circulant", spd())
+    monkeypatch.setattr(iteration, "_MAX_ITERATIONS", 3)
+    with pytest.raises(RuntimeError, match="after 3 steps for Bare"):
+        inverse_root("bare", spd())
