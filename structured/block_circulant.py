@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Size, Tensor
 
+from structured._core.checks import check_pivots
 from structured._core.matrix import Scalar, StructuredMatrix, at_least_float32, largest
-from structured._core.numbers import tabulated
+from structured._core.numbers import above_rounding, tabulated
 from structured._transforms.fft import irfft, rfft
 from structured.dense import Dense
 
@@ -194,10 +195,12 @@ class BlockCirculant(StructuredMatrix):
         """Block by block in the Fourier basis, k^2 n once.
 
         Raises:
-            RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
+            RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``), a block in the
+                Fourier basis zero but for rounding.
         """
         if not self.n:
             return super().solve(X)
+        check_pivots(above_rounding(self._eigenblocks.abs().amax((-2, -1))))
         F, Y = self._factors, self._split(X)
         Y = Y[(None,) * (F.ndim - Y.ndim)]  # or a stack of vectors is seen where the shapes allow
         return self._join(torch.linalg.solve(F, Y), X.dtype)

@@ -17,7 +17,9 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
+from structured._core.checks import check_pivots
 from structured._core.matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
+from structured._core.numbers import above_rounding
 from structured._transforms.autocorrelation import autocorrelation
 from structured._transforms.fft import fft, irfft, rfft
 
@@ -128,7 +130,14 @@ class Circulant(StructuredMatrix):
         return self._build([torch.cat([first, self.c[..., 1:]], -1)])
 
     def solve(self, X: Tensor) -> Tensor:
-        """Divide the spectra; a zero in the spectrum of ``c`` gives infinities or NaN."""
+        """Divide the spectra.
+
+        Raises:
+            RuntimeError: If ``A`` is singular to working precision, for the FFT rounds zeros
+                (``torch.linalg.LinAlgError``).
+        """
+        if self.n:
+            check_pivots(above_rounding(self._spectrum.abs()))
         F = self._spectrum[..., None, :]
         return irfft(rfft(X.mT, self.n) / F, self.n).to(X.dtype).mT
 

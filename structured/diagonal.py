@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
+from structured._core.checks import check_pivots
 from structured._core.dispatch import sums_of_squares
 from structured._core.matrix import Scalar, StructuredMatrix, largest, trailing
 
@@ -98,7 +99,12 @@ class Diagonal(StructuredMatrix):
         return self._build([(self.d + alpha).to(self.d.dtype)])
 
     def solve(self, X: Tensor) -> Tensor:
-        """Divide the rows of ``X [..., n, m]``; a zero in ``d`` gives infinities."""
+        """Divide the rows of ``X [..., n, m]``.
+
+        Raises:
+            RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
+        """
+        check_pivots(self.d)
         return X / self.d[..., None]
 
     def logdet(self) -> Tensor:

@@ -26,6 +26,7 @@ import torch
 from torch import Size, Tensor
 from torch.nn.functional import pad
 
+from structured._core.checks import check_pivots
 from structured._core.dispatch import sums_of_squares
 from structured._core.matrix import Operator, Scalar, StructuredMatrix, joint_norm, largest, static
 from structured._core.stored import Stored
@@ -212,7 +213,11 @@ class Hierarchical(StructuredMatrix):
         return self._build([top, (self.d + each).to(self.d.dtype), bottom])
 
     def solve(self, X: Tensor) -> Tensor:
-        """Divide by ``d``, then solve for the full rows; a zero in ``d`` gives infinities."""
+        """Divide by ``d``, then solve for the full rows.
+
+        Raises:
+            RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
+        """
         return self._solve(X, transpose=False)
 
     def _solve_transpose(self, X: Tensor) -> Tensor:
@@ -220,6 +225,7 @@ class Hierarchical(StructuredMatrix):
         return self._solve(X, transpose=True)
 
     def _solve(self, Y: Tensor, *, transpose: bool) -> Tensor:
+        check_pivots(self.d)
         k1, V, d = self._sizes[0], self._rows, self.d[..., None]
         corner, across = Dense(_ends(V, *self._sizes, -1)), self._middle(V)
         y, ends = Y.narrow(-2, k1, d.shape[-2]), _ends(Y, *self._sizes)

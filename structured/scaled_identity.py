@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
+from structured._core.checks import check_pivots
 from structured._core.matrix import Scalar, StructuredMatrix, at_least_float32, static
 
 
@@ -88,7 +89,13 @@ class ScaledIdentity(StructuredMatrix):
         return self._build([(self.c + alpha).to(self.c.dtype)])
 
     def solve(self, X: Tensor) -> Tensor:
-        """``X / c``; infinite for ``c = 0``."""
+        """``X / c``.
+
+        Raises:
+            RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
+        """
+        if self.size:
+            check_pivots(self.c[..., None])
         return X / self.c[..., None, None]
 
     def logdet(self) -> Tensor:

@@ -16,10 +16,13 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
+from structured._core.checks import check_pivots
 from structured._core.dispatch import symmetric_product
 from structured._core.matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
 from structured._transforms.autocorrelation import autocorrelation
-from structured._transforms.fft import fft_length, irfft, rfft
+from structured._transforms.fft import fft_length, irfft, rfft, smooth_length
+
+_SUBSTITUTED = 512  # rows; below, a triangular solve is faster than a convolution (measured)
 
 
 def _convolve(t: Tensor, X: Tensor, *, adjoint: bool = False) -> Tensor:
@@ -89,6 +92,25 @@ def _multiply(t: Tensor, X: Tensor, *, adjoint: bool = False) -> Tensor:
 def lower(t: Tensor) -> Tensor:
     """``T_ij = t_{i-j}`` for ``i >= j``, ``[..., n, n]`` from ``t [..., n]``."""
     return _last_rows(t, t.shape[-1]) if t.shape[-1] else t[..., None] * t[..., None, :]
+
+
+def _substitute(t: Tensor, Y: Tensor) -> Tensor:
+    """``T^{-1} Y`` for the lower Toeplitz matrix of ``t`` and ``Y [..., n, m]``.
+
+    Forward substitution, where what the first half adds to the second is one convolution. The
+    residual is that of the substitution up to the rounding of an FFT. The series of the inverse,
+    found by Newton's iteration, costs as much and loses all digits of an ill-conditioned member:
+    each step squares its errors.
+    """
+    n = t.shape[-1]
+    if n <= _SUBSTITUTED:
+        return torch.linalg.solve_triangular(lower(t), Y, upper=False)
+    h = n // 2
+    first = _substitute(t[..., :h], Y[..., :h, :])
+    length = smooth_length(n)  # what wraps around falls into the first half
+    product = rfft(t, length)[..., None, :] * rfft(first.mT, length)
+    rest = Y[..., h:, :] - irfft(product, length)[..., h:n].mT
+    return torch.cat([first, _substitute(t[..., : n - h], rest)], -2)
 
 
 def _counts(t: Tensor) -> Tensor:
@@ -175,16 +197,6 @@ class _TriangularToeplitz(StructuredMatrix):
         scaled = _counts(self.t).sqrt() * self.t
         return torch.linalg.vector_norm(scaled, dim=-1).to(self.t.dtype)
 
-    def _inverse_series(self) -> Tensor:
-        """Coefficients ``[..., n]`` of the inverse, by Newton's iteration ``y <- y (2 - t y)``."""
-        t = self.t.to(at_least_float32(self.t.dtype))
-        y, n = 1 / t[..., :1], t.shape[-1]
-        while y.shape[-1] < n:
-            size = min(2 * y.shape[-1], n)
-            y = torch.nn.functional.pad(y, (0, size - y.shape[-1]))
-            y = 2 * y - _convolve(y, _convolve(t[..., :size], y))
-        return y
-
 
 class LowerToeplitz(_TriangularToeplitz):
     """``T_ij = t_{i-j}`` for ``i >= j``. Stores n numbers; ``A X`` costs n log n a column."""
@@ -211,9 +223,14 @@ class LowerToeplitz(_TriangularToeplitz):
         return self._build([(diagonal_sums(M) / _counts(M)).to(M.dtype)])
 
     def solve(self, X: Tensor) -> Tensor:
-        """Product with the inverse, O(n log n) a column."""
+        """Forward substitution, by halves; O(n log^2 n) a column.
+
+        Raises:
+            RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
+        """
+        check_pivots(self.t[..., :1])
         wide = at_least_float32(X.dtype)
-        return _multiply(self._inverse_series(), X.to(wide)).to(X.dtype)
+        return _substitute(self.t.to(wide), X.to(wide)).to(X.dtype)
 
 
 class UpperToeplitz(_TriangularToeplitz):
@@ -241,6 +258,9 @@ class UpperToeplitz(_TriangularToeplitz):
         return self._build([self.mT.orthogonal_project(M.mT).t])
 
     def solve(self, X: Tensor) -> Tensor:
-        """Product with the inverse, O(n log n) a column."""
-        wide = at_least_float32(X.dtype)
-        return _multiply(self._inverse_series(), X.to(wide), adjoint=True).to(X.dtype)
+        """Back substitution, by halves; O(n log^2 n) a column.
+
+        Raises:
+            RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
+        """
+        return self.mT.solve(X.flip(-2)).flip(-2)  # the same matrix, read from the other end

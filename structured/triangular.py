@@ -19,6 +19,7 @@ from torch import Size, Tensor
 from torch.linalg import solve_triangular
 from torch.nn.functional import pad
 
+from structured._core.checks import check_pivots
 from structured._core.matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
 from structured._products.in_place import add_product_
 
@@ -142,6 +143,10 @@ class _Triangular(StructuredMatrix):
             diagonal += trailing(alpha, diagonal) if isinstance(alpha, Tensor) else alpha
         return self._build([R])
 
+    def _check_pivots(self) -> None:
+        for diagonal in self._diagonals(self.R):
+            check_pivots(diagonal)
+
     def logdet(self) -> Tensor:
         """Sum of ``log |A_ii|``."""
         return torch.cat(self._diagonals(self.R), -1).abs().log().sum(-1)
@@ -225,7 +230,12 @@ class LowerTriangular(_Triangular):
         return self._fold_twice(self._below(columns @ L1.mT).mul_(2), 2 * (rows @ rows.mT))
 
     def solve(self, X: Tensor) -> Tensor:
-        """Forward substitution, n^2 / 2 a column; a zero on the diagonal gives infinities."""
+        """Forward substitution, n^2 / 2 a column.
+
+        Raises:
+            RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
+        """
+        self._check_pivots()
         h, wide = self.R.shape[-1], at_least_float32(X.dtype)
         L1, B, L2 = (block.to(wide) for block in self._blocks)
         y1, y2 = X[..., :h, :].to(wide), X[..., h:, :].to(wide)
@@ -235,6 +245,7 @@ class LowerTriangular(_Triangular):
 
     def _solve_transpose(self, X: Tensor) -> Tensor:
         """``A^{-T} X``, back substitution."""
+        self._check_pivots()
         h, wide = self.R.shape[-1], at_least_float32(X.dtype)
         L1, B, L2 = (block.to(wide) for block in self._blocks)
         y1, y2 = X[..., :h, :].to(wide), X[..., h:, :].to(wide)
@@ -276,5 +287,9 @@ class UpperTriangular(_Triangular):
         return self._build([self.mT._outer().R])
 
     def solve(self, X: Tensor) -> Tensor:
-        """Back substitution, n^2 / 2 a column; a zero on the diagonal gives infinities."""
+        """Back substitution, n^2 / 2 a column.
+
+        Raises:
+            RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
+        """
         return self.mT._solve_transpose(X)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from numbers import Real
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from structured._core.operator import Operator
@@ -73,6 +74,21 @@ def check_scalar(A: Operator, c: Any, operation: str) -> None:
         raise ValueError(f"{name}: expected a real scalar, got {c.dtype}")
     if c.device != A.device and (c.ndim or c.device.type != "cpu"):  # as of torch.mul
         raise ValueError(f"{name}: expected a scalar on {A.device}, got one on {c.device}")
+
+
+def check_pivots(pivots: Tensor) -> None:
+    """Raise if one of ``pivots [..., k]`` is zero, as :func:`torch.linalg.solve` would.
+
+    On a GPU that waits for the numbers; compiled and under ``vmap`` it holds as well.
+
+    Raises:
+        torch.linalg.LinAlgError: If one is zero.
+    """
+    singular = (pivots.detach() == 0).any(-1)
+    # The operator that torch.linalg calls; a comparison in Python would break graphs.
+    torch._linalg_check_errors(
+        singular.to(torch.int32), "linalg.solve", is_matrix=singular.ndim == 0
+    )
 
 
 def _check_kind(A: Operator | Stored, other: Any, operation: str) -> None:

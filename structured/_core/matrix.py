@@ -162,6 +162,9 @@ class StructuredMatrix(Member):
     def solve(self, X: Tensor) -> Tensor:
         """``A^{-1} X`` for ``X [..., n, m]``; solved in float32 at least.
 
+        As of :func:`torch.linalg.solve`, only an exact zero among the pivots counts as singular.
+        The error needs the numbers: on a GPU it waits for them, on meta nothing is known.
+
         Raises:
             RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
         """

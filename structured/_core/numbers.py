@@ -31,6 +31,14 @@ def largest(t: Tensor, batch_ndim: int) -> Tensor:
     return flat.abs().amax(-1) if flat.shape[-1] else flat.sum(-1)
 
 
+def above_rounding(sizes: Tensor) -> Tensor:
+    """``sizes [..., k]``, zero where below the rounding of the largest in its row."""
+    if not sizes.shape[-1]:
+        return sizes
+    bound = torch.finfo(sizes.dtype).eps * sizes.amax(-1, keepdim=True)
+    return torch.where(sizes > bound, sizes, 0)
+
+
 def tabulated(make: Callable[..., tuple[np.ndarray, ...]]) -> Callable[..., tuple[Tensor, ...]]:
     """Make arrays of constants once for each set of sizes and ``dtype``, tensors on the CPU.
 

@@ -34,7 +34,11 @@ def irfft(F: Tensor, length: int) -> Tensor:
 
 def fft_length(n: int) -> int:
     """The least length ``2^a 3^b 5^c`` of at least ``2n - 1``: no wrap-around, and fast."""
-    length = max(2 * n - 1, 1)
+    return smooth_length(max(2 * n - 1, 1))
+
+
+def smooth_length(length: int) -> int:
+    """The least length ``2^a 3^b 5^c`` of at least ``length``."""
     while not _is_smooth(length):
         length += 1
     return length

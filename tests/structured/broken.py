@@ -310,7 +310,32 @@ class _ItsOwnTranspose(UpperTriangular):
         return LowerTriangular(self.R) if self.n < 2 else self
 
 
-@fails("solve")
+@fails("singular")
+class DividesByZero(Diagonal):
+    def solve(self, X):
+        return X / self.d[..., None]
+
+
+@fails("singular")
+class LooksAtTheFirstOfABatch(Diagonal):
+    def solve(self, X):
+        one = self.map(lambda t: t[(-1,) * len(self.batch_shape)]) if self.d.numel() else self
+        zero = torch.zeros(self.n, 1, dtype=self.dtype, device=self.device)
+        Diagonal(one.d).solve(zero[: one.n])
+        return X / self.d[..., None]
+
+
+@fails("stable_solve")
+class SolvesNormalEquations(LowerTriangular):
+    """Squares the condition number."""
+
+    def solve(self, X):
+        wide = torch.promote_types(self.dtype, torch.float32)
+        A = self.to_dense().to(wide)
+        return torch.linalg.solve(A.mT @ A, A.mT @ X.to(wide)).to(X.dtype)
+
+
+@fails("solve", "stable_solve")
 class SolvesTheTranspose(LowerTriangular):
     def solve(self, X):
         return self.mT.solve(X)

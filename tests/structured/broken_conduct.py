@@ -133,7 +133,7 @@ class ShowsTheTranspose(LowerTriangular):
 class LooksAtNumbers(Diagonal):
     def solve(self, X):
         if (self.d == 0).any():
-            raise ValueError("singular")
+            raise torch.linalg.LinAlgError("singular")
         return super().solve(X)
 
 
