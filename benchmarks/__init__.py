@@ -1,1 +1,1 @@
-"""Benchmarks: the demonstration (:mod:`benchmarks.demo`) and the sweep that chose its settings."""
+"""Benchmarks: the demonstration (:mod:`benchmarks.demo`), and measurements."""

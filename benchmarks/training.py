@@ -1,4 +1,4 @@
-"""Train one of the models by one of the methods: the loop that the demo and the sweep share."""
+"""Train one of the models by one of the methods: the loop of the demo."""
 
 from __future__ import annotations
 

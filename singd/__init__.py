@@ -1,12 +1,28 @@
 """Structured inverse-free natural gradient descent for PyTorch.
 
-:class:`SINGD` trains any model; :class:`KFAC` is the baseline it improves on. The update rules as
-pure functions are in :mod:`singd.update`, the supported layers in :mod:`singd.layers`.
+:class:`SINGD` trains any model; :class:`KFAC` is the baseline it improves on. A second-order method
+of your own is a :class:`Method` in a :class:`KroneckerOptimizer`, a type of layer a :class:`Layer`.
+The paper's step as pure functions is in :mod:`singd.update`.
 """
 
-from singd._layer import Layer
-from singd.kfac import KFAC
-from singd.layers import register_layer
-from singd.optimizer import SINGD
+from importlib.metadata import version
 
-__all__ = ["KFAC", "SINGD", "Layer", "register_layer"]
+from singd.kfac import KFAC
+from singd.layers import Layer, register_layer
+from singd.methods import Averages, Factors, Method
+from singd.optimizer import KroneckerOptimizer
+from singd.singd import SINGD
+
+__version__ = version("structured-singd")
+
+__all__ = [
+    "KFAC",
+    "SINGD",
+    "Averages",
+    "Factors",
+    "KroneckerOptimizer",
+    "Layer",
+    "Method",
+    "__version__",
+    "register_layer",
+]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from singd.base import KroneckerOptimizer
-from singd.options import parameter_of
-from singd.split import KRONECKER
+from singd.optimizer import KroneckerOptimizer
+from singd.step.groups import as_groups, parameter_of
 
 # As tensors and text -----------------------------------------------------------------------------
 
@@ -129,41 +128,47 @@ def from_pypi(
     if saved.get("H_Ks"):
         raise ValueError("from_pypi: saved between a backward pass and its step")
     state = optimizer.state_dict()
-    origins = _origins(optimizer, saved, params)
+    origins = _origins(optimizer.model, saved, params)
+    layers = {row.parameter for row in optimizer.plan().rows if row.structures}
     for own, packed in zip(optimizer.param_groups, state["param_groups"], strict=True):
-        if own["rule"] != KRONECKER:
-            continue
-        found: dict[int, Mapping[str, Any]] = {}
-        for p, number in zip(own["params"], packed["params"], strict=True):
-            if id(p) not in origins:
-                raise ValueError(f"from_pypi: {_name(optimizer, p)} was not trained there")
-            origin, group = origins[id(p)]
-            found[id(group)] = group
-            state["state"][number] = dict(saved["state"].get(origin, {}))
+        found: list[Mapping[str, Any]] = []
+        triples = zip(own["params"], packed["params"], packed["param_names"], strict=True)
+        for p, number, name in triples:
+            if name not in layers:
+                continue
+            if p not in origins:
+                raise ValueError(f"from_pypi: {name} was not trained there")
+            origin, group = origins[p]
+            found += [] if group in found else [group]
+            entry = dict(saved["state"].get(origin, {}))
+            if p.ndim > 1:
+                entry |= _factors(name.rpartition(".")[0], saved)
+            state["state"][number] = entry
         if len(found) > 1:
             raise ValueError("from_pypi: a group holds parameters of several groups there")
-        for group in found.values():
+        for group in found:
             packed |= {k: group[k] for k in _OPTIONS if k in group} | {"step": saved["steps"]}
-    for name, number in _units(optimizer, state):
-        if name not in saved["Ks"]:
-            raise ValueError(f"from_pypi: expected a layer {name!r}, got {', '.join(saved['Ks'])}")
-        for key in ("K", "C", "m_K", "m_C"):
-            if name in saved[f"{key}s"]:
-                state["state"][number][key] = saved[f"{key}s"][name].ours()
     return state
 
 
+def _factors(layer: str, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The factors of a layer and their momenta, as we store them."""
+    if layer not in saved["Ks"]:
+        raise ValueError(f"from_pypi: expected a layer {layer!r}, got {', '.join(saved['Ks'])}")
+    keys = ("K", "C", "m_K", "m_C")
+    return {key: saved[f"{key}s"][layer].ours() for key in keys if layer in saved[f"{key}s"]}
+
+
 def _origins(
-    optimizer: KroneckerOptimizer, saved: Mapping[str, Any], params: Iterable[Any] | None
-) -> dict[int, tuple[int, Mapping[str, Any]]]:
-    """Number and group there of every parameter, by its id."""
-    given: list[Any] = _default(optimizer.model) if params is None else list(params)
-    groups: list[Any] = given if given and isinstance(given[0], Mapping) else [{"params": given}]
+    model: nn.Module, saved: Mapping[str, Any], params: Iterable[Any] | None
+) -> dict[Tensor, tuple[int, Mapping[str, Any]]]:
+    """Number and group there of every parameter."""
+    groups = as_groups(_default(model) if params is None else params, model)
     flat = [parameter_of(p) for group in groups for p in group["params"]]
     places = [(n, group) for group in saved["param_groups"] for n in group["params"]]
     if len(places) != len(flat):
         raise ValueError(f"from_pypi: expected {len(places)} parameters, got {len(flat)}")
-    return {id(p): place for p, place in zip(flat, places, strict=True)}
+    return dict(zip(flat, places, strict=True))
 
 
 def _default(model: nn.Module) -> list[Any]:
@@ -171,19 +176,3 @@ def _default(model: nn.Module) -> list[Any]:
     layers = (m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d))
     leaves = (m for m in layers if not any(m.children()))
     return [p for m in leaves for p in m.parameters() if p.requires_grad]
-
-
-def _units(optimizer: KroneckerOptimizer, state: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Preconditioned layers by name, with the number of their weight in ``state``."""
-    pairs = zip(optimizer.param_groups, state["param_groups"], strict=True)
-    numbers = {
-        id(p): number
-        for own, packed in pairs
-        for p, number in zip(own["params"], packed["params"], strict=True)
-    }
-    for unit in optimizer._units:
-        yield unit.name.rpartition(".")[0], numbers[id(unit.weight)]
-
-
-def _name(optimizer: KroneckerOptimizer, p: Tensor) -> str:
-    return next(name for name, q in optimizer.model.named_parameters() if q is p)

@@ -1,36 +1,33 @@
-"""KFAC: the baseline, with a float32 Cholesky inverse of every Kronecker factor."""
+"""KFAC as a torch.optim optimizer: the baseline of the inverse-free methods."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from singd import update
-from singd.base import KroneckerOptimizer
-from singd.capture import Unit
-from singd.factors import Job
-from singd.grouping import Members, Products
-from singd.options import Group, in_range
-from structured import Dense, StructuredMatrix
+from singd.methods.kfac import KroneckerFactored
+from singd.optimizer import KroneckerOptimizer
 
 
 class KFAC(KroneckerOptimizer):
     """Kronecker-factored approximate curvature (Martens & Grosse, arXiv 1503.05671).
 
     Keeps moving averages of ``S_K`` and ``S_C`` and inverts ``S + damping I`` whenever they change,
-    in float32 at least; a step whose damped factors are not positive definite is skipped, as one
-    that is not finite. Shares layers, statistics and the bound of the step with
-    :class:`singd.SINGD`; the arguments are its, where they apply. ``lr_cov`` is the weight of new
-    statistics in the moving averages, which start from the identity.
+    in float32 at least::
+
+        every T steps:
+            S_K, S_C = (1 - lr_cov) S_K + lr_cov A A^T, (1 - lr_cov) S_C + lr_cov B B^T
+        D = (S_C + damping I)^-1 grad (S_K + damping I)^-1
+
+    and the step of :class:`singd.SINGD`, with which it shares layers and statistics; the arguments
+    are its, where they apply. ``lr_cov`` is the weight of new statistics in the moving averages,
+    which start from the identity. Damping that is smaller than the rounding of S counts as that.
 
     Raises:
         ValueError: If an option is out of range.
     """
-
-    _sides = ("S_K", "S_C")
 
     def __init__(
         self,
@@ -44,12 +41,14 @@ class KFAC(KroneckerOptimizer):
         loss_average: str | None = "batch",
         lr_cov: float = 0.3,
         kfac_approx: str = "expand",
+        *,
+        decoupled_weight_decay: bool = False,
         kl_clip: float | None = 3e-5,
         graft: str | None = None,
-        adamw: Mapping[str, Any] | None = None,
-        seed: int = 0,
         max_skipped: int | None = 10,
+        seed: int = 0,
         telemetry: Callable[[dict[str, Any]], None] | None = None,
+        adamw: Mapping[str, Any] | None = None,
         process_group: Any = None,
     ) -> None:
         defaults = {
@@ -57,6 +56,7 @@ class KFAC(KroneckerOptimizer):
             "momentum": momentum,
             "damping": damping,
             "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
             "T": T,
             "loss_average": loss_average,
             "lr_cov": lr_cov,
@@ -65,41 +65,13 @@ class KFAC(KroneckerOptimizer):
             "graft": graft,
             "seed": seed,
         }
-        super().__init__(model, params, defaults, adamw, (), max_skipped, telemetry, process_group)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        in_range("lr_cov", group["lr_cov"], 0.0, 1.0)
-
-    def _fresh(self, unit: Unit, batch: tuple[int, ...], device: torch.device | str) -> Members:
-        *inner, d_out, d_in = unit.shape
-        wide = torch.promote_types(unit.weight.dtype, torch.float32)
-        members: Members = {}
-        for side, n in (("K", d_in), ("C", d_out)):
-            for name in ("S", "inverse"):
-                shape = (*batch, *inner)
-                eye = Dense.identity(n, batch_shape=shape, dtype=wide, device=device)
-                members[f"{name}_{side}"] = eye
-        return members
-
-    def _statistic(self, unit: Unit, side: str, X: Tensor, part: int) -> StructuredMatrix:
-        S = unit.member(f"S_{side}", part)
-        return S.project_gram(X.to(S.dtype))
-
-    def _update(self, group: Group, jobs: Iterable[Job]) -> Iterator[Members]:
-        for job in jobs:
-            new: Members = {}
-            for side, U in job.sums.items():
-                S = update.moving_average(job.old[f"S_{side}"], U, group["lr_cov"])
-                inverse = update.damped_inverse(S.to_dense(), group["damping"])
-                new |= {f"S_{side}": S, f"inverse_{side}": Dense(inverse)}
-            yield new
-
-    def _pair(
-        self, members: Members, products: Products
-    ) -> tuple[StructuredMatrix, StructuredMatrix]:
-        return members["inverse_K"], members["inverse_C"]
-
-    def _precondition(self, members: Members, products: Products, G: Tensor) -> Tensor:
-        K, C = self._pair(members, products)
-        return update.precondition_products(K, C, G.to(K.dtype)).to(G.dtype)
+        super().__init__(
+            model,
+            KroneckerFactored(),
+            params,
+            defaults,
+            adamw=adamw,
+            max_skipped=max_skipped,
+            telemetry=telemetry,
+            process_group=process_group,
+        )

@@ -1,256 +1,438 @@
-"""SINGD: structured inverse-free natural gradient descent, as a torch.optim optimizer."""
+"""The torch.optim shell around a method: groups, capture, the step, and checkpoints."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, TypeAlias
+from contextlib import contextmanager
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from singd import distributed, rule, update
-from singd.base import KroneckerOptimizer
-from singd.capture import Form, Unit
-from singd.factors import Job
-from singd.grouping import Members, Products
-from singd.options import Group, by_name, floating, in_range, integer, one_of, pair
-from structured import Dense, Operator, Structure, StructuredMatrix, StructureLike, parse
+from singd import diagnostics
+from singd.capture.capture import Capture
+from singd.layers import OPTIONAL
+from singd.methods.base import Method
+from singd.methods.options import choice, integer
+from singd.placement import Placement
+from singd.placement.replicated import find_placement, refuse_sharded, unwrapped
+from singd.state import checkpoint
+from singd.state.initial import expected_values, make_state, wants_state
+from singd.state.plan import Plan, make_plan
+from singd.step.factor_store import FactorStore
+from singd.step.fallback import Fallback, check_rates
+from singd.step.gradient_scaler import calling_scale
+from singd.step.groups import as_groups, check_group, keep_peak_lr, parameter_of
+from singd.step.observer import StepObserver
+from singd.step.parameters import Parameters
+from singd.step.pipeline import Parts, agree, pad_statistics, take_step
+from singd.step.skipping import SkippedSteps, is_capturing
 
-MAX_DIM = 8192
+DEFAULTS: Mapping[str, Any] = {
+    "lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 0.0,
+    "decoupled_weight_decay": False,
+    "damping": 1e-3,
+    "T": 10,
+    "loss_average": "batch",
+    "kfac_approx": "expand",
+    "kl_clip": 3e-5,
+    "graft": None,
+    "seed": 0,
+}
+"""Options of a group that every method has, and their defaults."""
 
-Structures: TypeAlias = tuple[StructureLike, StructureLike]
+ADAMW_RATIO = 0.03
+"""AdamW's learning rate as a ratio to the group's, unless ``adamw`` says otherwise."""
 
 
-class SINGD(KroneckerOptimizer):
-    """IKFAC, INGD and SINGD (Lin et al., arXiv 2312.05705), trained like any other optimizer.
+class KroneckerOptimizer(Optimizer):
+    """Any :class:`~singd.methods.Method` as an optimizer; base of :class:`singd.SINGD`.
 
-    >>> optimizer = SINGD(model, structures=("dense", "diagonal"))
-    >>> optimizer.zero_grad()
-    >>> loss_func(model(X), y).backward()
-    >>> optimizer.step()
-
-    Linear and convolutional layers are preconditioned by structured Kronecker factors, learned
-    without matrix inversion; every other parameter is trained by AdamW. The empirical Fisher is
-    used.
+    Weights (with their biases) of supported layers are preconditioned by the method. AdamW trains
+    every other parameter of a group, at ``group["adamw"]["lr_ratio"]`` times the group's ``lr``.
 
     Args:
-        model: The model to train; its supported layers are hooked.
+        model: Model to train; its supported layers are hooked.
+        method: Method that makes factors of statistics, and directions of gradients.
         params: Parameters or parameter groups; all trainable parameters of ``model`` if ``None``.
-        lr: Learning rate (beta_2 in the paper); a tensor is read anew by a CUDA graph.
-        momentum: Momentum of the parameters (alpha_2), in [0, 1).
-        damping: Damping lambda of the curvature. What is smaller than its rounding counts as that
-            (``docs/singd/precision.md``).
-        alpha1: Riemannian momentum of the factors (alpha_1), in [0, 1); 0 under ``kfac_like``.
-        weight_decay: Weight decay gamma, added to the preconditioned gradient.
-        T: The factors are updated at every ``T``-th step.
-        loss_average: What the loss is a mean over: ``"batch"`` (as many terms as samples),
-            ``"batch+sequence"`` (samples times shared positions), or ``None`` for a sum.
-        lr_cov: Step size of the factors (beta_1), or a function of the step number.
-        structures: Structures of K (input side) and C (output side): specs, classes or callables,
-            see :func:`structured.parse`. Or a mapping from patterns of parameter names, as for
-            :mod:`fnmatch`, to such pairs: the first that matches counts, dense if none does.
-        kfac_approx: ``"expand"`` or ``"reduce"`` for layers that share their weight over positions
-            (Eschenhagen et al., arXiv 2311.00636).
-        warn_unsupported: Accepted for scripts written for PyPI ``singd``; nothing is left
-            untrained, so there is nothing to warn of.
-        kfac_like: IKFAC (close to KFAC) instead of INGD / SINGD.
-        preconditioner_dtype: Data types of K and of C; ``None`` for that of the weight. Below
-            float32, updates are rounded stochastically.
-        init_grad_scale: Accepted for scripts written for PyPI ``singd``; statistics are summed in
-            float32 at least, so no guess of a GradScaler's first scale is needed.
-        normalize_lr_cov: Divide ``lr_cov`` by the largest entry of the factor's momentum where that
-            exceeds 1.
-        kl_clip: Bound ``kappa`` of every step: scaled down so that ``lr^2 <natural gradient,
-            gradient>`` does not exceed it at the highest ``lr`` so far. Below that, steps are
-            shorter in proportion: schedules act. ``None`` for the paper's bare rule.
-        factor_clip: Bound, in (0, 1], of ``||lr_cov m_K||_2`` at every update of K, and so of C:
-            they stay invertible, and in range whatever the scale of inputs and gradients. ``None``
-            for the paper's bare rule.
-        graft: Give every layer's preconditioned gradient the norm of the gradient (``"sgd"``) or of
-            AdamW's step (``"adamw"``, with the options ``adamw``; its moments are stored as well);
-            ``lr`` is then a learning rate of that method, and ``kl_clip`` best ``None``.
-        keep_products: Keep ``K K^T`` and ``C C^T`` between updates of the factors where their
-            structure allows: half the work of a step, for the memory of K and C once more.
-        max_dim: A factor wider than this takes ``wide_structure`` instead; ``None`` for no limit.
-            Or a mapping from patterns of parameter names to such limits, as for ``structures``:
-            8192 if none matches.
-        wide_structure: See ``max_dim``.
-        layers: Further types to precondition, by diagonal factors: embeddings and normalizations,
-            as listed in :data:`singd.layers.OPTIONAL`; or ``"all"`` of them.
-        adamw: Options of :class:`torch.optim.AdamW` for all other parameters; ``lr=3e-3`` unless
-            given.
-        seed: Of the stochastic rounding.
-        max_skipped: Steps in a row that may be skipped since a gradient or statistic was not
-            finite, before that is an error. On a GPU a step does not wait for the device: that it
-            was skipped is known at the next one, or as soon as ``skipped`` is asked for. ``None``
-            looks for nothing.
-        telemetry: Called after every step with a dictionary: per layer the norms of gradient and
-            preconditioned gradient and the residuals of K and C, the factor of the trust region,
-            and the number of skipped steps. Costs nothing if ``None``.
-        process_group: Of the ranks that share the data, if not all do. Statistics are summed over
-            it, and gradients averaged unless ``model`` is wrapped in DistributedDataParallel.
+        defaults: Options of the groups, in addition to and in place of :data:`DEFAULTS`.
+        adamw: Options of :class:`torch.optim.AdamW` for all other parameters.
+        layers: Types among :data:`singd.layers.OPTIONAL` that are preconditioned as well, or "all".
+        max_skipped: Steps in a row that may be skipped since something was not finite; ``None``
+            looks for nothing. On a GPU it is known one step later, so that nothing waits.
+        telemetry: Function that is called after every step with :func:`singd.diagnostics.describe`.
+        process_group: Process group of the ranks that share the data, if not all do.
 
     Raises:
+        TypeError: If ``model`` or ``params`` is of the wrong kind.
         ValueError: If an option is out of range.
     """
-
-    _identity = ("structures", "kfac_like", "max_dim", "wide_structure")
 
     def __init__(
         self,
         model: nn.Module,
+        method: Method,
         params: Iterable[Any] | None = None,
-        lr: float = 0.1,
-        momentum: float = 0.9,
-        damping: float = 0.001,
-        alpha1: float = 0.0,
-        weight_decay: float = 0.0,
-        T: int = 10,
-        loss_average: str | None = "batch",
-        lr_cov: float | Callable[[int], float] = 0.3,
-        structures: Structures | Mapping[str, Structures] = ("dense", "dense"),
-        kfac_approx: str = "expand",
-        warn_unsupported: bool = True,
-        kfac_like: bool = False,
-        preconditioner_dtype: tuple[torch.dtype | None, torch.dtype | None] = (None, None),
-        init_grad_scale: float = 1.0,
-        normalize_lr_cov: bool = False,
-        kl_clip: float | None = 3e-5,
-        factor_clip: float | None = 0.5,
-        graft: str | None = None,
-        keep_products: bool = True,
-        max_dim: int | Mapping[str, int | None] | None = MAX_DIM,
-        wide_structure: StructureLike = "diagonal",
-        layers: Collection[type[nn.Module]] | str = (),
+        defaults: Mapping[str, Any] | None = None,
+        *,
         adamw: Mapping[str, Any] | None = None,
-        seed: int = 0,
+        layers: Collection[type[nn.Module]] | str = (),
         max_skipped: int | None = 10,
         telemetry: Callable[[dict[str, Any]], None] | None = None,
         process_group: Any = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "damping": damping,
-            "alpha1": alpha1,
-            "weight_decay": weight_decay,
-            "T": T,
-            "loss_average": loss_average,
-            "lr_cov": lr_cov,
-            "structures": structures,
-            "kfac_approx": kfac_approx,
-            "kfac_like": kfac_like,
-            "preconditioner_dtype": preconditioner_dtype,
-            "normalize_lr_cov": normalize_lr_cov,
-            "kl_clip": kl_clip,
-            "factor_clip": factor_clip,
-            "graft": graft,
-            "keep_products": keep_products,
-            "max_dim": max_dim,
-            "wide_structure": wide_structure,
-            "seed": seed,
+        model, is_reduced = unwrapped(model)
+        _check_model(model)
+        types: Any = OPTIONAL if layers == "all" else layers
+        for layer in types:
+            choice("layers", layer, tuple(OPTIONAL))
+        if max_skipped is not None:
+            integer("max_skipped", max_skipped, 0)
+        if telemetry is not None and not callable(telemetry):
+            raise ValueError(f"telemetry: expected a function or None, got {telemetry!r}")
+        options = {**DEFAULTS, **(defaults or {})}
+        groups = as_groups(params, model)
+        check_group(options)
+        method.check(options)
+        self.model, self.telemetry = model, telemetry
+        fallback = Fallback(adamw, options["lr"], ADAMW_RATIO)
+        placement = find_placement(process_group, is_reduced=is_reduced)
+        self._connect(method, placement, SkippedSteps(), fallback, max_skipped, tuple(types))
+        self._parts.parameters.expected.update(
+            parameter_of(p) for group in groups for p in group["params"]
+        )
+        super().__init__(groups, options)
+
+    def _connect(
+        self,
+        method: Method,
+        placement: Placement,
+        skipping: SkippedSteps,
+        fallback: Fallback,
+        max_skipped: int | None,
+        layers: tuple[type[nn.Module], ...],
+    ) -> None:
+        """Put together the objects that take a step; proxies of the optimizer share them."""
+        self._observer = StepObserver(self._ensure)
+        self._parts = Parts(
+            capture=Capture(self.model, self._observer),
+            parameters=Parameters(self.model, layers),
+            store=FactorStore(method),
+            method=method,
+            placement=placement,
+            skipping=skipping,
+            fallback=fallback,
+            max_skipped=max_skipped,
+        )
+        self._observer.parts = self._parts
+        weakref.finalize(self, self._parts.capture.close)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; the weights of supported layers among them are preconditioned.
+
+        Raises:
+            ValueError: If an option is out of range; nothing is added then.
+        """
+        (group,) = as_groups([param_group], self.model)
+        parts, given = self._parts, [parameter_of(p) for p in group["params"]]
+        whole = {**self.defaults, **group}
+        check_group(whole)
+        parts.method.check(whole)
+        known = parts.parameters.group_of
+        if any(p in known for p in given) or len(set(given)) < len(given):
+            raise ValueError("add_param_group: some parameters appear in more than one group")
+        lr = whole["lr"]
+        group |= {
+            "adamw": parts.fallback.for_group({**group, "lr": lr}),
+            "handed_over": tuple(group.get("handed_over", ())),
+            "step": group.get("step", 0),
+            "peak_lr": torch.zeros_like(lr) if isinstance(lr, Tensor) else 0.0,
         }
-        super().__init__(
-            model, params, defaults, adamw, layers, max_skipped, telemetry, process_group
+        super().add_param_group(group)
+        new = parts.parameters.find(given)
+        parts.parameters.matrices += new
+        parts.parameters.bind(self.param_groups)
+        if parts.method.needs_activations:
+            parts.capture.watch(self.model, new)
+
+    def plan(self) -> Plan:
+        """Which rule trains each parameter of the model, and what it stores.
+
+        Nothing is allocated: the model may be on the meta device.
+        """
+        parts = self._parts
+        return make_plan(type(self).__name__, parts.parameters, parts.store, parts.fallback)
+
+    # Statistics ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within this context forward passes are not captured."""
+        capture = self._parts.capture
+        before, capture.is_paused = capture.is_paused, True
+        try:
+            yield
+        finally:
+            capture.is_paused = before
+
+    def count_terms(self, terms: float | Tensor) -> None:
+        """Say how many terms the loss of this backward pass is a mean over.
+
+        For means over a number that the layers cannot know, such as the tokens that are not
+        padding. Counts add up over backward passes, and replace those of ``loss_average`` at the
+        coming step. ``zero_grad`` may come between the count and its backward pass.
+
+        Args:
+            terms: Number of terms; a tensor costs no wait for the device.
+        """
+        capture = self._parts.capture
+        seen = [m for m, a in capture.accumulators.items() if a.total is not None]
+        if not capture.is_sampled and any(m.weight.grad is None for m in seen):
+            capture.is_sampled = False
+            capture.count.end_step()  # of gradients that were reset by the model
+            capture.discard()
+        capture.count.add(terms)
+
+    def close(self) -> None:
+        """Remove every hook from the model."""
+        self._parts.capture.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def curvature(self) -> Iterator[None]:
+        """Within this context backward passes feed the curvature alone.
+
+        For the true Fisher: sample labels from the model's output and call ``backward`` on the loss
+        of them in here. Gradients are as before when it ends, and until the next step no other pass
+        is captured.
+        """
+        capture = self._parts.capture
+        capture.count.end_step()
+        capture.discard()
+        saved = [(p, p.grad) for group in self.param_groups for p in group["params"]]
+        for p, _ in saved:
+            p.grad = None
+        capture.is_sampled = False
+        try:
+            yield
+        finally:
+            capture.is_sampled = True
+            for p, grad in saved:
+                p.grad = grad
+
+    # The step -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update factors that are due, then every parameter that has a gradient.
+
+        If a gradient or a statistic is not finite, nothing is changed, and the step is counted in
+        ``self.skipped``. On a GPU that is known at the next step, or when ``skipped`` is asked for.
+
+        Args:
+            closure: Function that evaluates the loss and its gradients; optional.
+
+        Returns:
+            The loss, if a closure was given.
+
+        Raises:
+            FloatingPointError: If ``max_skipped`` steps in a row were skipped.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._run(descend=True)
+        return loss
+
+    @torch.no_grad()
+    def precondition(self, scale: float | Tensor | None = None) -> None:
+        """Replace every gradient of a preconditioned layer by the preconditioned one, bounded.
+
+        Factors that are due are updated. The step of any other optimizer may follow: then this one
+        is only its preconditioner.
+
+        Args:
+            scale: Factor by which a GradScaler multiplied the loss; gradients are to be unscaled.
+        """
+        self._run(descend=False, scale=None if scale is None else torch.as_tensor(scale))
+
+    def _run(self, *, descend: bool, scale: Tensor | None = None) -> None:
+        parts, capture, skipping = self._parts, self._parts.capture, self._parts.skipping
+        if is_capturing():
+            _check_capture(parts.max_skipped, self.telemetry)
+        else:
+            skipping.settle()
+        scale = calling_scale() if scale is None else scale
+        parts.parameters.check(self.param_groups, self.state)
+        if wants_state(parts, self.param_groups, self.state):
+            self._ensure()
+            make_state(parts, self.state)
+            return
+        agree(parts, self.state)
+        self._ensure()
+        capture.loss_terms.check(self._loss_averages(), scale)
+        statistics = pad_statistics(parts, capture.collect())
+        observe = self.telemetry is not None
+        report = take_step(
+            parts, statistics, self.state, scale=scale, descend=descend, observe=observe
         )
+        capture.end_step()
+        if report.found_inf is not None:
+            skipping.defer(report.found_inf)
+        else:
+            skipping.count(skipped=report.cause is not None)
+        for group in self.param_groups:
+            group["step"] += 1
+            if report.cause is None:
+                keep_peak_lr(group)
+        if self.telemetry is not None:
+            self.telemetry(diagnostics.describe(report, skipping.total))
+        limit = parts.max_skipped
+        if limit is not None and report.cause and skipping.in_row >= limit > 0:
+            raise FloatingPointError(f"{report.cause} in {skipping.in_row} steps in a row")
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        in_range("alpha1", group["alpha1"], 0.0, 1.0, open_end=True)
-        if not callable(group["lr_cov"]):
-            in_range("lr_cov", group["lr_cov"], 0.0, float("inf"))
-        if group["factor_clip"] is not None:
-            in_range("factor_clip", group["factor_clip"], 1e-6, 1.0)
-        limits = group["max_dim"]
-        for limit in limits.values() if isinstance(limits, Mapping) else [limits]:
-            if limit is not None:
-                integer("max_dim", limit, 0)
-        for name in ("kfac_like", "normalize_lr_cov", "keep_products"):
-            one_of(name, group[name], (False, True))
-        pair("preconditioner_dtype", group["preconditioner_dtype"])
-        for dtype in group["preconditioner_dtype"]:
-            floating("preconditioner_dtype", dtype)
-        given = group["structures"]
-        pairs = list(given.values()) if isinstance(given, Mapping) else [given]
-        for each in pairs:
-            pair("structures", each)
-        for spec in (group["wide_structure"], *(spec for each in pairs for spec in each)):
-            parse(spec)
+    def _ensure(self) -> None:
+        """Make factors where there are none, or where the state or the options changed."""
+        parts = self._parts
+        parts.parameters.check(self.param_groups, self.state)
+        changed = parts.store.ensure(parts.parameters.preconditioned(), self.state)
+        for matrix, is_restructured in changed.items():
+            accumulator = parts.capture.accumulators.get(matrix)
+            total = None if accumulator is None else accumulator.total
+            if accumulator is not None and total is not None:
+                kinds = total.input.kind, total.grad.kind
+                if is_restructured or "whitened" in kinds:
+                    accumulator.discard()  # it is of other factors
 
-    # What is stored -----------------------------------------------------------------------------
+    def _loss_averages(self) -> set[str | None]:
+        """What the groups say the loss is a mean over; nothing where the number is given."""
+        terms = self._parts.capture.count.terms
+        if isinstance(terms, Tensor) or terms:
+            return set()
+        return {group["loss_average"] for group in self.param_groups}
 
-    def _structures(self, unit: Unit) -> tuple[Structure, ...]:
-        given = by_name(unit.group["structures"], unit.name, ("dense", "dense"))
-        limit = by_name(unit.group["max_dim"], unit.name, MAX_DIM)
-        *_, d_out, d_in = unit.layer.shape(unit.module)
-        sides = [(d_in, unit.layer.input_structure or given[0]), (d_out, given[1])]
-        wide = unit.group["wide_structure"]
-        return tuple(parse(wide if limit is not None and n > limit else s) for n, s in sides)
+    @property
+    def skipped(self) -> int:
+        """Steps that were skipped so far; waits for the last one where that is not known yet."""
+        self._parts.skipping.settle()
+        return self._parts.skipping.total
 
-    def _choices(self, group: Group) -> tuple[Any, ...]:
-        given = [group[name] for name in ("structures", "max_dim")]
-        return (
-            *(dict(g) if isinstance(g, Mapping) else g for g in given),
-            *(group[k] for k in ("wide_structure", "kfac_like", "preconditioner_dtype")),
-            group["alpha1"] == 0,
-            rule.by_products(group),
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset gradients, and forget the statistics that came with them.
+
+        What was collected under :meth:`curvature` stays: those gradients were never there.
+        """
+        self._parts.capture.reset()
+        super().zero_grad(set_to_none)
+
+    # Checkpoints --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """State and options as plain tensors, numbers and strings.
+
+        ``torch.load`` restores it with its default ``weights_only=True``. Structures appear as
+        specs; an option that is a function is left out, and kept by the optimizer that loads.
+        """
+        self._parts.skipping.settle()
+        if self.state:
+            self._ensure()
+        return checkpoint.pack(super().state_dict(), self._names())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state. ``state_dict`` is neither changed nor shared; dtypes are kept.
+
+        Raises:
+            ValueError: If the state is of another model, method or structure. Nothing is changed.
+        """
+        parts = self._parts
+        parts.skipping.settle()
+        fitted = checkpoint.unpack(
+            state_dict,
+            self.param_groups,
+            self._names(),
+            parts.method.identity,
+            [*self.defaults, "adamw", "handed_over", "peak_lr", "step"],
+            self._check_saved_group,
         )
+        numbers = [n for group in fitted["param_groups"] for n in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        saved_group = {n: group for group in fitted["param_groups"] for n in group["params"]}
+        for p, number in zip(parameters, numbers, strict=True):
+            expected = expected_values(parts, p, saved_group[number])
+            entry = fitted["state"].get(number, {})
+            checkpoint.check_values(parts.parameters.name(p), entry, expected)
+        super().load_state_dict(fitted)
+        # The base class casts to the parameter's dtype and may share memory: put copies back.
+        for p, number in zip(parameters, numbers, strict=True):
+            if number in fitted["state"]:
+                entry = fitted["state"][number]
+                self.state[p] = {k: checkpoint.copied(v, k, p) for k, v in entry.items()}
+        parts.parameters.bind(self.param_groups)
 
-    def _fresh(self, unit: Unit, batch: tuple[int, ...], device: torch.device | str) -> Members:
-        *inner, d_out, d_in = unit.shape
-        members: Members = {}
-        for index, (side, n) in enumerate((("K", d_in), ("C", d_out))):
-            dtype = unit.group["preconditioner_dtype"][index] or unit.weight.dtype
-            shape = (*batch, *inner)
-            zero = unit.structures[index](n, batch_shape=shape, dtype=dtype, device=device)
-            members[side] = zero.add_scaled_identity(1.0)
-            if unit.group["alpha1"] and not unit.group["kfac_like"]:
-                members[f"m_{side}"] = zero
-        return members
+    def _check_saved_group(self, group: Mapping[str, Any]) -> None:
+        check_group(group)
+        check_rates(group["adamw"])
+        self._parts.method.check(group)
 
-    # The rule -----------------------------------------------------------------------------------
+    def _names(self) -> list[list[str]]:
+        """The names of all parameters, group by group."""
+        name = self._parts.parameters.name
+        return [[name(p) for p in group["params"]] for group in self.param_groups]
 
-    def _statistic(self, unit: Unit, side: str, X: Tensor, part: int) -> StructuredMatrix:
-        K = unit.member(side, part)
-        if side not in unit.forms:
-            form = self._form(unit, side)
-            unit.forms[side] = "PS" if form == "S" and self._pays(unit, K, X) else form
-        if unit.forms[side] == "PS" and unit.bucket is not None:
-            return update.product_statistic(unit.bucket.product(unit, 2 * side, part), X)
-        return rule.statistic(K, X, unit.forms[side])
+    # Copies -------------------------------------------------------------------------------------
 
-    def _form(self, unit: Unit, side: str) -> Form:
-        return rule.form_of(unit.members[side])
+    def __getstate__(self) -> dict[str, Any]:
+        """For :mod:`copy` and :mod:`pickle`, best together with the model."""
+        parts = self._parts
+        parts.skipping.settle()
+        left = ("_parts", "_observer", "step")
+        state = {
+            k: v for k, v in vars(self).items() if k not in left and not k.startswith("_optimizer_")
+        }
+        layers = parts.parameters.layers
+        shared = parts.method, parts.skipping, parts.fallback, parts.max_skipped, layers
+        return {**state, "_copied": shared}
 
-    def _pays(self, unit: Unit, K: StructuredMatrix, X: Tensor) -> bool:
-        """Whether to sum ``P S`` in place of ``S``: twice the work for each row, ``n^3`` saved."""
-        exact = K.dtype in (torch.float32, torch.float64) and X.dtype == K.dtype
-        few = isinstance(K, Dense) and 2 * X.shape[-1] <= K.n and unit.whole
-        alone = distributed.size(self._process_group) == 1
-        bucket = unit.bucket
-        if not (few and exact and alone and bucket and rule.by_products(unit.group)):
-            return False
-        bucket.products = bucket.products or self._products(unit.group, bucket.members)
-        return True
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        copied = state.pop("_copied", None)
+        super().__setstate__(state)
+        if copied is None:  # a part of loading a checkpoint
+            return
+        method, skipping, fallback, max_skipped, layers = copied
+        placement = find_placement(None, is_reduced=False)
+        self._connect(method, placement, skipping, fallback, max_skipped, layers)
+        parameters = self._parts.parameters
+        given = [p for group in self.param_groups for p in group["params"]]
+        parameters.matrices += parameters.find(given)
+        parameters.bind(self.param_groups)
+        if method.needs_activations:
+            self._parts.capture.watch(self.model, parameters.matrices)
 
-    def _update(self, group: Group, jobs: Iterable[Job]) -> Iterator[Members]:
-        return rule.updated(group, jobs)
 
-    def _products(self, group: Group, members: Members) -> Products:
-        if not group["keep_products"]:
-            return {}
-        found = {"KK": members["K"].outer(), "CC": members["C"].outer()}
-        return {name: product for name, product in found.items() if product is not None}
+def _check_model(model: Any) -> None:
+    """Raise unless ``model`` is a module whose parameters are there, whole on every rank."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    refuse_sharded(model)
+    for name, p in model.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise ValueError(f"{name} is not initialised yet: run one forward pass first")
 
-    def _pair(self, members: Members, products: Products) -> tuple[Operator, Operator] | None:
-        if len(products) < 2:
-            return None
-        wide = torch.promote_types(members["K"].dtype, members["C"].dtype)
-        return products["KK"].to(wide), products["CC"].to(wide)
 
-    def _precondition(self, members: Members, products: Products, G: Tensor) -> Tensor:
-        K, C = members["K"], members["C"]
-        wide = torch.promote_types(K.dtype, C.dtype)
-        kept = {name: product.to(wide) for name, product in products.items()}
-        natural = update.precondition(K.to(wide), C.to(wide), G.to(wide), **kept)
-        return natural.to(G.dtype)
+def _check_capture(max_skipped: int | None, telemetry: Any) -> None:
+    """Raise ``RuntimeError`` if a step that a CUDA graph records would read a number."""
+    if max_skipped is not None or telemetry is not None:
+        raise RuntimeError(
+            "a step in a CUDA graph cannot look at its numbers: expected max_skipped=None and "
+            f"telemetry=None, got {max_skipped} and {telemetry}"
+        )

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from singd._layer import Layer
 from singd.layers import OPTIONAL, find_layer
+from singd.layers.base import Layer
 
 
 def check_layer(module: nn.Module, x: torch.Tensor, layer: Layer | None = None) -> None:

@@ -72,16 +72,13 @@ def test_schedules_are_followed_and_resume(name: str) -> None:
     scheduler = Scheduled(name, optimizer)
     whole = by_hand(net, optimizer, list(loader(8)), scheduler=scheduler)
 
-    sgd = SGD([{"params": nn.Linear(1, 1).parameters(), "lr": lr} for lr in (0.05, 0.01)], 1.0, 0.9)
+    sgd = SGD([{"params": nn.Linear(1, 1).parameters(), "lr": lr} for lr in (0.05,)], 1.0, 0.9)
     reference = Scheduled(name, sgd)
     by_hand(nn.Sequential(), sgd, [], scheduler=reference)
     for _ in range(8):
         sgd.step()
         reference.step()
-    assert scheduler.rates == [
-        [ours, (lr, momentum if "Cycl" in name else None)]
-        for ours, (lr, momentum) in reference.rates
-    ]
+    assert scheduler.rates == reference.rates
 
     net = classifier()
     optimizer = made(net)

@@ -10,10 +10,10 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from singd.kernels import descent, rounding
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from singd.kernels import descent, rounding
 from structured.kernels import sums_of_squares, symmetric_product
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from singd import descent, update
 from singd.rounding import Rounding, stochastic_round
 
+from singd import descent, update
+
 pytest.importorskip("triton")
-from singd import kernels
 from singd.kernels import descent as descent_kernel
 from singd.kernels import inner_product
 from singd.kernels.rounding import round_sum
+
+from singd import kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LOW = (torch.bfloat16, torch.float16)

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from singd import KFAC, SINGD, stepping
+from singd import KFAC, SINGD
+from singd.step import pipeline
 from tests.singd.runs import F64, batches, mlp, snapshot
 
 STEPS = 4
@@ -115,7 +116,7 @@ def alone(case: dict[str, Any], ranks: int) -> dict[str, Tensor]:
 
 def later(case: dict[str, Any]) -> Any:
     """Whether the host learns at the next step that one was skipped, as on a GPU."""
-    return mock.patch.object(stepping, "reading_waits", return_value=case.get("gpu", False))
+    return mock.patch.object(pipeline, "reading_waits", return_value=case.get("gpu", False))
 
 
 def worker(rank: int, ranks: int, folder: str, cases: dict[str, dict[str, Any]]) -> None:

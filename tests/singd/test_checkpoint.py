@@ -280,8 +280,8 @@ FAULTS: dict[str, tuple[Any, str]] = {
         f"{key} of {name}: {what}": (in_state(number, key, change), f"{name}: expected {key}")
         for number, name, keys in (
             (0, "layers.0.weight", ("K", "C", "m_K", "momentum_buffer")),
-            (5, "layers.4.bias", ("momentum_buffer",)),
-            (6, "layers.1.weight", ("exp_avg", "exp_avg_sq", "step")),
+            (7, "layers.4.bias", ("momentum_buffer",)),
+            (2, "layers.1.weight", ("exp_avg", "exp_avg_sq", "step")),
         )
         for key in keys
         for what, change in WRONG_VALUES.items()
@@ -291,9 +291,15 @@ FAULTS: dict[str, tuple[Any, str]] = {
         for key, values in WRONG_OPTIONS.items()
         for value in values
     },
-    "betas": (in_group(1, "betas", (0.9, 1.5)), "group 1: Invalid beta"),
-    "the lr of AdamW": (in_group(1, "lr", "fast"), "group 1: "),
-    "the rule": (in_group(1, "rule", "kronecker"), "group 1: expected rule = 'adamw'"),
+    "the ratio of AdamW": (
+        in_group(0, "adamw", {"lr_ratio": -1.0, "weight_decay": None}),
+        "group 0: lr_ratio: expected a number",
+    ),
+    "the decay of AdamW": (
+        in_group(0, "adamw", {"lr_ratio": 1.0, "weight_decay": "0"}),
+        "group 0: weight_decay: expected a number",
+    ),
+    "what AdamW has": (in_group(0, "adamw", None), "group 0: adamw: expected lr_ratio and"),
     "K without C": (lambda s: apart(s, "state", 0, "C"), r"layers\.0\.weight: expected C beside"),
     "unknown state": (
         lambda s: s["state"][1].update(S_K=torch.zeros(4, 4)),
@@ -302,16 +308,16 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "an unknown parameter": (lambda s: s["state"].update({77: {}}), "unknown parameters.*77"),
     "one parameter less": (
         lambda s: (s["param_groups"][0]["params"].pop(), s["param_groups"][0]["param_names"].pop()),
-        r"group 0: expected 6 parameters, got 5 \(missing: layers\.4\.bias; unknown: none\)",
+        r"group 0: expected 8 parameters, got 7 \(missing: layers\.4\.bias; unknown: none\)",
     ),
     "one parameter more": (
         lambda s: (
-            s["param_groups"][1]["params"].append(8),
-            s["param_groups"][1]["param_names"].append("head.weight"),
+            s["param_groups"][0]["params"].append(8),
+            s["param_groups"][0]["param_names"].append("head.weight"),
         ),
-        r"group 1: expected 2 parameters, got 3 \(missing: none; unknown: head\.weight\)",
+        r"group 0: expected 8 parameters, got 9 \(missing: none; unknown: head\.weight\)",
     ),
-    "a group less": (lambda s: apart(s, "param_groups", 1), "expected 2 groups, got 1"),
+    "a group less": (lambda s: apart(s, "param_groups", 0), "expected 1 groups, got 0"),
     "no groups": (lambda s: s.update(param_groups=None), "expected groups"),
     "no parameters": (lambda s: apart(s, "param_groups", 0, "params"), "expected groups"),
     "no state": (lambda s: apart(s, "state"), "expected a mapping with 'state'"),

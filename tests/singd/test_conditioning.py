@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from singd import SINGD, precision, update
+from singd import SINGD, update
+from singd.methods import inverse_free
+from singd.ops import precision
 from structured import parse
-from tests.singd.runs import distance, mean_loss, snapshot
-from tests.singd.test_few_rows import MODELS, inputs, make, train
+from tests.singd.runs import F64, distance, mean_loss, snapshot
 
 N = 32
 BF16 = torch.bfloat16
@@ -64,7 +67,7 @@ def test_dense_factors_find_the_inverse(
 
     With 4096 times the rounding of float32 as the least damping there is.
     """
-    monkeypatch.setattr(precision, "_cpu_has_bfloat16", lambda: has_bfloat16)
+    monkeypatch.setattr(precision, "has_bfloat16_products", lambda: has_bfloat16)
     largest, dtype, options = CASES[case]
     X, damping = rows(largest), 1e-3
     P = settled(X, dtype, case == "autocast", damping=damping, **options)
@@ -102,10 +105,61 @@ def test_no_factor_grows_without_end(structure: str, kfac_like: bool, case: str)
 
 def test_least_damping_is_what_sums_resolve() -> None:
     norm = torch.tensor([1.0, 1e3, 1e9])
-    c = update.resolved_damping(1e-3, 1.0, norm)
+    c = update.resolve_damping(1e-3, 1.0, norm)
     assert c.tolist() == pytest.approx([1e-3, 1e-3, 8 * 2**-23 * 1e9])
-    c = update.resolved_damping(torch.full((3,), 1e-3), torch.tensor([1.0, 2e3, 0.0]), norm)
+    c = update.resolve_damping(torch.full((3,), 1e-3), torch.tensor([1.0, 2e3, 0.0]), norm)
     assert c.tolist() == pytest.approx([1e-3, 8 * 2**-23 * 2e6, 1e-3])
+
+
+class Repeated(nn.Module):
+    """Two equal layers, of which the second sees more rows than it has inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        many = torch.stack([torch.sin(k * x) for k in range(1, 6)], 1)
+        return self.first(x) + self.second(many).sum(1)
+
+
+class Attending(nn.Module):
+    """One sequence of three tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:3][None]
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "layers": lambda: nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12)),
+    "repeated": Repeated,
+    "attention": Attending,
+}
+
+
+def make(model_name: str, **options: Any) -> tuple[nn.Module, SINGD]:
+    torch.manual_seed(0)
+    model = MODELS[model_name]().to(F64)
+    return model, SINGD(model, lr=0.1, kl_clip=1e-2, damping=0.01, **options)
+
+
+def inputs(sizes: tuple[int, ...], seed: int = 1) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    for size in sizes:
+        yield torch.randn(size, 12, dtype=F64, generator=generator)
+
+
+def train(model: nn.Module, optimizer: SINGD, sizes: tuple[int, ...], steps: int = 6) -> None:
+    for step in range(steps):
+        optimizer.zero_grad()
+        for x in inputs(sizes, seed=step):
+            (model(x) - x.sum()).square().mean().backward()
+        optimizer.step()
 
 
 @pytest.mark.parametrize("kfac_like", [False, True])
@@ -114,19 +168,23 @@ def test_least_damping_is_what_sums_resolve() -> None:
 def test_a_factor_applied_to_the_rows_gives_the_same_factors(
     model_name: str, mixed: bool, kfac_like: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float64, where rounding does not show; also where units of one bucket differ."""
+    """In float64, where rounding does not show; also where equal matrices differ in it."""
 
-    def run(form: Any) -> Any:
-        monkeypatch.setattr(SINGD, "_form", lambda _, unit, side: form(unit))
-        monkeypatch.setattr(SINGD, "_pays", lambda *_: False)
+    def run(is_whitened: Callable[[], bool]) -> Any:
+        monkeypatch.setattr(inverse_free, "is_whitened", lambda K: is_whitened())
         model, optimizer = make(model_name, T=2, kfac_like=kfac_like)
-        train(model, optimizer, (9, 5))
+        train(model, optimizer, (9,) if mixed else (9, 5))
         return snapshot(model, optimizer)
 
-    def rooted(unit: Any) -> str:
-        return "S" if mixed and unit.name.startswith(("0", "first")) else "H"
+    uses = itertools.count()  # both sides of one layer, then of the next
+    some = (lambda: next(uses) // 2 % 2 == 0) if mixed else (lambda: True)
+    assert distance(run(some), run(lambda: False)) < 1e-9
 
-    assert distance(run(rooted), run(lambda _: "S")) < 1e-9
+
+def kinds(optimizer: SINGD) -> list[list[str]]:
+    """What was summed of every layer, for inputs and for output gradients."""
+    statistics = optimizer._parts.capture.collect().values()
+    return [[one.input.kind, one.grad.kind] for one in statistics]
 
 
 @pytest.mark.parametrize("setting", ["highest", "high", "medium"])
@@ -143,8 +201,7 @@ def test_products_that_may_be_rounded_take_the_factor_first(setting: str) -> Non
         model.float()
         (x,) = inputs((30,))
         model(x.float()).square().mean().backward()
-        forms = {form for unit in optimizer._units for form in unit.forms.values()}
-        assert forms == ({"S"} if setting == "highest" else {"H"})
+        assert kinds(optimizer) == [["covariance" if setting == "highest" else "whitened"] * 2] * 2
     finally:
         torch.set_float32_matmul_precision(before)
     assert not precision.rounds_products(torch.float64, torch.device("cuda"))
@@ -153,7 +210,7 @@ def test_products_that_may_be_rounded_take_the_factor_first(setting: str) -> Non
 
 def test_diagonals_need_no_factor_and_no_least_damping(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their products are taken number by number."""
-    monkeypatch.setattr("singd.rule.rounds_products", lambda *_: True)
+    monkeypatch.setattr(inverse_free, "rounds_products", lambda *_: True)
     structures = ("diagonal", "diagonal")
     P = settled(rows(1e12), torch.float32, False, damping=1e-3, structures=structures)
     S = rows(1e12).double().square().mean(0)
@@ -161,5 +218,4 @@ def test_diagonals_need_no_factor_and_no_least_damping(monkeypatch: pytest.Monke
     layer = nn.Linear(N, 4, bias=False)
     optimizer = SINGD(layer, T=1, structures=("diagonal", "dense"))
     layer(rows(1.0)).square().mean().backward()
-    (unit,) = optimizer._units
-    assert [optimizer._form(unit, side) for side in "KC"] == ["S", "H"]
+    assert kinds(optimizer) == [["covariance", "whitened"]]

@@ -94,7 +94,7 @@ def test_the_bound_comes_after() -> None:
     train(model, optimizer, batches(1))
     assert 0 < float(reports[0]["trust_region"]) < 1
     torch.testing.assert_close(
-        reports[0]["0.weight"]["natural_norm"], reports[0]["0.weight"]["gradient_norm"]
+        reports[0]["0.weight"]["direction_norm"], reports[0]["0.weight"]["gradient_norm"]
     )
 
 

@@ -11,9 +11,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from singd import SINGD, Layer, _layer, register_layer
-from singd._layer import flatten_rows, square_sums
-from singd.layers import LAYERS, OPTIONAL, find_layer
+from singd import SINGD, Layer, register_layer
+from singd.layers import LAYERS, OPTIONAL, base, find_layer
+from singd.layers.base import flatten_rows, square_sums
 from singd.testing import check_layer
 from tests.singd.dense import relative
 
@@ -28,10 +28,10 @@ def test_squares_are_summed_in_pieces_and_in_one_pass(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     """The one on a CPU, the other on a GPU."""
-    monkeypatch.setattr(_layer, "PIECE", 50)
+    monkeypatch.setattr(base, "PIECE", 50)
     values = torch.randn(shape, dtype=F64).to(dtype)
     expected = values.double().square().sum((-3, -2))
-    for found in (square_sums(values, "expand", average=True), _layer._in_one_pass(values)):
+    for found in (square_sums(values, "expand", average=True), base._in_one_pass(values)):
         assert found.dtype == torch.promote_types(dtype, torch.float32)
         torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
 

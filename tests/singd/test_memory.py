@@ -21,7 +21,10 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) ->
 
 def factor_bytes(optimizer: SINGD) -> int:
     return sum(
-        t.nbytes for unit in optimizer._units for m in unit.members.values() for t in m.tensors()
+        t.nbytes
+        for matrix in optimizer._parts.parameters.matrices
+        for m in optimizer._parts.store.factors(matrix).members().values()
+        for t in m.tensors()
     )
 
 
@@ -39,7 +42,7 @@ def test_no_operation_makes_more_than_the_structure_promises(structure: str) -> 
     with PeakBytes() as count:
         train_step(model, optimizer, x)
     gradient = 4 * (WIDE + 1) * NARROW
-    largest = max(4 * gradient, *(t.nbytes for t in optimizer._units[0].members["K"].tensors()))
+    largest = max(4 * gradient, *(t.nbytes for t in optimizer.state[model[0].weight]["K"]))
     assert count.largest <= 1.01 * largest
     square = 4 * (WIDE + 1) ** 2
     assert (count.largest >= square) == (structure == "dense")
@@ -113,7 +116,7 @@ def test_the_capture_keeps_nothing_that_autograd_does_not(
             count.add([x, *model.parameters()])
             output = model(x)
             kept.append(count.now)
-            optimizer._forget()
+            optimizer._parts.capture.discard()
             del output
         optimizer.close()
     assert kept[0] == kept[1]

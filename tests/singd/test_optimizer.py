@@ -202,13 +202,16 @@ def test_all_other_parameters_are_trained_by_adamw() -> None:
 
 @pytest.mark.parametrize("optimizer_class", [SINGD, KFAC])
 def test_the_default_rate_of_adamw(optimizer_class: Any) -> None:
-    def rates(**options: Any) -> list[float]:
-        optimizer = optimizer_class(Mixed(), **options)
-        return [group["lr"] for group in optimizer.param_groups if group["rule"] == "adamw"]
+    """A ratio of the group's rate."""
 
-    assert rates() == [3e-3]
-    assert rates(lr=0.5, adamw={"weight_decay": 0.1}) == [3e-3]
-    assert rates(lr=0.5, adamw={"lr": 0.25}) == [0.25]
+    def rate(**options: Any) -> float:
+        model = Mixed()
+        (group,) = optimizer_class(model, **options).param_groups
+        return float(group["adamw"]["lr_ratio"] * group["lr"])
+
+    assert rate() == pytest.approx(3e-3)
+    assert rate(lr=0.5, adamw={"weight_decay": 0.1}) == pytest.approx(0.015)
+    assert rate(lr=0.5, adamw={"lr": 0.25}) == 0.25
 
 
 @pytest.mark.parametrize("optimizer_class", [SINGD, KFAC])
@@ -330,9 +333,14 @@ PEER = {  # the signature of PyPI singd 0.0.5
 def test_the_signature_begins_with_that_of_the_reference() -> None:
     parameters = list(inspect.signature(SINGD).parameters.values())
     assert parameters[0].name == "model"
-    assert [p.name for p in parameters[1 : len(PEER) + 1]] == list(PEER)
-    changed = {p.name for p in parameters[1:] if p.name in PEER and p.default != PEER[p.name]}
-    assert changed == {"lr", "alpha1", "lr_cov"}  # by the sweep
+    by_position = [p.name for p in parameters[1:] if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert by_position == list(PEER)[: len(by_position)]
+    assert by_position[-1] == "kfac_approx"
+    without_effect = {p.name for p in parameters[-2:]}
+    assert without_effect == {"warn_unsupported", "init_grad_scale"}
+    used = PEER.keys() - without_effect
+    changed = {p.name for p in parameters[1:] if p.name in used and p.default != PEER[p.name]}
+    assert changed == {"lr", "alpha1", "lr_cov"}
 
 
 def test_options_by_position_and_by_keyword_are_the_same() -> None:
@@ -344,8 +352,11 @@ def test_options_by_position_and_by_keyword_are_the_same() -> None:
         "kfac_approx": "reduce",
     }
     by_position, by_keyword = mlp(), mlp()
-    a = train(by_position, SINGD(by_position, *given_options.values()), batches(3))
-    b = train(by_keyword, SINGD(by_keyword, **given_options), batches(3))
+    first = list(PEER).index("kfac_approx") + 1
+    a = train(by_position, SINGD(by_position, *list(given_options.values())[:first]), batches(3))
+    with pytest.warns(DeprecationWarning, match="has no effect: leave it out"):
+        optimizer = SINGD(by_keyword, **given_options)
+    b = train(by_keyword, optimizer, batches(3))
     assert distance(a, b) == 0.0
 
 
@@ -430,8 +441,10 @@ def test_schedules_act_on_bounded_steps() -> None:
     for factor in (1.0, 0.25, 4.0):
         model = mlp()
         optimizer = SINGD(model, lr=0.1, T=1, momentum=0.0, kl_clip=1e-6)
-        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step, factor=factor: factor)
-        X, y = batches(1)[0]
+        train(model, optimizer, batches(1))
+        optimizer.param_groups[0]["lr"] *= factor
+        X, y = batches(2)[1]
+        optimizer.zero_grad()
         mean_loss(model(X), y).backward()
         before = model[0].weight.detach().clone()
         optimizer.step()
@@ -550,4 +563,5 @@ def test_schedulers_move_every_group() -> None:
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
     optimizer.step()
     scheduler.step()
-    assert sorted(group["lr"] for group in optimizer.param_groups) == [0.005, 0.05]
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["adamw"]["lr_ratio"]) == (0.05, pytest.approx(0.1))

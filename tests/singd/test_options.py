@@ -34,6 +34,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "kfac_like": (False, True),
     "normalize_lr_cov": (False, True),
     "keep_products": (False, True),
+    "decoupled_weight_decay": (False, True),
     "graft": (None, "sgd", "adamw"),
 }
 OTHERS: dict[str, list[Any]] = {

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from singd import SINGD, rounding, update
-from singd.rounding import stochastic_round
+from singd import SINGD, update
+from singd.ops import reductions
+from singd.ops import stochastic_rounding as rounding
+from singd.ops.stochastic_rounding import stochastic_round
 from structured import Dense, parse
 from tests.singd import dense
 from tests.singd.dense import STRUCTURES, relative
@@ -94,9 +96,9 @@ def test_nan_stays_nan(dtype: torch.dtype, bits: int) -> None:
 def test_sums_of_products_are_wide(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(update, "_PIECE", 4)
+    monkeypatch.setattr(reductions, "_PIECE", 4)
     X, Y = (torch.randn(shape, dtype=torch.float64).to(dtype) for _ in range(2))
-    got, expected = update.inner(X, Y).sum(), (X.double() * Y.double()).sum()
+    got, expected = reductions.inner_product(X, Y).sum(), (X.double() * Y.double()).sum()
     assert got.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -114,7 +116,7 @@ def long_run(
     A = scales * torch.randn(n, 4 * n, generator=generator) / (4 * n) ** 0.5
     K = parse(structure).identity(n, dtype=torch.float32)
     for _ in range(steps):
-        m = update.ikfac_momentum(K, update.curvature(K, update.statistic(K, A)), damping)
+        m = update.ikfac(K, update.curvature(K, update.statistic(K, A)), damping)
         K = update.factor_step(K, m, b1).map(store)
     k = K.to_dense().double()
     return k @ k.T, dense.kfac((A @ A.T).double(), damping)

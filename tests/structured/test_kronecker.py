@@ -37,7 +37,7 @@ class Reversal(Operator):
     shape = property(lambda self: torch.Size((self.size, self.size)))
     dtype = property(lambda self: torch.float64)
     device = property(lambda self: torch.device("cpu"))
-    mT = property(lambda self: self)  # noqa: N815  # as of tensors
+    mT = property(lambda self: self)  # as of tensors
 
     def apply(self, X):
         return X.flip(-2)
@@ -314,7 +314,7 @@ class Householder(Operator):
     shape = property(lambda self: torch.Size((len(self.u), len(self.u))))
     dtype = property(lambda self: self.u.dtype)
     device = property(lambda self: self.u.device)
-    mT = property(lambda self: self)  # noqa: N815  # as of tensors
+    mT = property(lambda self: self)  # as of tensors
 
     def apply(self, X):
         return X - 2 * self.u[:, None] * (self.u @ X)[..., None, :] / self.u.square().sum()

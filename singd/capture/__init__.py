@@ -1,0 +1,1 @@
+"""What passes through the layers of a model, summed up for the methods."""

@@ -1,0 +1,136 @@
+"""What passed through one weight since the last step, pass by pass, until it counts.
+
+What a backward pass sees becomes part of the statistics when the pass adds to ``weight.grad``;
+``torch.autograd.grad`` for another purpose leaves no trace.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from singd.capture.samples import Call
+from singd.capture.statistics import KroneckerStatistics
+from singd.capture.verification import Probes, Verification
+from singd.capture.weight_matrix import WeightMatrix
+
+
+@dataclass
+class Use:
+    """The counts of one use of a module."""
+
+    call: Call
+    samples: int  # of the layer: its first dimension
+    rows: int  # of its output
+    flat: bool  # whether the input was a matrix of rows
+
+    def counts(self) -> tuple[int, int]:
+        """Samples of the model, and terms of a loss over its samples and positions.
+
+        A layer that was called with some of the rows, as an expert is, counts those of others too.
+        """
+        samples = self.call.samples
+        if samples is None:
+            return self.samples, self.rows
+        partial = self.flat and self.rows not in (samples, self.call.rows)
+        return samples, max(self.call.rows, samples) if partial else self.rows
+
+
+@dataclass
+class Pass:
+    """What a backward pass saw of a weight, until it reaches the weight."""
+
+    root: int  # the pass around it, where reentrant checkpointing started it; or itself
+    probes: Probes | None = None
+    statistics: KroneckerStatistics | None = None
+    uses: list[Use] = field(default_factory=list)
+
+
+class Accumulator:
+    """What was seen of one weight since the last step.
+
+    Args:
+        matrix: Weight that is watched.
+    """
+
+    def __init__(self, matrix: WeightMatrix) -> None:
+        self.matrix = matrix
+        self.verification = Verification()
+        self.total: KroneckerStatistics | None = None
+        self.last_call = -1  # number of the step before which the module was last called
+        self.was_ignored = False  # a forward pass since the last step was not to be captured
+        self._pending: dict[int, Pass] = {}
+        self._counted: dict[int, tuple[int, int]] = {}  # samples and loss terms by root pass
+
+    def begin(self, root: int, *, verify: bool) -> Pass:
+        """The pass under way, which may be new.
+
+        Args:
+            root: The pass that started this one, or itself.
+            verify: Whether the pass may be verified.
+        """
+        current = torch._C._current_graph_task_id()
+        if current not in self._pending:
+            self._pending = {k: p for k, p in self._pending.items() if p.root == root}
+            if self.matrix.weight.grad is None:
+                self.total = None  # of gradients that were reset by other means than zero_grad
+            probes = Probes(self.matrix) if verify and self.verification.is_due() else None
+            self._pending[current] = Pass(root, probes)
+        return self._pending[current]
+
+    def add(
+        self, module: nn.Module, x: Tensor, g: Tensor, statistics: KroneckerStatistics, use: Use
+    ) -> None:
+        """Hold what one use contributed, in the pass of :meth:`begin`, until it is committed."""
+        current = self._pending[torch._C._current_graph_task_id()]
+        if current.probes is not None:
+            current.probes.include(module, x, g)
+        if current.statistics is None:
+            current.statistics = statistics
+        else:
+            current.statistics.add_(statistics)
+        current.uses.append(use)
+
+    def commit(self, step: int) -> None:
+        """The pass has added to ``weight.grad``: what it saw counts.
+
+        Args:
+            step: Number of steps so far.
+        """
+        done = self._pending.pop(torch._C._current_graph_task_id(), None)
+        if done is None:
+            if self._is_used_otherwise(step):
+                self.verification.refuse("the weight is used without its module being called")
+            return
+        self.verification.conclude(done.probes)
+        if done.statistics is None:
+            return
+        counts = [use.counts() for use in done.uses]
+        before = self._counted.get(done.root, (0, 0))
+        after = max(before[0], *(n for n, _ in counts)), max(before[1], *(n for _, n in counts))
+        self._counted[done.root] = after
+        done.statistics.samples, done.statistics.loss_terms = (
+            new - old for new, old in zip(after, before, strict=True)
+        )
+        if self.total is None:
+            self.total = done.statistics
+        else:
+            self.total.add_(done.statistics)
+
+    def _is_used_otherwise(self, step: int) -> bool:
+        """Whether a pass without a trace shows that the weight is used in another way.
+
+        Not if a forward pass was not to be captured, lately or when the graph was made.
+        """
+        if self.verification.explained is None:
+            return not self.was_ignored
+        return step - self.last_call > 1
+
+    def discard(self) -> None:
+        """Forget what was seen since the last step."""
+        self.total = None
+        self._pending.clear()
+        self._counted.clear()
+        self.was_ignored = False

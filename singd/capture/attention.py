@@ -1,0 +1,117 @@
+"""How the projections of an attention module are watched, which no module is called for.
+
+Given a :class:`_Query`, :func:`torch.nn.functional.multi_head_attention_forward` runs as it is but
+for its projections, whose inputs and outputs are shown to a function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+#: Is given the name of a product, its input and its output, both ``[L, N, d]``; returns the output.
+Tap = Callable[[str, Tensor, Tensor], Tensor]
+
+
+def projections(module: Any) -> dict[str, tuple[Tensor, str, nn.Module]]:
+    """The weight, the label of its rows and the module of every product in an attention module."""
+    if module.in_proj_weight is not None:
+        found: dict[str, tuple[Tensor, str, nn.Module]] = {
+            name: (module.in_proj_weight, name, module) for name in "qkv"
+        }
+    else:
+        found = {name: (getattr(module, f"{name}_proj_weight"), "", module) for name in "qkv"}
+    return found | {"out": (module.out_proj.weight, "", module.out_proj)}
+
+
+class _Query(Tensor):
+    """The query of an attention module that is watched; what is made of it is a plain tensor.
+
+    Except by the transposition that such a module begins with.
+    """
+
+    taps: list[Tap]
+    attend: Callable[..., Any]  # :func:`attend`, never compiled, for taps come and go
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        query = next((a for a in args if isinstance(a, _Query)), None)
+        if func is F.multi_head_attention_forward and query is not None:
+            return query.attend(query.taps, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        if func is Tensor.transpose and query is not None:
+            result = result.as_subclass(cls)
+            result.taps, result.attend = query.taps, query.attend
+        return result
+
+
+def attend(taps: Sequence[Tap], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The function itself, on plain tensors."""
+    plain = {id(a): a.as_subclass(Tensor) for a in args if isinstance(a, _Query)}
+    return _listened(taps)(*(plain.get(id(a), a) for a in args), **kwargs)
+
+
+def _listened(taps: Sequence[Tap]) -> Callable[..., Any]:
+    """PyTorch's function, with names of its own for the projections."""
+    size: list[int] = []
+
+    def tapped(name: str, x: Tensor, output: Tensor) -> Tensor:
+        for tap in taps:
+            output = tap(name, x, output)
+        return output
+
+    def project(function: Callable[..., Any]) -> Callable[..., Any]:
+        def projected(q: Tensor, k: Tensor, v: Tensor, *weights: Any) -> list[Tensor]:
+            size[:] = q.shape[:2]
+            # What a product would copy for itself is copied here, to be kept once.
+            rows = {id(x): x.contiguous() for x in (q, k, v)}
+            q, k, v = (rows[id(x)] for x in (q, k, v))
+            outputs = function(q, k, v, *weights)
+            return [tapped(*use) for use in zip("qkv", (q, k, v), outputs, strict=True)]
+
+        return projected
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        output = F.linear(x, weight, bias)
+        return tapped("out", x.view(*size, -1), output.view(*size, -1)).view_as(output)
+
+    names = {name: project(vars(F)[name]) for name in ("_in_projection_packed", "_in_projection")}
+    names |= {"linear": linear, "has_torch_function": lambda _: False}
+    function: Any = F.multi_head_attention_forward
+    return FunctionType(function.__code__, vars(F) | names, argdefs=function.__defaults__)
+
+
+def listened(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], tap: Tap, attend: Callable[..., Any]
+) -> tuple[Any, Any]:
+    """The arguments of an attention module, such that its products pass through ``tap``.
+
+    Args:
+        args: Arguments of the module.
+        kwargs: Keyword arguments.
+        tap: Called with every product.
+        attend: :func:`attend`, excluded from compilation.
+    """
+    query = args[0] if args else next(iter(kwargs.values()))
+    if not isinstance(query, _Query):
+        plain, query = query, query.as_subclass(_Query)
+        query.taps, query.attend = [], attend
+        args = tuple(query if a is plain else a for a in args)
+        kwargs = {k: query if a is plain else a for k, a in kwargs.items()}
+    query.taps.append(tap)
+    return args, kwargs
+
+
+def unwrap(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """Forward hook: a subclass of attention that returns its query returns a plain tensor."""
+    if isinstance(output, tuple | list):
+        return type(output)(unwrap(module, args, kwargs, o) for o in output)
+    return output.as_subclass(Tensor) if isinstance(output, _Query) else output

@@ -1,0 +1,311 @@
+"""From the passes of a model to statistics: hooks, accumulators, and what holds for all of them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from singd.capture import attention
+from singd.capture.accumulator import Accumulator, Use
+from singd.capture.hooks import AttentionHook, LayerHook, Listener
+from singd.capture.loss_terms import LossTerms
+from singd.capture.samples import Call, Calls
+from singd.capture.statistics import (
+    Columns,
+    KroneckerStatistics,
+    NoColumns,
+    Side,
+    Statistic,
+    UnreadableError,
+    read,
+)
+from singd.capture.weight_matrix import WeightMatrix
+from singd.layers.base import piece_size
+
+
+class Observer(Protocol):
+    """Who decides what is captured, and how it is summed up."""
+
+    def is_captured(self, matrix: WeightMatrix) -> bool:
+        """Whether statistics of a pass that begins now will be used."""
+
+    def prepare(self, matrix: WeightMatrix) -> None:
+        """Called before the statistics of a use are made."""
+
+    def piece_bytes(self, matrix: WeightMatrix) -> int | None:
+        """Bytes of patches that are summed at a time, at least; ``None`` for all at once."""
+
+    def summarize(self, matrix: WeightMatrix, side: Side, columns: Columns) -> Statistic:
+        """The statistic of one side of one use."""
+
+    def approximation(self, matrix: WeightMatrix) -> str:
+        """``"expand"`` or ``"reduce"``."""
+
+
+@dataclass
+class LossCount:
+    """How many terms the loss is a mean over, where the user says so.
+
+    A count may come before the pass that it is for, and ``zero_grad`` between the two.
+    """
+
+    past: float | Tensor = 0  # of passes so far
+    ahead: float | Tensor = 0  # of the pass to come
+    was_reset: bool = False  # since these were counted
+
+    @property
+    def terms(self) -> float | Tensor:
+        """What was counted for the coming step; 0 if nothing."""
+        return self.past + self.ahead
+
+    def add(self, terms: float | Tensor) -> None:
+        """Count terms of the pass to come."""
+        if self.was_reset:
+            self.ahead, self.was_reset = 0, False  # the pass that they were for never came
+        self.ahead = self.ahead + terms
+
+    def begin_pass(self) -> None:
+        """A pass is under way: it is the one that was counted for."""
+        self.past, self.ahead, self.was_reset = self.terms, 0, False
+
+    def reset(self) -> None:
+        """Forget the passes so far, but not the one to come."""
+        self.past, self.was_reset = 0, True
+
+    def end_step(self, terms: float | Tensor = 0) -> None:
+        """Begin again, or agree on the terms of all passes."""
+        self.past, self.ahead, self.was_reset = terms, 0, False
+
+
+class Capture:
+    """The hooks on a model's layers and what they saw; observers are not kept alive.
+
+    Args:
+        model: Model that is trained.
+        observer: Who decides what is captured.
+    """
+
+    def __init__(self, model: nn.Module, observer: Observer) -> None:
+        self._observer = weakref.ref(observer)
+        self.accumulators: dict[WeightMatrix, Accumulator] = {}
+        self.count = LossCount()
+        self.is_paused = False
+        self.is_sampled = False  # the statistics are those of curvature()
+        self.step = 0  # number of steps so far
+        self._calls = Calls(model)
+        self.loss_terms = LossTerms(model, self._calls)
+        self._handles: list[Any] = [*self._calls.handles]
+        self._roots: dict[int, int] = {}  # the pass that a pass was started in
+
+    def watch(self, model: nn.Module, matrices: Iterable[WeightMatrix]) -> None:
+        """Hook the layers of ``matrices``, all in ``model``."""
+        new = list(matrices)
+        self.accumulators |= {matrix: Accumulator(matrix) for matrix in new}
+        for matrix in new:
+            if matrix.rows is None and not isinstance(matrix.module, nn.MultiheadAttention):
+                self._handles += LayerHook(matrix, self.listen, self.refuse).attach()
+            trained = matrix.weight.requires_grad
+            matrix.weight.requires_grad_()  # a frozen weight takes no hook, but may thaw
+            commit = _Commit(self, matrix)
+            self._handles.append(matrix.weight.register_post_accumulate_grad_hook(commit))
+            matrix.weight.requires_grad_(trained)
+        found: dict[tuple[Tensor, str], WeightMatrix] = {
+            (matrix.weight, matrix.label): matrix for matrix in new
+        }
+        for module in model.modules():
+            if isinstance(module, nn.MultiheadAttention):
+                products = {
+                    name: (found[weight, label], owner)
+                    for name, (weight, label, owner) in attention.projections(module).items()
+                    if (weight, label) in found
+                }
+                if products:
+                    self._handles += AttentionHook(products, self.listen).attach(module)
+
+    def close(self) -> None:
+        """Remove every hook."""
+        self.loss_terms.close()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # Passes -------------------------------------------------------------------------------------
+
+    def listen(self, matrix: WeightMatrix, module: nn.Module, x: Any) -> Listener | None:
+        """Who listens to a use of ``module`` that begins, if anybody."""
+        observer, accumulator = self._observer(), self.accumulators[matrix]
+        if observer is None or not matrix.weight.requires_grad:
+            return None
+        call = self._calls.current
+        if isinstance(x, Tensor) and isinstance(module, nn.Linear):
+            call.use(x)
+        accumulator.last_call = self.step
+        if self.is_paused or self.is_sampled or not observer.is_captured(matrix):
+            accumulator.was_ignored = True
+            return None
+        made_in = torch._C._current_graph_task_id()
+
+        def listener(x: Tensor, g: Tensor) -> None:
+            self._observe(matrix, module, x, g, call, self._root(made_in))
+
+        return listener
+
+    def refuse(self, matrix: WeightMatrix, reason: str) -> None:
+        """Leave a weight to AdamW from the next step on."""
+        self.accumulators[matrix].verification.refuse(reason)
+
+    def _root(self, made_in: int) -> int:
+        """The pass under way. One that reentrant checkpointing starts belongs to that around it.
+
+        Args:
+            made_in: The pass in which the forward was recomputed; -1 if it was not.
+        """
+        current: int = torch._C._current_graph_task_id()
+        if made_in == -1:
+            self._roots.clear()
+            return current
+        self._roots[current] = self._roots.get(made_in, made_in)
+        return self._roots[current]
+
+    def _observe(
+        self, matrix: WeightMatrix, module: nn.Module, x: Tensor, g: Tensor, call: Call, root: int
+    ) -> None:
+        """Take in one use of ``module`` with input ``x`` and output gradient ``g``."""
+        observer, accumulator = self._observer(), self.accumulators[matrix]
+        if observer is None or accumulator.verification.explained is False:
+            return
+        with torch.profiler.record_function("singd::capture"):
+            self._take_in(observer, matrix, module, x, g, call, root)
+
+    def _take_in(
+        self,
+        observer: Observer,
+        matrix: WeightMatrix,
+        module: nn.Module,
+        x: Tensor,
+        g: Tensor,
+        call: Call,
+        root: int,
+    ) -> None:
+        accumulator = self.accumulators[matrix]
+        observer.prepare(matrix)
+        accumulator.begin(root, verify=not _capturing())
+        self.count.begin_pass()
+        try:
+            statistics, use = self._statistics(observer, matrix, module, x, g, call)
+            accumulator.add(module, x, g, statistics, use)
+        except UnreadableError as error:
+            accumulator.verification.refuse(str(error))
+
+    def _statistics(
+        self,
+        observer: Observer,
+        matrix: WeightMatrix,
+        module: nn.Module,
+        x: Tensor,
+        g: Tensor,
+        call: Call,
+    ) -> tuple[KroneckerStatistics, Use]:
+        layer, samples = matrix.layer, call.samples
+        flat = x.ndim == 2
+        x = read(layer, layer.samples_first, module, x, samples)
+        g = read(layer, layer.samples_first, module, g, samples)
+        size = observer.piece_bytes(matrix)
+        pieces = [(x, g)]
+        if size is not None:
+            largest = max(size, piece_size(x.device))
+            pieces = list(read(layer, layer.pieces, module, x, g, largest))
+        total, use = None, Use(call, 0, 0, flat)
+        for piece in pieces:
+            sums = self._sum(observer, matrix, module, *piece, use)
+            if total is None:
+                total = sums
+            else:
+                total.add_(sums)
+        if total is None:
+            raise UnreadableError("it was called with nothing")
+        return total, use
+
+    def _sum(
+        self,
+        observer: Observer,
+        matrix: WeightMatrix,
+        module: nn.Module,
+        x: Tensor,
+        g: Tensor,
+        use: Use,
+    ) -> KroneckerStatistics:
+        layer, approximation = matrix.layer, observer.approximation(matrix)
+        ones = matrix.bias is not None
+        inputs = Columns(layer, module, "input", x, approximation, ones)
+        grads = Columns(layer, module, "grad", g, approximation, False)
+        of_inputs = observer.summarize(matrix, "input", inputs)
+        of_grads = observer.summarize(matrix, "grad", grads)
+        samples, positions = grads.counts
+        use.samples += samples
+        use.rows += samples * positions
+        return KroneckerStatistics(of_inputs, of_grads, inputs.rows)
+
+    def commit(self, matrix: WeightMatrix) -> None:
+        """A backward pass has added to the gradient of ``matrix``."""
+        with torch.profiler.record_function("singd::capture"):
+            self.accumulators[matrix].commit(self.step)
+            self._calls.end()
+
+    # Steps --------------------------------------------------------------------------------------
+
+    def collect(self) -> Mapping[WeightMatrix, KroneckerStatistics]:
+        """What was seen since the last step, of weights of which any rows were seen."""
+        return {
+            matrix: a.total
+            for matrix, a in self.accumulators.items()
+            if a.total is not None and a.total.rows
+        }
+
+    def empty(self, matrix: WeightMatrix) -> KroneckerStatistics:
+        """Statistics of no rows, for a rank that did not use a layer."""
+        observer, (*batch, d_out, d_in) = self._observer(), matrix.shape
+        if observer is None:
+            raise RuntimeError("the optimizer is gone")
+        sides: list[Statistic] = []
+        for side, n in (("input", d_in), ("grad", d_out)):
+            nothing = matrix.weight.new_zeros(*batch, n, 0)
+            sides.append(observer.summarize(matrix, cast(Side, side), NoColumns(nothing)))
+        return KroneckerStatistics(sides[0], sides[1], 0)
+
+    def end_step(self) -> None:
+        """Forget what was seen: the step that it was for is over."""
+        self.step += 1
+        self.count.end_step()
+        self.is_sampled = False
+        self.discard()
+
+    def reset(self) -> None:
+        """Forget what was seen: gradients are reset. What :meth:`curvature` saw stays."""
+        if not self.is_sampled:
+            self.count.reset()
+            self.discard()
+
+    def discard(self) -> None:
+        """Forget all statistics."""
+        for accumulator in self.accumulators.values():
+            accumulator.discard()
+
+
+class _Commit:
+    """The hook of a weight's gradient."""
+
+    def __init__(self, capture: Capture, matrix: WeightMatrix) -> None:
+        self.capture, self.matrix = capture, matrix
+
+    def __call__(self, _: Tensor) -> None:
+        self.capture.commit(self.matrix)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,165 @@
+"""Hooks that show what a layer is used for, forwards and backwards.
+
+The output of a hooked layer passes through :class:`_Tap`, an identity that saves the layer's input
+the way autograd does. So the input is shared with autograd, freed with it, recomputed under
+activation checkpointing, and there again for a second backward. In-place activations may follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from singd.capture import attention
+from singd.capture.transient import attach_after, attach_before
+from singd.capture.weight_matrix import WeightMatrix
+
+Listener = Callable[[Tensor, Tensor], None]
+"""Called in the backward pass with input and output gradient."""
+
+Listen = Callable[[WeightMatrix, nn.Module, Tensor], Listener | None]
+"""Called in the forward pass with the input: who listens to this use of the module, if anybody."""
+
+_CLOSE = (
+    "a model whose layers are watched by an optimizer of singd is traced with gradients: use "
+    "torch.no_grad(), or optimizer.close() first"
+)
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on a layer's output; its backward shows the layer's input and gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, listener: Listener) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.listener = listener
+        return output.detach()  # a fresh tensor on the same memory: in-place operations may follow
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        if not is_batched(g):
+            with torch.no_grad():
+                ctx.listener(ctx.saved_tensors[0].detach(), g.detach())
+        return g, None, None
+
+
+def is_batched(g: Tensor) -> bool:
+    """Whether a gradient is a stack of gradients, of a vectorized jacobian or the like."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(g) or functorch.is_batchedtensor(g)
+
+
+def is_watching() -> bool:
+    """Whether what runs now is a forward pass that a backward pass may follow.
+
+    Transforms of ``torch.func``, forward-mode differentiation and traces of the model are none.
+    """
+    return (
+        torch.is_grad_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not torch._C._is_tracing()
+    )
+
+
+class LayerHook:
+    """The forward hook of one weight.
+
+    Args:
+        matrix: Weight that is watched.
+        listen: Says who listens.
+        refuse: Called with a reason if the module is used in a way that its layer does not know.
+    """
+
+    def __init__(
+        self, matrix: WeightMatrix, listen: Listen, refuse: Callable[[WeightMatrix, str], None]
+    ) -> None:
+        self.matrix, self.listen, self.refuse = matrix, listen, refuse
+        self.eager = torch.compiler.disable(self._run, reason=_CLOSE)
+
+    def attach(self) -> Iterator[Any]:
+        """Register with every module that has the weight, before hooks that change its output."""
+        for module in self.matrix.modules:
+            yield attach_after(module, self, first=True)
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Show the output to the listener; traced without gradients there is nothing to do."""
+        if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+            return None
+        return self.eager(module, args, kwargs, output)
+
+    def _run(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if not is_watching():
+            return None
+        x: Any = args[0] if args else next(iter(kwargs.values()), None)
+        listener = self.listen(self.matrix, module, x)
+        if listener is None:
+            return None
+        first = output[0] if type(output) in (tuple, list) and output else output
+        for value, what in ((x, "input"), (first, "output")):
+            if not _is_dense(value):
+                self.refuse(self.matrix, f"{_kind(value)} is its {what}, not a dense tensor")
+                return None
+        if not first.requires_grad:
+            return None
+        tapped = _Tap.apply(first, x, listener)
+        return tapped if first is output else type(output)((tapped, *output[1:]))
+
+
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
+
+
+def _kind(value: Any) -> str:
+    return f"a tensor of {value.layout}" if isinstance(value, Tensor) else type(value).__name__
+
+
+class AttentionHook:
+    """The hooks of an attention module, whose projections run without calling a module.
+
+    Args:
+        products: Weight and module of every projection that is watched, by its name.
+        listen: Says who listens.
+    """
+
+    def __init__(self, products: dict[str, tuple[WeightMatrix, nn.Module]], listen: Listen) -> None:
+        self.products, self.listen = products, listen
+        self.attend = torch.compiler.disable(attention.attend)
+        self.eager = torch.compiler.disable(self._run, reason=_CLOSE)
+
+    def attach(self, module: nn.Module) -> Iterator[Any]:
+        """Register before and after the module's forward."""
+        yield attach_before(module, self)
+        yield attach_after(module, torch.compiler.disable(attention.unwrap))
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Show the projections to their listeners."""
+        if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+            return None
+        return self.eager(module, args, kwargs)
+
+    def _run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        query: Any = args[0] if args else next(iter(kwargs.values()), None)
+        if not is_watching() or not _is_dense(query):
+            return None
+        listeners = {
+            name: self.listen(matrix, owner, query)
+            for name, (matrix, owner) in self.products.items()
+        }
+        if not any(listeners.values()):
+            return None
+
+        def tap(name: str, x: Tensor, output: Tensor) -> Tensor:
+            listener = listeners.get(name)
+            if listener is None:
+                return output
+            tapped: Tensor = _Tap.apply(
+                output, x, lambda x, g: listener(x.transpose(0, 1), g.transpose(0, 1))
+            )
+            return tapped
+
+        return attention.listened(args, kwargs, tap, self.attend)

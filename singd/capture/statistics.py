@@ -1,0 +1,148 @@
+"""Sums over rows, with counts: what a method makes factors of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from singd.layers import Layer
+from singd.layers.base import flatten_rows, square_sums
+from structured import StructuredMatrix
+
+Side = Literal["input", "grad"]
+
+Kind = Literal["covariance", "whitened"]
+"""What is summed: ``Pi(S)``, or ``Pi(K^T S K)`` of the factor ``K`` of the moment."""
+
+Result = TypeVar("Result")
+
+
+class UnreadableError(Exception):
+    """A module was used in a way that its layer does not describe."""
+
+
+class Columns:
+    """The inputs (or output gradients) of one use of a layer, in the form that a method asks for.
+
+    Args:
+        layer: Layer that reads the module.
+        module: Module that was used.
+        side: ``"input"`` or ``"grad"``.
+        values: Input of the module, or gradient of its output.
+        approximation: ``"expand"`` or ``"reduce"``.
+        ones: Whether the constant input of a bias is appended.
+    """
+
+    def __init__(
+        self, layer: Layer, module: Any, side: Side, values: Tensor, approximation: str, ones: bool
+    ) -> None:
+        self.layer, self.module, self.side, self.values = layer, module, side, values
+        self.approximation, self.ones = approximation, ones
+        self.rows = 0
+        """How many rows were summed, once :meth:`tensor` or :meth:`squares` was called."""
+        self._counts: tuple[int, int] | None = None
+
+    def tensor(self) -> Tensor:
+        """``X [..., n, R]``, one column for each row of the layer's product."""
+        X, self.rows = read(self.layer, self._columns)
+        return X
+
+    def squares(self) -> Tensor:
+        """The diagonal ``[..., n]`` of ``X X^T``, in float32 at least, without making ``X``."""
+        sums, self.rows = read(self.layer, self._squares)
+        return sums
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Number of samples and of positions of each, of output gradients."""
+        if self._counts is None:
+            read(self.layer, self._grads)
+        return self._counts or (0, 0)
+
+    def _columns(self) -> tuple[Tensor, int]:
+        if self.side == "input":
+            return self.layer.columns(self.module, self.values, self.approximation, self.ones)
+        B = flatten_rows(self._grads(), self.approximation, average=False)
+        return B, B.shape[-1]
+
+    def _squares(self) -> tuple[Tensor, int]:
+        if self.side == "input":
+            return self.layer.square_sums(self.module, self.values, self.approximation, self.ones)
+        grads = self._grads()
+        return square_sums(grads, self.approximation, average=False), grads.shape[-3:-1].numel()
+
+    def _grads(self) -> Tensor:
+        grads = self.layer.grads(self.module, self.values)
+        self._counts = grads.shape[-3], grads.shape[-2]
+        return grads
+
+
+class NoColumns(Columns):
+    """Columns ``[..., n, 0]``, of a layer that was not used.
+
+    Args:
+        nothing: That tensor.
+    """
+
+    def __init__(self, nothing: Tensor) -> None:
+        self.nothing, self.rows = nothing, 0
+
+    def tensor(self) -> Tensor:
+        """``[..., n, 0]``."""
+        return self.nothing
+
+    def squares(self) -> Tensor:
+        """Zeros ``[..., n]``."""
+        return self.nothing.float().square().sum(-1)
+
+
+def read(layer: Layer, function: Callable[..., Result], *args: Any) -> Result:
+    """``function(*args)``, a reading of ``layer``.
+
+    Raises:
+        UnreadableError: If it fails for any reason but a lack of memory.
+    """
+    try:
+        return function(*args)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise UnreadableError(f"{type(layer).__name__} cannot read it ({cause})") from error
+
+
+@dataclass
+class Statistic:
+    """A sum over rows, a member of the factor's structure, and what it is a sum of."""
+
+    value: StructuredMatrix
+    kind: Kind = "covariance"
+
+    def add_(self, other: Statistic) -> None:
+        """Include more rows, of the same kind."""
+        if self.kind != other.kind:
+            raise ValueError(f"Statistic: expected more of {self.kind}, got {other.kind}")
+        torch._foreach_add_(self.value.tensors(), other.value.tensors())
+
+
+@dataclass
+class KroneckerStatistics:
+    """Sums of both sides of a layer, with counts; normalized once, at the step."""
+
+    input: Statistic
+    grad: Statistic
+    rows: int  # of the inputs
+    samples: int = 0  # N, of the model
+    loss_terms: int = 0  # counting every shared position of a sample
+
+    def add_(self, other: KroneckerStatistics) -> None:
+        """Include more rows and their counts."""
+        self.input.add_(other.input)
+        self.grad.add_(other.grad)
+        self.rows += other.rows
+        self.samples += other.samples
+        self.loss_terms += other.loss_terms

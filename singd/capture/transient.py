@@ -1,0 +1,64 @@
+"""Hooks that belong to a module, but not to its copies: pickles and copies leave them out."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
+
+
+def attach_after(module: nn.Module, hook: Callable[..., Any], *, first: bool = False) -> Any:
+    """Register a transient forward hook; returns its handle.
+
+    Args:
+        module: Module that is watched.
+        hook: Called with module, arguments, keyword arguments and output.
+        first: Whether it runs before other hooks.
+    """
+    handle = module.register_forward_hook(hook, with_kwargs=True, prepend=first)
+    return _transient(module, handle)
+
+
+def attach_before(module: nn.Module, hook: Callable[..., Any]) -> Any:
+    """Register a transient forward pre-hook; returns its handle.
+
+    Args:
+        module: Module that is watched.
+        hook: Called with module, arguments and keyword arguments.
+    """
+    return _transient(module, module.register_forward_pre_hook(hook, with_kwargs=True))
+
+
+def _transient(module: nn.Module, handle: Any) -> Any:
+    """Leave a hook out of the state that :mod:`pickle` and :mod:`copy` ask an object for."""
+    state = vars(module).get("__getstate__")
+    if not isinstance(state, _State):
+        state = vars(module)["__getstate__"] = _State(module)
+    state.ids.add(handle.id)
+    return handle
+
+
+class _State:
+    """``__getstate__`` of a module, without transient hooks; an attribute of the instance."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.ids: set[int] = set()
+
+    def __call__(self) -> Any:
+        state = type(self.module).__getstate__(self.module)
+        if not isinstance(state, dict):
+            return state
+        state = {key: value for key, value in state.items() if key != "__getstate__"}
+        for name in _HOOKS:
+            if name in state:
+                left = [(k, hook) for k, hook in state[name].items() if k not in self.ids]
+                state[name] = OrderedDict(left)
+        return state

@@ -1,0 +1,195 @@
+"""The seam for methods: what an author writes, and what the optimizer's shell calls."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from singd.capture.statistics import Columns, Side, Statistic
+from structured import Operator, Structure, StructuredMatrix
+
+Options = Mapping[str, Any]
+"""The options of a parameter group."""
+
+Products = dict[str, Any]
+"""Operators made of factors, by name, that are cached until the next update."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What a method stores of a weight matrix. Derive a frozen dataclass of structured members.
+
+    Fields are members, ``None`` for those that the options make unnecessary, or tuples of members
+    (numbered in checkpoints). Equal matrices are stored side by side: members then have a first
+    batch dimension.
+    """
+
+    def members(self) -> dict[str, StructuredMatrix]:
+        """The members by name."""
+        found: dict[str, StructuredMatrix] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, tuple):
+                found |= {f"{field.name}_{i}": member for i, member in enumerate(value)}
+            elif value is not None:
+                found[field.name] = value
+        return found
+
+    def with_members(self, members: Mapping[str, StructuredMatrix]) -> Self:
+        """The same record with other members of these names."""
+        changed: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, tuple):
+                names = [f"{field.name}_{i}" for i in range(len(value))]
+                changed[field.name] = tuple(members[name] for name in names)
+            elif value is not None:
+                changed[field.name] = members[field.name]
+        return replace(self, **changed)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """``function`` of every tensor."""
+        return self.with_members({k: m.map(function) for k, m in self.members().items()})
+
+
+@dataclass
+class Averages:
+    """The statistics of a weight matrix, averaged over rows: those of ``S_K`` and ``S_C``."""
+
+    input: Statistic
+    grad: Statistic
+
+
+@dataclass
+class Job:
+    """Equal matrices whose factors are due.
+
+    Attributes:
+        factors: Factors side by side along the first dimension.
+        statistics: Their :class:`Averages`; or gradients, where a method needs no activations.
+        products: What was cached of the factors.
+    """
+
+    factors: Any
+    statistics: Any
+    products: Products
+
+
+class Method(ABC):
+    """A second-order method. Derive, and hand an instance to :class:`singd.KroneckerOptimizer`.
+
+    **You must** write :meth:`init`, :meth:`update` and :meth:`precondition`, and :meth:`summarize`
+    if ``needs_activations``. **You may** write the others. A method holds no state of its own:
+    options come with each call, factors are given and returned.
+    """
+
+    needs_activations = True
+    """Whether statistics are sums over inputs and output gradients of layers, seen by hooks.
+
+    Otherwise :meth:`update` is given the gradients, and every parameter of two or more dimensions
+    is preconditioned.
+    """
+
+    identity: tuple[str, ...] = ("structures",)
+    """Options that a checkpoint must share with the optimizer that loads it."""
+
+    # You must write -----------------------------------------------------------------------------
+
+    @abstractmethod
+    def init(
+        self,
+        shape: Sequence[int],
+        structures: Sequence[Structure],
+        options: Options,
+        *,
+        batch_shape: Sequence[int] = (),
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> Any:
+        """The :class:`Factors` before any update.
+
+        Args:
+            shape: Shape of the matrix, ``(..., d_out, d_in)``, the bias counted as an input.
+            structures: What :meth:`structures` gave.
+            options: Options of the parameter group.
+            batch_shape: Further leading dimensions.
+            dtype: Data type of the weight.
+            device: Device of the weight; ``"meta"`` to know the shapes alone.
+        """
+
+    @abstractmethod
+    def update(self, factors: Any, statistics: Any, options: Options, step: int) -> Any:
+        """New factors; those given are not changed.
+
+        Args:
+            factors: Factors of equal matrices, side by side along the first dimension.
+            statistics: Their :class:`Averages`; or gradients ``[matrices, ..., d_out, d_in]``.
+            options: Options of the parameter group.
+            step: Number of steps so far.
+        """
+
+    @abstractmethod
+    def precondition(self, factors: Any, G: Tensor, products: Products) -> Tensor:
+        """The direction for gradients ``G [matrices, ..., d_out, d_in]``, a new tensor like it.
+
+        Args:
+            factors: Factors of equal matrices.
+            G: Their gradients.
+            products: What :meth:`products` made of the factors.
+        """
+
+    def summarize(self, factors: Any, side: Side, columns: Columns, options: Options) -> Statistic:
+        """What to sum of the inputs, or of the output gradients, of one use of a layer.
+
+        Args:
+            factors: Factors of one matrix, without the batch dimension.
+            side: ``"input"`` or ``"grad"``.
+            columns: The columns ``X [..., n, R]`` as a :meth:`~Columns.tensor`, or the
+                :meth:`~Columns.squares` on the diagonal of ``X X^T``.
+            options: Options of the parameter group.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs activations: write summarize()")
+
+    # You may write ------------------------------------------------------------------------------
+
+    def check(self, options: Options) -> None:
+        """Raise ``ValueError`` if an option is out of range."""
+        return
+
+    def structures(
+        self, name: str, shape: Sequence[int], input_structure: str | None, options: Options
+    ) -> tuple[Structure, ...]:
+        """The structures of the factors of a matrix.
+
+        Args:
+            name: Name of the weight in the model.
+            shape: Shape of the matrix, without a bias.
+            input_structure: Structure of the input side, where the inputs leave no choice.
+            options: Options of the parameter group.
+        """
+        return ()
+
+    def layout(self, options: Options) -> tuple[Any, ...]:
+        """The options that the stored factors depend on: if they change, factors are fitted."""
+        return ()
+
+    def update_all(self, jobs: Iterable[Job], options: Options, step: int) -> Iterator[Any]:
+        """:meth:`update` of many jobs of one group, in order; a place for a fused form."""
+        for job in jobs:
+            yield self.update(job.factors, job.statistics, options, step)
+
+    def products(self, factors: Any, options: Options) -> Products:
+        """Operators worth caching until the next update."""
+        return {}
+
+    def residuals(self, factors: Any, averages: Any, options: Options) -> dict[str, Tensor]:
+        """Distances of factors from where they rest, ``[matrices, ...]`` by name."""
+        return {}
+
+
+__all__ = ["Averages", "Factors", "Job", "Method", "Operator", "Options", "Products"]

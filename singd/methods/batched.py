@@ -1,0 +1,168 @@
+"""The updates of many layers at once: the fused form of :mod:`singd.update`, its reference.
+
+Without a momentum the step of a factor is, with ``m = 1/2 (X - I)``,
+
+    K (I - beta_1 m) = K - beta_1/2 (K X - K),     X = a H + c Q,    H = Pi(K^T S K), Q = Pi(K^T K)
+
+with ``a = 1`` and ``c = lambda`` in IKFAC, ``a = mean(H_C)`` and ``c = lambda mean(C^T C)`` in
+SINGD. It is fused in three ways.
+
+*Numbers.* ``a``, ``c`` and the bound of ``beta_1`` are one number for each layer. They are worked
+out for all layers at once, as vectors: layer by layer a number costs as much as a small product.
+
+*The left form.* For structures closed under transposition let ``P = K K^T``, which is cached for
+the steps between two updates. As ``K (K^T S K) = (P S) K`` and ``K (K^T K) = P K``,
+
+    K X = X' K,     X' = a P S + c P
+
+So the step needs one product of size n less than ``K^T S K`` does. ``X'`` is similar to ``X``, so
+``tr X' = tr X`` and ``tr X'^2 = ||X||_F^2``: the numbers are the same.
+
+*Memory.* Terms are summed in place, and large matrices are made late and freed early, so that wide
+copies of all factors are never there at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from singd import update
+from singd.capture.statistics import Statistic
+from singd.methods.base import Job
+from singd.ops.precision import product_dtype
+from singd.ops.reductions import jointly, leading
+from structured import Dense, Diagonal, StructuredMatrix
+
+
+@dataclass
+class _Side:
+    """A factor that is due."""
+
+    K: StructuredMatrix  # wide; or as it is stored, if dense
+    H: StructuredMatrix  # Pi(K^T S K), or P S in the left form; then X
+    dtype: torch.dtype  # of products
+    Q: StructuredMatrix | None = None  # Pi(K^T K), or P in the left form
+    norm: Tensor | None = None  # of S, where that was summed
+    is_left: bool = False
+
+    def gram(self) -> StructuredMatrix:
+        """``Q``."""
+        return self.K.to(self.dtype).gram().to(self.H.dtype) if self.Q is None else self.Q
+
+    def gram_trace(self) -> Tensor:
+        """``tr(Q) = ||K||_F^2``; of a large matrix ``Q`` is not kept for it."""
+        if self.Q is None and isinstance(self.K, Dense):
+            return self.K.to(self.H.dtype).frobenius_norm().square()
+        self.Q = self.gram()
+        return self.Q.trace()
+
+
+def steps(
+    jobs: Iterable[Job], kfac_like: bool, damping: Any, lr_cov: float, factor_clip: float | None
+) -> Iterator[tuple[Any, StructuredMatrix, StructuredMatrix]]:
+    """The factors of every job, and its new K and C, which may be wider.
+
+    Args:
+        jobs: Jobs of one group; each holds its statistics until it is taken.
+        kfac_like: IKFAC, otherwise SINGD.
+        damping: Damping lambda.
+        lr_cov: Step size beta_1.
+        factor_clip: Bound of ``||beta_1 m||_2``, or ``None``.
+    """
+    sides: list[_Side] = []
+    factors = []
+    for job in jobs:
+        factors.append(job.factors)
+        sides.append(_side(job.factors.K, job.statistics.input, job.products.get("KK")))
+        sides.append(_side(job.factors.C, job.statistics.grad, job.products.get("CC")))
+        job.statistics = None
+    weights: Sequence[tuple[Any, Any]] = [(1.0, damping)] * len(sides)
+    if not kfac_like:
+        weights = _coupling([s.H for s in sides], [s.gram_trace() for s in sides], damping)
+    for side, (a, c) in zip(sides, weights, strict=True):
+        c = c if side.norm is None else update.resolve_damping(c, a, side.norm)
+        side.H, side.Q = _weighted_sum_(a, side.H, c, side.gram()), None
+    lerps = _lerp_weights(sides, lr_cov, factor_clip)
+    while factors:  # nothing is kept longer than its step takes
+        K, C = (_moved(sides.pop(0), lerps.pop(0)) for _ in range(2))
+        yield factors.pop(0), K, C
+
+
+def _side(K: StructuredMatrix, U: Statistic, P: StructuredMatrix | None) -> _Side:
+    """A factor, what makes its curvature, and on which side of it that stands."""
+    wide = torch.promote_types(K.dtype, U.value.dtype)
+    S = U.value.to(wide)
+    stored = K if isinstance(K, Dense) else K.to(wide)
+    if U.kind == "whitened":
+        return _Side(stored, S, product_dtype(K))
+    is_diagonal = isinstance(K, Diagonal)  # multiplies number by number: loses no digits
+    norm = None if is_diagonal else S.frobenius_norm()
+    if P is None or not K.closed_under_transpose:
+        return _Side(stored, update.curvature(K.to(wide), S), wide, norm=norm)
+    P = P if P.dtype == wide else K.to(wide).mT.gram()
+    return _Side(stored, P.matmul(S), wide, P, norm, is_left=not is_diagonal)
+
+
+def _coupling(
+    H: Sequence[StructuredMatrix], traces: Sequence[Tensor], damping: Any
+) -> list[tuple[Tensor, Tensor]]:
+    """``(a, c)`` of K, C, K, C, ...: ``mean(H_C)`` and ``lambda mean(C^T C)`` for a K."""
+    sizes = [x.n for x in H]
+    a = jointly(lambda h, n: h / n, sizes, [x.trace() for x in H])
+    c = jointly(lambda q, n: q * (damping / n), sizes, traces)
+    return [(a[i ^ 1].to(x.dtype), c[i ^ 1].to(x.dtype)) for i, x in enumerate(H)]
+
+
+def _lerp_weights(sides: Sequence[_Side], lr_cov: float, factor_clip: float | None) -> list[Any]:
+    """``-beta_1 / 2`` for each, where ``beta_1`` is :func:`singd.update.clip_lr_cov`."""
+    if factor_clip is None:
+        return [-0.5 * lr_cov] * len(sides)
+    bound = factor_clip
+
+    def weights(trace: Tensor, norm: Tensor, n: Tensor) -> Tensor:
+        t = trace / n
+        of_mean = t.abs() * n.sqrt()
+        # ||X - t I||_F = (||X||_F^2 - ||t I||_F^2)^(1/2), and that without an overflow:
+        spread = (norm - of_mean).clamp_(min=0.0).sqrt_() * (norm + of_mean).sqrt_()
+        norms = spread.add_(t.sub_(1.0).abs_()).mul_(0.5 * lr_cov)
+        return norms.clamp_(min=bound).reciprocal_().mul_(-0.5 * lr_cov * bound)
+
+    X = [side.H for side in sides]
+    norms = [
+        x.trace_product(x).clamp(min=0.0).sqrt() if side.is_left else x.frobenius_norm()
+        for x, side in zip(X, sides, strict=True)
+    ]
+    return jointly(weights, [x.n for x in X], [x.trace() for x in X], norms)
+
+
+def _moved(side: _Side, weight: float | Tensor) -> StructuredMatrix:
+    """``K - beta_1/2 (K X - K)``, in the memory of ``K X`` (or ``X' K``), which may be wider."""
+    K, X, wide = side.K.to(side.dtype), side.H.to(side.dtype), side.H.dtype
+    KX = (X.matmul(K) if side.is_left else K.matmul(X)).to(wide)
+    del X
+
+    def lerp_(kx: Tensor, k: Tensor) -> Tensor:
+        w = leading(weight, kx) if isinstance(weight, Tensor) else weight
+        if k.dtype == kx.dtype:
+            return torch.lerp(k, kx, w, out=kx)
+        return kx.sub_(k).mul_(w).add_(k)
+
+    return KX.map(lerp_, side.K)
+
+
+def _weighted_sum_(
+    a: float | Tensor, X: StructuredMatrix, b: float | Tensor, Y: StructuredMatrix
+) -> StructuredMatrix:
+    """``a X + b Y`` in the memory of X: fresh memory takes longer than the sum."""
+
+    def sum_(x: Tensor, y: Tensor) -> Tensor:
+        if isinstance(a, Tensor) or a != 1:
+            x.mul_(leading(a, x) if isinstance(a, Tensor) else a)
+        return x.addcmul_(y, leading(b, y)) if isinstance(b, Tensor) else x.add_(y, alpha=b)
+
+    return X.map(sum_, Y)

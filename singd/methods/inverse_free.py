@@ -1,0 +1,272 @@
+"""IKFAC, INGD and SINGD: factors that are learned without matrix inversion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from singd import update
+from singd.capture.statistics import Columns, Side, Statistic
+from singd.methods import batched
+from singd.methods.base import Averages, Factors, Job, Method, Options, Products
+from singd.methods.options import choice, floating, in_range, integer, pair
+from singd.ops.precision import product_dtype, rounds_products
+from structured import (
+    Dense,
+    Diagonal,
+    Kronecker,
+    Operator,
+    Structure,
+    StructuredMatrix,
+    add_symmetric_product_,
+    parse,
+)
+
+MAX_DIM = 8192
+
+
+@dataclass(frozen=True)
+class InverseFreeFactors(Factors):
+    """``K K^T ~ S_K^-1`` and ``C C^T ~ S_C^-1``, and their momenta if there are any."""
+
+    K: StructuredMatrix
+    C: StructuredMatrix
+    m_K: StructuredMatrix | None = None
+    m_C: StructuredMatrix | None = None
+
+
+class InverseFree(Method):
+    """IKFAC (``kfac_like``), INGD (dense) and SINGD (structured); formulas in :mod:`singd.update`.
+
+    Source: Lin et al., arXiv 2312.05705, Figure 3.
+    """
+
+    identity = ("structures", "kfac_like", "max_dim", "wide_structure")
+
+    def check(self, options: Options) -> None:
+        """Raise ``ValueError`` if an option is out of range."""
+        in_range("alpha1", options["alpha1"], 0.0, 1.0, open_end=True)
+        if not callable(options["lr_cov"]):
+            in_range("lr_cov", options["lr_cov"], 0.0, float("inf"))
+        if options["factor_clip"] is not None:
+            in_range("factor_clip", options["factor_clip"], 1e-6, 1.0)
+        limits = options["max_dim"]
+        for limit in limits.values() if isinstance(limits, Mapping) else [limits]:
+            if limit is not None:
+                integer("max_dim", limit, 0)
+        for name in ("kfac_like", "normalize_lr_cov", "keep_products"):
+            choice(name, options[name], (False, True))
+        pair("preconditioner_dtype", options["preconditioner_dtype"])
+        for dtype in options["preconditioner_dtype"]:
+            floating("preconditioner_dtype", dtype)
+        given = options["structures"]
+        pairs = list(given.values()) if isinstance(given, Mapping) else [given]
+        for each in pairs:
+            pair("structures", each)
+        for spec in (options["wide_structure"], *(spec for each in pairs for spec in each)):
+            parse(spec)
+
+    # What is stored -----------------------------------------------------------------------------
+
+    def structures(
+        self, name: str, shape: Sequence[int], input_structure: str | None, options: Options
+    ) -> tuple[Structure, ...]:
+        """The structures of K and C: those of ``options``, or the wide one beyond ``max_dim``."""
+        given = by_name(options["structures"], name, ("dense", "dense"))
+        limit = by_name(options["max_dim"], name, MAX_DIM)
+        *_, d_out, d_in = shape
+        sides = [(d_in, input_structure or given[0]), (d_out, given[1])]
+        wide = options["wide_structure"]
+        return tuple(parse(wide if limit is not None and n > limit else s) for n, s in sides)
+
+    def layout(self, options: Options) -> tuple[Any, ...]:
+        """The options that structures, data types and momenta depend on."""
+        given = [options[name] for name in ("structures", "max_dim")]
+        return (
+            *(dict(g) if isinstance(g, Mapping) else g for g in given),
+            *(options[k] for k in ("wide_structure", "kfac_like", "preconditioner_dtype")),
+            options["alpha1"] == 0,
+            options["keep_products"],
+        )
+
+    def init(
+        self,
+        shape: Sequence[int],
+        structures: Sequence[Structure],
+        options: Options,
+        *,
+        batch_shape: Sequence[int] = (),
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> InverseFreeFactors:
+        """Identities, and momenta of zero where there are momenta."""
+        *inner, d_out, d_in = shape
+        zeros = [
+            structure(
+                n,
+                batch_shape=(*batch_shape, *inner),
+                dtype=options["preconditioner_dtype"][i] or dtype,
+                device=device,
+            )
+            for i, (structure, n) in enumerate(zip(structures, (d_in, d_out), strict=True))
+        ]
+        K, C = (zero.add_scaled_identity(1.0) for zero in zeros)
+        has_momenta = options["alpha1"] and not options["kfac_like"]
+        return InverseFreeFactors(K, C, *(zeros if has_momenta else ()))
+
+    # Statistics ---------------------------------------------------------------------------------
+
+    def summarize(
+        self, factors: InverseFreeFactors, side: Side, columns: Columns, options: Options
+    ) -> Statistic:
+        """``Pi(S)``, or ``Pi(K^T S K)`` where that is needed, in float32 at least."""
+        K = factors.K if side == "input" else factors.C
+        if isinstance(K, Diagonal):
+            return Statistic(Diagonal(columns.squares()))
+        X = columns.tensor()
+        dtype = torch.promote_types(K.dtype, X.dtype)
+        dtype = torch.float32 if dtype == torch.float16 else dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        if is_whitened(K):
+            return Statistic(update.whitened(K.to(dtype), X.to(dtype)).to(wide), "whitened")
+        if isinstance(K, Dense) and X.dtype == torch.bfloat16:  # exact sums of its products
+            S = X.new_empty(*X.shape[:-1], K.n, dtype=wide)
+            add_symmetric_product_(S, X, beta=0.0)
+            return Statistic(Dense(S))
+        return Statistic(update.statistic(K.to(wide), X.to(wide)))
+
+    # Updates ------------------------------------------------------------------------------------
+
+    def update(
+        self, factors: InverseFreeFactors, statistics: Averages, options: Options, step: int
+    ) -> InverseFreeFactors:
+        """One update of K and C, and of their momenta, by the functions of :mod:`singd.update`."""
+        sides = ((factors.K, statistics.input), (factors.C, statistics.grad))
+        (K, H_K), (C, H_C) = (_curvature(F, U) for F, U in sides)
+        if options["kfac_like"]:
+            dampings = [_damping(options["damping"], 1.0, U) for _, U in sides]
+            m_K, m_C = update.ikfac(K, H_K, dampings[0]), update.ikfac(C, H_C, dampings[1])
+        else:
+            m_K, m_C = update.singd(K, C, H_K, H_C, options["damping"])
+        new = replace(factors)
+        for name, F, m in (("K", K, m_K), ("C", C, m_C)):
+            old = getattr(factors, f"m_{name}")
+            new = replace(new, **_step(name, F, m, old, options, step))
+        return new
+
+    def update_all(
+        self, jobs: Iterable[Job], options: Options, step: int
+    ) -> Iterator[InverseFreeFactors]:
+        """The updates of all jobs, fused where the momenta themselves are not needed."""
+        if options["normalize_lr_cov"] or (options["alpha1"] and not options["kfac_like"]):
+            yield from super().update_all(jobs, options, step)
+            return
+        lr = lr_cov(options, step)
+        rule = (options["kfac_like"], options["damping"], lr, options["factor_clip"])
+        for factors, K, C in batched.steps(jobs, *rule):
+            yield replace(factors, K=K, C=C)
+
+    def residuals(
+        self, factors: InverseFreeFactors, averages: Averages, options: Options
+    ) -> dict[str, Tensor]:
+        """``||Pi(K^T (S_K + lambda I) K) - I||_F`` of K, and of C: zero at the best factor."""
+        found = {}
+        for name, F, U in (("K", factors.K, averages.input), ("C", factors.C, averages.grad)):
+            K, H = _curvature(F, U)
+            rest = (H + options["damping"] * K.gram()).add_scaled_identity(-1.0)
+            found[name] = rest.frobenius_norm()
+        return found
+
+    # Directions ---------------------------------------------------------------------------------
+
+    def products(self, factors: InverseFreeFactors, options: Options) -> Products:
+        """``K K^T`` and ``C C^T``, where their structure holds them: half the work of a step."""
+        if not options["keep_products"]:
+            return {}
+        found = {"KK": product_of(factors.K), "CC": product_of(factors.C)}
+        return {name: product for name, product in found.items() if product is not None}
+
+    def precondition(self, factors: InverseFreeFactors, G: Tensor, products: Products) -> Tensor:
+        """``C C^T G K K^T``, in the wider of both data types."""
+        K, C = factors.K, factors.C
+        wide = torch.promote_types(K.dtype, C.dtype)
+        X = G.to(wide)
+        KK, CC = (products[k].to(wide) if k in products else None for k in ("KK", "CC"))
+        if KK is not None and CC is not None:
+            return precondition_by_products(KK, CC, X).to(G.dtype)
+        K, C = K.to(wide), C.to(wide)
+        Y = (K.apply(K.apply_transpose(X.mT)) if KK is None else KK.apply(X.mT)).mT
+        return (C.apply(C.apply_transpose(Y)) if CC is None else CC.apply(Y)).to(G.dtype)
+
+
+def product_of(K: StructuredMatrix) -> Operator | None:
+    """``K K^T`` as an operator that costs less than K and its transpose one after the other."""
+    return K.outer()
+
+
+def precondition_by_products(KK: Operator, CC: Operator, G: Tensor) -> Tensor:
+    """``C C^T G K K^T`` from the symmetric products."""
+    if isinstance(KK, Diagonal) and isinstance(CC, Diagonal):  # as few passes as there can be
+        return (G * KK.d[..., None, :]).mul_(CC.d[..., None])
+    for_rows = KK.mT if isinstance(KK, Dense) else KK  # a product with its transpose is plain
+    return Kronecker(CC, for_rows).apply_matrix(G)
+
+
+def is_whitened(K: StructuredMatrix) -> bool:
+    """Whether K is applied to the columns, since ``S`` does not determine H or loses digits."""
+    rounded = rounds_products(product_dtype(K), K.device) and not isinstance(K, Diagonal)
+    return rounded or not K.closed_under_congruence
+
+
+def lr_cov(options: Options, step: int) -> Any:
+    """``beta_1`` at this step."""
+    return options["lr_cov"](step) if callable(options["lr_cov"]) else options["lr_cov"]
+
+
+def by_name(given: Any, name: str, default: Any) -> Any:
+    """An option; or, of a mapping from patterns, what the first pattern gives that matches."""
+    if not isinstance(given, Mapping):
+        return given
+    return next((value for pattern, value in given.items() if fnmatch(name, pattern)), default)
+
+
+def _curvature(K: StructuredMatrix, U: Statistic) -> tuple[StructuredMatrix, StructuredMatrix]:
+    """A factor in the precision of its statistic, and its curvature."""
+    wide = torch.promote_types(K.dtype, U.value.dtype)
+    K, value = K.to(wide), U.value.to(wide)
+    return K, value if U.kind == "whitened" else update.curvature(K, value)
+
+
+def _damping(c: Any, a: Any, U: Statistic) -> Any:
+    """The damping, as much as can be resolved beside the statistic."""
+    if U.kind == "whitened" or isinstance(U.value, Diagonal):
+        return c
+    return update.resolve_damping(c, a, U.value.frobenius_norm())
+
+
+def _step(
+    name: str,
+    K: StructuredMatrix,
+    m_K: StructuredMatrix,
+    old: StructuredMatrix | None,
+    options: Options,
+    step: int,
+) -> dict[str, StructuredMatrix]:
+    """A factor and its momentum after the step, from the new term of the momentum."""
+    new: dict[str, StructuredMatrix] = {}
+    alpha1 = 0.0 if old is None else options["alpha1"]
+    if options["normalize_lr_cov"]:
+        m_K = (1 - alpha1) * m_K  # else the largest entry could only grow
+    if old is not None:
+        m_K = new[f"m_{name}"] = alpha1 * old.to(m_K.dtype) + m_K
+    beta_1 = lr_cov(options, step)
+    if options["normalize_lr_cov"]:
+        beta_1 = update.normalize_lr_cov(beta_1, m_K)
+    if options["factor_clip"] is not None:
+        beta_1 = update.clip_lr_cov(beta_1, m_K, options["factor_clip"])
+    return new | {name: update.factor_step(K, m_K, beta_1)}

@@ -1,0 +1,77 @@
+"""KFAC: the baseline, with a float32 Cholesky inverse of every Kronecker factor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from singd import update
+from singd.capture.statistics import Columns, Side, Statistic
+from singd.methods.base import Averages, Factors, Method, Options, Products
+from singd.methods.inverse_free import precondition_by_products
+from singd.methods.options import in_range
+from structured import Dense, Structure, StructuredMatrix
+
+
+@dataclass(frozen=True)
+class KFACFactors(Factors):
+    """Moving averages of ``S_K`` and ``S_C``, and the inverses of both with damping."""
+
+    S_K: StructuredMatrix
+    S_C: StructuredMatrix
+    inverse_K: StructuredMatrix
+    inverse_C: StructuredMatrix
+
+
+class KroneckerFactored(Method):
+    """KFAC (Martens & Grosse, arXiv 1503.05671): averages of the factors, and their inverses."""
+
+    def check(self, options: Options) -> None:
+        """Raise ``ValueError`` if an option is out of range."""
+        in_range("lr_cov", options["lr_cov"], 0.0, 1.0)
+
+    def init(
+        self,
+        shape: Sequence[int],
+        structures: Sequence[Structure],
+        options: Options,
+        *,
+        batch_shape: Sequence[int] = (),
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> KFACFactors:
+        """Identities, in float32 at least."""
+        *inner, d_out, d_in = shape
+        wide = torch.promote_types(dtype, torch.float32)
+        like: dict[str, Any] = {"dtype": wide, "device": device}
+        members = [
+            Dense.identity(n, batch_shape=(*batch_shape, *inner), **like)
+            for n in (d_in, d_out, d_in, d_out)
+        ]
+        return KFACFactors(*members)
+
+    def summarize(
+        self, factors: KFACFactors, side: Side, columns: Columns, options: Options
+    ) -> Statistic:
+        """``S``."""
+        S = factors.S_K if side == "input" else factors.S_C
+        return Statistic(S.project_gram(columns.tensor().to(S.dtype)))
+
+    def update(
+        self, factors: KFACFactors, statistics: Averages, options: Options, step: int
+    ) -> KFACFactors:
+        """New averages, and their inverses."""
+        lr_cov, damping = options["lr_cov"], options["damping"]
+        S_K = update.kfac_average(factors.S_K, statistics.input.value, lr_cov)
+        S_C = update.kfac_average(factors.S_C, statistics.grad.value, lr_cov)
+        inverses = (update.kfac_inverse(S.to_dense(), damping) for S in (S_K, S_C))
+        return KFACFactors(S_K, S_C, *(Dense(inverse) for inverse in inverses))
+
+    def precondition(self, factors: KFACFactors, G: Tensor, products: Products) -> Tensor:
+        """``(S_C + lambda I)^-1 G (S_K + lambda I)^-1``."""
+        K, C = factors.inverse_K, factors.inverse_C
+        return precondition_by_products(K, C, G.to(K.dtype)).to(G.dtype)

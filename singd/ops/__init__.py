@@ -1,0 +1,1 @@
+"""Numerical operations of a step, each with its reference implementation."""

@@ -1,0 +1,180 @@
+"""Weight decay, momentum and the step of many parameters in one launch.
+
+Reference: :func:`singd.ops.reference.momentum_step_`. Every program works on one tensor, found in a
+table of addresses. The table travels from pinned memory without a wait, and is cached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from singd.ops.kernels.rounding import DROPPED, mix, noise, rounded
+
+BLOCK = 1024  # numbers at a time
+PROGRAMS = 512  # for each tensor, at most
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+_CAPTURED: list[Tensor] = []  # host memory that captured graphs copy from
+
+Row = tuple[int, int, int, int, int, int, int]
+"""Three addresses; size, length and stride of the rows of the direction; index of the name."""
+
+
+@triton.jit
+def _one(
+    param,
+    direction,
+    buffer,
+    i,
+    size,
+    length,
+    stride,
+    key,
+    lr,
+    momentum,
+    weight_decay,
+    DECOUPLED: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    STRIDED: tl.constexpr,
+    BITS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    mask = i < size
+    if WHOLE:  # known to the compiler: several places are read at once
+        mask = tl.full(i.shape, 1, tl.int1)
+    p = tl.load(param + i, mask=mask, other=0.0).to(tl.float32)
+    place = i // length * stride + i % length if STRIDED else i
+    d = tl.load(direction + place, mask=mask, other=0.0).to(tl.float32)
+    if DECOUPLED:
+        p -= lr * weight_decay * p
+    else:
+        d += weight_decay * p
+    if MOMENTUM:
+        d += momentum * tl.load(buffer + i, mask=mask, other=0.0).to(tl.float32)
+        tl.store(buffer + i, d.to(buffer.dtype.element_ty), mask=mask)
+    moved = rounded(p - lr * d, noise(key, i), BITS)
+    tl.store(param + i, moved.to(param.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _kernel(
+    table,
+    names,
+    word,
+    unless,
+    lr,
+    momentum,
+    weight_decay,
+    TYPE: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    GUARDED: tl.constexpr,
+    STRIDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Every ``num_programs(0)``-th block of one tensor."""
+    table += tl.program_id(1) * 7
+    param = tl.load(table).to(tl.pointer_type(TYPE))
+    direction = tl.load(table + 1).to(tl.pointer_type(DIRECTION))
+    buffer = tl.load(table + 2).to(tl.pointer_type(TYPE))
+    size, length, stride = tl.load(table + 3), tl.load(table + 4), tl.load(table + 5)
+    key = mix(tl.load(names + tl.load(table + 6)) + tl.load(word))
+    if GUARDED:
+        size = tl.where(tl.load(unless), 0, size)
+    if ALIGNED:
+        param, buffer = tl.multiple_of(param, 16), tl.multiple_of(buffer, 16)
+        direction = tl.multiple_of(direction, 16)
+    places = tl.arange(0, BLOCK).to(tl.int64)
+    for block in range(tl.program_id(0), tl.cdiv(size, BLOCK), tl.num_programs(0)):
+        i = places + block * BLOCK
+        whole = (block + 1) * BLOCK <= size
+        # fmt: off
+        if whole:
+            _one(param, direction, buffer, i, size, length, stride, key, lr, momentum,
+                 weight_decay, DECOUPLED, MOMENTUM, STRIDED, BITS, True)
+        else:
+            _one(param, direction, buffer, i, size, length, stride, key, lr, momentum,
+                 weight_decay, DECOUPLED, MOMENTUM, STRIDED, BITS, False)
+        # fmt: on
+
+
+def launch(
+    params: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    decoupled: bool,
+    names: Tensor,
+    word: Tensor,
+    unless: Tensor | None = None,
+) -> None:
+    """One launch for each pair of dtypes and kind of memory; parameters are contiguous."""
+    sorted_: dict[tuple[torch.dtype, torch.dtype, bool, bool], list[Row]] = {}
+    alive = []  # copies of directions, until the kernel is launched
+    triples = zip(params, directions, buffers or params, strict=True)
+    for index, (p, direction, b) in enumerate(triples):
+        if not p.numel():
+            continue
+        d, length, stride = _in_rows(direction)
+        alive.append(d)
+        addresses = (p.data_ptr(), d.data_ptr(), b.data_ptr())
+        aligned = all(address % 16 == 0 for address in addresses)
+        kind = (p.dtype, d.dtype, stride != length, aligned)
+        sorted_.setdefault(kind, []).append((*addresses, p.numel(), length, stride, index))
+    for (dtype, other, strided, aligned), rows in sorted_.items():
+        blocks = triton.cdiv(max(row[3] for row in rows), BLOCK)
+        _kernel[(min(blocks, PROGRAMS), len(rows))](
+            _table(tuple(rows), params[0].device),
+            names,
+            word,
+            word if unless is None else unless,
+            lr,
+            momentum,
+            weight_decay,
+            TYPE=TYPES[dtype],
+            DIRECTION=TYPES[other],
+            DECOUPLED=decoupled,
+            MOMENTUM=bool(buffers),
+            GUARDED=unless is not None,
+            STRIDED=strided,
+            ALIGNED=aligned,
+            BITS=DROPPED[dtype],
+            BLOCK=BLOCK,
+        )
+
+
+def _in_rows(d: Tensor) -> tuple[Tensor, int, int]:
+    """A direction as contiguous rows: itself or a copy, their length, and from each to the next."""
+    if d.is_contiguous():
+        return d, d.numel(), d.numel()
+    if d[0].is_contiguous():
+        return d, d[0].numel(), d.stride(0)
+    return d.contiguous(), d.numel(), d.numel()
+
+
+def _table(rows: tuple[Row, ...], device: torch.device) -> Tensor:
+    """The rows on the device."""
+    if device.type == "cpu":  # Triton's interpreter
+        return torch.tensor(rows, dtype=torch.int64)
+    if torch.cuda.is_current_stream_capturing():
+        host = torch.tensor(rows, dtype=torch.int64).pin_memory()
+        _CAPTURED.append(host)
+        return host.to(device, non_blocking=True)
+    return _cached_table(rows, device)[1]
+
+
+@lru_cache(maxsize=64)
+def _cached_table(rows: tuple[Row, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    host = torch.tensor(rows, dtype=torch.int64).pin_memory()
+    return host, host.to(device, non_blocking=True)

@@ -1,0 +1,182 @@
+"""SINGD: structured inverse-free natural gradient descent, as a torch.optim optimizer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from singd.methods.inverse_free import MAX_DIM, InverseFree
+from singd.optimizer import KroneckerOptimizer
+from structured import StructureLike
+
+Structures: TypeAlias = tuple[StructureLike, StructureLike]
+
+
+class SINGD(KroneckerOptimizer):
+    r"""IKFAC, INGD and SINGD (Lin et al., arXiv 2312.05705), trained like any other optimizer.
+
+    >>> optimizer = SINGD(model, structures=("dense", "diagonal"))
+    >>> optimizer.zero_grad()
+    >>> loss_func(model(X), y).backward()
+    >>> optimizer.step()
+
+    For every weight W of a linear, convolutional or attention layer, with inputs A and output
+    gradients B (empirical Fisher), one step is::
+
+        every T steps:
+            H_K, H_C = Pi(K^T A A^T K), Pi(C^T B B^T C)        in the structures of K and C
+            m_K = alpha1 m_K + 1/2 (mean(H_C) H_K + damping mean(C^T C) Pi(K^T K) - I)
+            m_C alike                                          (kfac_like: 1 for the means)
+            K, C = K (I - lr_cov m_K), C (I - lr_cov m_C)      ||lr_cov m|| <= factor_clip
+        D = C C^T grad K K^T
+        nu = min(1, sqrt(kl_clip / sum lr^2 <D, grad>))        over all weights
+        b = momentum b + nu D + weight_decay W
+        W = W - lr b
+
+    No matrix is inverted or decomposed. AdamW trains every other parameter.
+
+    Args:
+        model: Model to train; its supported layers are hooked.
+        params: Parameters or parameter groups; all trainable parameters of ``model`` if ``None``.
+
+        lr: *As in SGD.* Learning rate (beta_2 in the paper); a tensor is read anew by a CUDA graph.
+        momentum: Momentum of the parameters (alpha_2), in [0, 1).
+        weight_decay: Weight decay gamma, added to the preconditioned gradient.
+        decoupled_weight_decay: Decay ``W <- (1 - lr weight_decay) W`` as AdamW's instead.
+
+        structures: *Curvature.* Structures of K (input side) and C (output side): specs, classes or
+            callables, see :func:`structured.parse`. Or a mapping from patterns of parameter names,
+            as for :mod:`fnmatch`, to such pairs: the first that matches counts, dense if none does.
+        damping: Damping lambda of the curvature. What is smaller than its rounding counts as that.
+        T: Number of steps between two updates of the factors.
+        lr_cov: Step size of the factors (beta_1), or a function of the step number.
+        alpha1: Riemannian momentum of the factors (alpha_1), in [0, 1); 0 under ``kfac_like``.
+        kfac_like: IKFAC (close to KFAC) instead of INGD / SINGD.
+        kfac_approx: ``"expand"`` or ``"reduce"`` for layers that share their weight over positions
+            (Eschenhagen et al., arXiv 2311.00636).
+        loss_average: What the loss is a mean over: ``"batch"`` (as many terms as samples),
+            ``"batch+sequence"`` (samples times shared positions), or ``None`` for a sum.
+        preconditioner_dtype: Data types of K and of C; ``None`` for that of the weight. Below
+            float32, updates are rounded stochastically.
+        max_dim: Width from which a factor takes ``wide_structure`` instead; ``None`` for no limit.
+            Or a mapping from patterns of parameter names to such limits, 8192 if none matches.
+        wide_structure: Structure of wide factors.
+        keep_products: Cache ``K K^T`` and ``C C^T`` between updates of the factors where their
+            structure allows: half the work of a step, for the memory of K and C once more.
+
+        kl_clip: *Safety.* Bound ``kappa`` of every step: scaled down so that ``lr^2 <D, grad>``
+            does not exceed it at the highest ``lr`` of a step so far. Below that, steps are shorter
+            in proportion: schedules act. ``None`` for the paper's bare rule.
+        factor_clip: Bound, in (0, 1], of ``||lr_cov m_K||_2`` at every update of K, and so of C:
+            they stay invertible, and in range whatever the scale of inputs and gradients. ``None``
+            for the paper's bare rule.
+        normalize_lr_cov: Divide ``lr_cov`` by the largest entry of the factor's momentum where that
+            exceeds 1.
+        graft: Give every layer's direction the norm of the gradient (``"sgd"``) or of AdamW's step
+            (``"adamw"``, with the options ``adamw``; its averages are stored as well); ``lr`` is
+            then a learning rate of that method, and ``kl_clip`` best ``None``.
+        max_skipped: Steps in a row that may be skipped since a gradient or statistic was not
+            finite, before that is an error. On a GPU a step does not wait for the device: that it
+            was skipped is known at the next one, or as soon as ``skipped`` is asked for. ``None``
+            looks for nothing.
+        seed: Seed of the stochastic rounding.
+        telemetry: Function called after every step with :func:`singd.diagnostics.describe`.
+
+        adamw: *Other parameters.* Options of :class:`torch.optim.AdamW`, which trains them. Its
+            rate follows the group's: ``adamw["lr"] / lr`` of it, 0.03 of it unless given; its
+            weight decay is the group's, decoupled, unless given.
+        layers: Further types to precondition, by diagonal factors: embeddings and normalizations,
+            as listed in :data:`singd.layers.OPTIONAL`; or ``"all"`` of them.
+        process_group: Process group of the ranks that share the data, if not all do. Statistics are
+            summed over it, and gradients averaged unless ``model`` is wrapped in
+            DistributedDataParallel.
+
+        warn_unsupported: *Compatibility.* Accepted for scripts written for PyPI ``singd``; nothing
+            is left untrained, so there is nothing to warn of.
+        init_grad_scale: Accepted likewise; statistics are summed in float32 at least, so no guess
+            of a GradScaler's first scale is needed.
+
+    Raises:
+        TypeError: If ``model`` or ``params`` is of the wrong kind.
+        ValueError: If an option is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None = None,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        damping: float = 0.001,
+        alpha1: float = 0.0,
+        weight_decay: float = 0.0,
+        T: int = 10,
+        loss_average: str | None = "batch",
+        lr_cov: float | Callable[[int], float] = 0.3,
+        structures: Structures | Mapping[str, Structures] = ("dense", "dense"),
+        kfac_approx: str = "expand",
+        *,
+        kfac_like: bool = False,
+        decoupled_weight_decay: bool = False,
+        preconditioner_dtype: tuple[torch.dtype | None, torch.dtype | None] = (None, None),
+        max_dim: int | Mapping[str, int | None] | None = MAX_DIM,
+        wide_structure: StructureLike = "diagonal",
+        keep_products: bool = True,
+        kl_clip: float | None = 3e-5,
+        factor_clip: float | None = 0.5,
+        normalize_lr_cov: bool = False,
+        graft: str | None = None,
+        max_skipped: int | None = 10,
+        seed: int = 0,
+        telemetry: Callable[[dict[str, Any]], None] | None = None,
+        adamw: Mapping[str, Any] | None = None,
+        layers: Collection[type[nn.Module]] | str = (),
+        process_group: Any = None,
+        warn_unsupported: bool | None = None,
+        init_grad_scale: float | None = None,
+    ) -> None:
+        for name, value in (
+            ("warn_unsupported", warn_unsupported),
+            ("init_grad_scale", init_grad_scale),
+        ):
+            if value is not None:
+                message = f"{name} has no effect: leave it out"
+                warnings.warn(message, DeprecationWarning, stacklevel=2)
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "damping": damping,
+            "alpha1": alpha1,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "T": T,
+            "loss_average": loss_average,
+            "lr_cov": lr_cov,
+            "structures": structures,
+            "kfac_approx": kfac_approx,
+            "kfac_like": kfac_like,
+            "preconditioner_dtype": preconditioner_dtype,
+            "normalize_lr_cov": normalize_lr_cov,
+            "kl_clip": kl_clip,
+            "factor_clip": factor_clip,
+            "graft": graft,
+            "keep_products": keep_products,
+            "max_dim": max_dim,
+            "wide_structure": wide_structure,
+            "seed": seed,
+        }
+        super().__init__(
+            model,
+            InverseFree(),
+            params,
+            defaults,
+            adamw=adamw,
+            layers=layers,
+            max_skipped=max_skipped,
+            telemetry=telemetry,
+            process_group=process_group,
+        )

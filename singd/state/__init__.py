@@ -1,0 +1,1 @@
+"""What outlives a step: checkpoints, and the plan of what is stored."""

@@ -1,0 +1,103 @@
+"""The plan: which rule trains each parameter, and what it stores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from singd.capture.weight_matrix import WeightMatrix, owners_of
+from singd.step import grafting
+from singd.step.factor_store import FactorStore
+from singd.step.fallback import Fallback
+from singd.step.parameters import Parameters
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter of the plan."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    layer: str
+    rule: str
+    structures: str
+    state_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an optimizer does with every parameter of a model; prints as a table."""
+
+    rows: tuple[Row, ...]
+    adamw_bytes: int  # what AdamW would store for the same parameters
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state, once every parameter has been stepped."""
+        return sum(row.state_bytes for row in self.rows)
+
+    def __str__(self) -> str:
+        head = ("parameter", "shape", "layer", "rule", "structures", "state bytes")
+        body = [
+            (r.parameter, _times(r.shape), r.layer, r.rule, r.structures, f"{r.state_bytes:,}")
+            for r in self.rows
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *body)]
+        ratio = self.state_bytes / self.adamw_bytes if self.adamw_bytes else float("nan")
+        total = f"state: {self.state_bytes:,} bytes, {ratio:.2f} of AdamW's {self.adamw_bytes:,}"
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], total])
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "1"
+
+
+def make_plan(rule: str, parameters: Parameters, store: FactorStore, fallback: Fallback) -> Plan:
+    """The plan of an optimizer; nothing is allocated.
+
+    Args:
+        rule: Name of the method.
+        parameters: What trains each parameter.
+        store: Structures of the factors.
+        fallback: AdamW's options.
+    """
+    ours: dict[Tensor, list[WeightMatrix]] = {}
+    for matrix in parameters.preconditioned():
+        for p in matrix.parameters:
+            ours.setdefault(p, []).append(matrix)
+    counter = nbytes(torch.tensor(0.0))
+    rows, adamw = [], 0
+    for name, p, module, _ in owners_of(parameters.model):
+        kind, structures, stored = "frozen", "", 0
+        if p in parameters.group_of:
+            group = parameters.group_of[p]
+            of_adamw = len(fallback.state_names()) * nbytes(p) + counter
+            adamw += of_adamw
+            if p not in ours:
+                kind, stored = "AdamW", of_adamw
+            else:
+                kind = rule
+                stored = nbytes(p) if group["momentum"] else 0
+                if group["graft"] == "adamw":
+                    stored += len(grafting.state_names("adamw")) * nbytes(p) + counter
+                for matrix in ours[p]:
+                    own = parameters.group_of[matrix.weight]
+                    structures = ", ".join(map(str, store.structures(matrix, own)))
+                    if p is matrix.weight:
+                        factors = store.fresh(matrix, own, None, "meta")
+                        stored += sum(nbytes(m.tensors()) for m in factors.members().values())
+        elif p.requires_grad:
+            kind = "not given"
+        rows.append(Row(name, tuple(p.shape), type(module).__name__, kind, structures, stored))
+    return Plan(tuple(rows), adamw)
+
+
+def nbytes(value: Any) -> int:
+    """Bytes of a tensor, or of all in a container."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(nbytes(v) for v in (value.values() if isinstance(value, dict) else value))

@@ -1,0 +1,176 @@
+"""From gradients to directions, their length, and the parameters that move along them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singd.capture.weight_matrix import WeightMatrix
+from singd.methods.base import Method
+from singd.ops.momentum_step import momentum_step_
+from singd.ops.reductions import inner_product, total
+from singd.ops.stochastic_rounding import Rounding
+from singd.placement import Placement
+from singd.step.factor_store import Proposal, State
+from singd.step.grafting import graft_
+from singd.step.groups import Group, peak_lr
+from singd.step.parameters import Parameters
+from singd.step.skipping import write_
+from singd.update import kl_scale
+
+
+@dataclass
+class Direction:
+    """Equal matrices with a gradient, and what their parameters move along."""
+
+    matrices: list[WeightMatrix]
+    group: Group
+    gradient: Tensor  # [matrices, ..., d_out, d_in]
+    value: Tensor  # likewise
+    scale: Tensor | None = None  # what the step multiplies the value by
+    averages: dict[Tensor, dict[str, Tensor]] = field(default_factory=dict)  # of grafting
+
+    def norms(self) -> dict[str, dict[str, Tensor]]:
+        """Frobenius norms of gradients and directions, by the key of the matrix."""
+        pairs = zip(self.matrices, self.gradient, self.value, strict=True)
+        return {m.key: {"gradient_norm": G.norm(), "direction_norm": d.norm()} for m, G, d in pairs}
+
+    def moves(self) -> Iterator[tuple[WeightMatrix, nn.Parameter, Tensor]]:
+        """Every parameter that has a gradient, with its part of the directions."""
+        for matrix, value in zip(self.matrices, self.value.unbind(), strict=True):
+            for p, part in zip(matrix.parameters, matrix.split(value), strict=True):
+                if p.grad is not None:
+                    yield matrix, p, part
+
+
+def precondition(
+    proposed: Sequence[Proposal], method: Method, placement: Placement
+) -> list[Direction]:
+    """The directions of all matrices that have a gradient."""
+    directions = []
+    for proposal in proposed:
+        batch = proposal.batch
+        some = [matrix for matrix in batch.matrices if matrix.has_gradient]
+        if some:
+            factors, products = batch.select(some, proposal.factors, proposal.products)
+            G = placement.gradients(some)
+            value = method.precondition(factors, G, products)
+            directions.append(Direction(some, batch.group, G, value))
+    return directions
+
+
+def graft(directions: Sequence[Direction], state: State, adamw: Mapping[str, Any]) -> None:
+    """Give directions the norm of another method's step, where the group asks for it.
+
+    Args:
+        directions: Directions, changed in place.
+        state: State of the optimizer.
+        adamw: Options of AdamW.
+    """
+    for d in directions:
+        if d.group["graft"] is not None:
+            d.averages = graft_(d.value, d.gradient, d.matrices, d.group["graft"], state, adamw)
+
+
+def scale_by_kl(directions: Sequence[Direction], placement: Placement) -> Tensor | None:
+    """Bound the step of every group that has a ``kl_clip``, all of them together.
+
+    Returns:
+        The sum ``q`` that bounds go by, if it saw all directions.
+    """
+    bounded = [d for d in directions if d.group["kl_clip"] is not None]
+    if not bounded:
+        return None
+    sums: list[Tensor] = []
+    while bounded:
+        group = bounded[0].group
+        same = [d for d in bounded if d.group is group]
+        bounded = [d for d in bounded if d.group is not group]
+        products = [inner_product(d.value, d.gradient) for d in same]
+        sums.append(peak_lr(group) ** 2 * total(products))
+    q = placement.complete(total(sums))
+    scales: list[tuple[Group, Tensor]] = []
+    for d in directions:
+        if d.group["kl_clip"] is not None:
+            d.scale = next((s for group, s in scales if group is d.group), None)
+            if d.scale is None:
+                d.scale = kl_scale(d.group["kl_clip"], q)
+                scales.append((d.group, d.scale))
+    return q if all(d.scale is not None for d in directions) else None
+
+
+# What is written ---------------------------------------------------------------------------------
+
+
+def write_averages(directions: Sequence[Direction], state: State, unless: Tensor | None) -> None:
+    """Keep the moving averages of grafting, except where ``unless`` is true."""
+    for d in directions:
+        for p, averages in d.averages.items():
+            for name, new in averages.items():
+                old = state[p].get(name)
+                target = torch.zeros_like(new) if old is None else old.to(new.device)
+                state[p][name] = write_(target, new, unless)
+
+
+def replace_gradients(directions: Sequence[Direction], unless: Tensor | None) -> None:
+    """Put scaled directions into ``.grad``, except where ``unless`` is true."""
+    for d in directions:
+        for matrix, p, value in d.moves():
+            if p.grad is not None:
+                value = value if d.scale is None else value * d.scale.to(value)
+                write_(matrix.part(p.grad), value, unless)
+
+
+def move_parameters(
+    directions: Sequence[Direction],
+    parameters: Parameters,
+    state: State,
+    unless: Tensor | None,
+) -> None:
+    """Move every parameter along its direction, except where ``unless`` is true.
+
+    Args:
+        directions: Directions of all matrices.
+        parameters: Names and groups of parameters: the group of a bias need not be its weight's.
+        state: State of the optimizer, with the momenta.
+        unless: Truth value on the device, or ``None``.
+    """
+    alike: dict[Any, list[tuple[WeightMatrix, nn.Parameter, Tensor]]] = {}
+    options: dict[Any, tuple[Group, Tensor | None]] = {}
+    for d in directions:
+        for move in d.moves():
+            p = move[1]
+            group = parameters.group_of[p]
+            key = (id(group), id(d.scale), p.device, p.dtype)
+            options[key] = group, d.scale
+            alike.setdefault(key, []).append(move)
+    for key, moves in alike.items():
+        group, scale = options[key]
+        buffers = []
+        if group["momentum"]:
+            buffers = [matrix.part(_buffer(p, state)) for matrix, p, _ in moves]
+        momentum_step_(
+            [matrix.part(p.detach()) for matrix, p, _ in moves],
+            [value for _, _, value in moves],
+            buffers,
+            lr=group["lr"],
+            momentum=group["momentum"],
+            weight_decay=group["weight_decay"],
+            decoupled=group["decoupled_weight_decay"],
+            rounding=Rounding(group["seed"], group["step"]),
+            names=[f"{parameters.name(p)} {matrix.label}" for matrix, p, _ in moves],
+            scale=scale,
+            unless=unless,
+        )
+
+
+def _buffer(p: Tensor, state: State) -> Tensor:
+    """The momentum of a parameter."""
+    if "momentum_buffer" not in state[p]:
+        state[p]["momentum_buffer"] = torch.zeros_like(p)
+    buffer: Tensor = state[p]["momentum_buffer"]
+    return buffer

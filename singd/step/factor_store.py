@@ -1,0 +1,308 @@
+"""Where factors are kept: equal matrices side by side, in the optimizer's state.
+
+The tensors in ``optimizer.state[weight]`` are views of the batches here. They are the one home of
+the factors: what is reset, reloaded or replaced there counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from singd.capture.weight_matrix import WeightMatrix
+from singd.methods.base import Factors, Method, Products
+from singd.step.groups import Group
+from singd.step.skipping import is_capturing, write_
+from structured import Structure, StructuredMatrix
+
+State = MutableMapping[Any, dict[str, Any]]
+
+
+def state_key(matrix: WeightMatrix, name: str) -> str:
+    """The key of a member of ``matrix`` in the state of its weight."""
+    return f"{matrix.label}.{name}" if matrix.label else name
+
+
+class Batch:
+    """Equal matrices and their factors, side by side along a first dimension."""
+
+    def __init__(self, matrices: Sequence[WeightMatrix], group: Group, factors: Factors) -> None:
+        self.matrices, self.group, self.factors = list(matrices), group, factors
+        self.products: Products | None = None
+        self.views: list[dict[str, list[Tensor]]] = [
+            {name: [t[i] for t in member.tensors()] for name, member in factors.members().items()}
+            for i in range(len(self.matrices))
+        ]
+        members = factors.members()
+        self.one = {
+            matrix: factors.with_members(
+                {name: member.with_tensors(views[name]) for name, member in members.items()}
+            )
+            for matrix, views in zip(self.matrices, self.views, strict=True)
+        }
+        """The factors of every matrix alone, views."""
+        self._places: dict[tuple[int, ...], Tensor] = {}
+
+    def select(self, matrices: Sequence[WeightMatrix], *values: Any) -> tuple[Any, ...]:
+        """What belongs to some of the matrices, of factors or products; copies, unless of all."""
+        if len(matrices) == len(self.matrices):
+            return values
+        index = self.index(matrices)
+        return tuple(
+            value.map(lambda t: t[index])
+            if isinstance(value, Factors)
+            else {name: product.map(lambda t: t[index]) for name, product in value.items()}
+            for value in values
+        )
+
+    def index(self, matrices: Sequence[WeightMatrix]) -> Tensor:
+        """The places of some of the matrices; made once, since a copy to the device may wait."""
+        places = tuple(self.matrices.index(matrix) for matrix in matrices)
+        if places not in self._places:
+            self._places[places] = torch.tensor(places, device=self.matrices[0].weight.device)
+        return self._places[places]
+
+    def replaced(
+        self,
+        matrices: Sequence[WeightMatrix],
+        new: Factors,
+        rounded: Callable[..., Tensor],
+        before: Factors,
+    ) -> Factors:
+        """The factors of all, once those of some matrices are ``new``.
+
+        Args:
+            matrices: Matrices that are updated.
+            new: Their factors.
+            rounded: ``rounded(tensor, dtype, names)``, the numbers in the data type of the store.
+            before: The factors of all until then.
+        """
+        changed: dict[str, StructuredMatrix] = {}
+        for name, earlier in before.members().items():
+            member, tensors = new.members()[name], []
+            pairs = zip(member.tensors(), earlier.tensors(), strict=True)
+            for number, (t, old) in enumerate(pairs):
+                names = [f"{matrix.key} {name} {number}" for matrix in matrices]
+                t = rounded(t, old.dtype, names)
+                if len(matrices) < len(self.matrices):
+                    t = old.index_copy(0, self.index(matrices), t)
+                tensors.append(t)
+            changed[name] = earlier.with_tensors(tensors)
+        return before.with_members(changed)
+
+
+@dataclass
+class Proposal:
+    """What a batch will hold if the step is taken."""
+
+    batch: Batch
+    factors: Factors
+    products: Products
+    updated: list[WeightMatrix]  # the matrices whose factors are new
+
+
+class FactorStore:
+    """The factors of all matrices that are preconditioned.
+
+    Args:
+        method: Method that makes and updates them.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        self.batches: list[Batch] = []
+        self._batch_of: dict[WeightMatrix, Batch] = {}
+        self._layouts: dict[WeightMatrix, tuple[Any, ...]] = {}
+        self._structures: dict[WeightMatrix, tuple[Structure, ...]] = {}
+
+    def ensure(
+        self, groups: Mapping[WeightMatrix, Group], state: State
+    ) -> dict[WeightMatrix, bool]:
+        """Make factors where there are none, and take over what the state holds instead of ours.
+
+        Args:
+            groups: The matrices that are preconditioned, each with the group of its weight.
+            state: State of the optimizer.
+
+        Returns:
+            Matrices whose factors changed, and whether their structures did.
+
+        Raises:
+            ValueError: If the state of a matrix is incomplete or of another shape.
+        """
+        changed: dict[WeightMatrix, bool] = {}
+        choices = {id(g): self.method.layout(g) for g in groups.values()}
+        layouts = {m: self._layout(m, g, choices[id(g)]) for m, g in groups.items()}
+        if layouts != self._layouts:
+            for matrix in groups:
+                before = self._structures.get(matrix)
+                if layouts[matrix] != self._layouts.get(matrix):
+                    self._structures[matrix] = self.structures(matrix, groups[matrix])
+                    if before not in (None, self._structures[matrix]):
+                        changed[matrix] = True
+                        _forget(matrix, state, self._batch_of.get(matrix))
+            self._layouts = layouts
+            self._arrange(groups, state)
+        for batch in self.batches:
+            for matrix, views in zip(batch.matrices, batch.views, strict=True):
+                if self._adopt(matrix, batch, views, state):
+                    batch.products = None
+                    changed.setdefault(matrix, False)
+        return changed
+
+    def factors(self, matrix: WeightMatrix) -> Factors:
+        """The factors of one matrix."""
+        return self._batch_of[matrix].one[matrix]
+
+    def holds(self, matrix: WeightMatrix, group: Group) -> bool:
+        """Whether there are factors of ``matrix``, made for its weight and options as they are."""
+        layout = self._layout(matrix, group, self.method.layout(group))
+        return self._layouts.get(matrix) == layout
+
+    def structures(self, matrix: WeightMatrix, group: Group) -> tuple[Structure, ...]:
+        """The structures of the factors of a matrix."""
+        shape, fixed = matrix.layer.shape(matrix.module), matrix.layer.input_structure
+        return self.method.structures(matrix.name, shape, fixed, group)
+
+    def fresh(
+        self, matrix: WeightMatrix, group: Group, count: int | None, device: torch.device | str
+    ) -> Factors:
+        """Factors before any update.
+
+        Args:
+            matrix: Matrix that they are of.
+            group: Group of its weight.
+            count: Number of equal matrices side by side; ``None`` for one without that dimension.
+            device: Device of the factors.
+        """
+        factors: Factors = self.method.init(
+            matrix.shape,
+            self._structures.get(matrix) or self.structures(matrix, group),
+            group,
+            batch_shape=() if count is None else (count,),
+            dtype=matrix.weight.dtype,
+            device=device,
+        )
+        return factors
+
+    def products(self, batch: Batch) -> Products:
+        """The products of the factors of a batch, made if they are not there."""
+        if batch.products is None:
+            batch.products = self.method.products(batch.factors, batch.group)
+        return batch.products
+
+    def write(self, proposals: Iterable[Proposal], unless: Tensor | None) -> None:
+        """Take over new factors, except where the truth value ``unless`` is true."""
+        for proposal in proposals:
+            if not proposal.updated:
+                continue
+            batch = proposal.batch
+            old, new = batch.factors.members(), proposal.factors.members()
+            for name, member in new.items():
+                if member is not old[name]:
+                    _copy(old[name], member, unless)
+            if batch.products and (unless is not None or is_capturing()):
+                for name, product in proposal.products.items():  # other graphs read their places
+                    _copy(batch.products[name], product, unless)
+            else:
+                batch.products = proposal.products if unless is None else None
+
+    # The state ----------------------------------------------------------------------------------
+
+    def _layout(self, matrix: WeightMatrix, group: Group, choices: Any) -> tuple[Any, ...]:
+        """What the factors of a matrix depend on besides statistics."""
+        weight = matrix.weight
+        return weight.shape, weight.dtype, weight.device, id(group), choices
+
+    def _arrange(self, groups: Mapping[WeightMatrix, Group], state: State) -> None:
+        """Sort equal matrices into batches; factors that are there are copied into them."""
+        alike: dict[Any, list[WeightMatrix]] = {}
+        for matrix, layout in self._layouts.items():
+            _, dtype, device, group, _ = layout
+            key = (group, matrix.shape, self._structures[matrix], dtype, device)
+            alike.setdefault(key, []).append(matrix)
+        self.batches, self._batch_of = [], {}
+        for matrices in alike.values():
+            group = groups[matrices[0]]
+            device = matrices[0].weight.device
+            factors = self.fresh(matrices[0], group, len(matrices), device)
+            batch = Batch(matrices, group, factors)
+            self.batches.append(batch)
+            self._batch_of |= dict.fromkeys(matrices, batch)
+            for matrix in matrices:
+                _drop_unknown(matrix, state, factors)
+
+    def _adopt(
+        self, matrix: WeightMatrix, batch: Batch, views: dict[str, list[Tensor]], state: State
+    ) -> bool:
+        """Make the state of a matrix and its place in the batch the same; whether that changed it.
+
+        What the state holds is copied into the batch; where it holds nothing factors start afresh.
+        """
+        entry = state[matrix.weight]
+        names = {name: state_key(matrix, name) for name in views}
+        given: dict[str, Any] = {name: entry.get(key) for name, key in names.items()}
+        if all(_are_same(given[name], views[name]) for name in views):
+            return False
+        missing = [name for name, value in given.items() if value is None]
+        needed = [name for name in missing if not name.startswith("m_")]
+        if needed and len(missing) < len(views):
+            there = [name for name in views if name not in missing]
+            raise ValueError(
+                f"{matrix.name}: expected {', '.join(needed)} beside {', '.join(there)} in its "
+                "state, got none"
+            )
+        if missing:
+            fresh = self.fresh(matrix, batch.group, None, matrix.weight.device).members()
+            given |= {name: list(fresh[name].tensors()) for name in missing}
+        for name, value in given.items():
+            _check_shapes(matrix, name, value, views[name])
+        for name, value in given.items():
+            for view, t in zip(views[name], value, strict=True):
+                if view is not t:
+                    view.copy_(t)
+            entry[names[name]] = list(views[name])
+        return True
+
+
+def _are_same(value: Any, views: Sequence[Tensor]) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == len(views)
+        and all(a is b for a, b in zip(value, views, strict=True))
+    )
+
+
+def _check_shapes(matrix: WeightMatrix, name: str, value: Any, views: Sequence[Tensor]) -> None:
+    """Raise unless ``value`` is a list of tensors shaped like ``views``."""
+    expected = [list(view.shape) for view in views]
+    good = isinstance(value, list | tuple) and all(isinstance(t, Tensor) for t in value)
+    got = [list(t.shape) for t in value] if good else type(value).__name__
+    if got != expected:
+        raise ValueError(f"{matrix.name}: expected {name} of shapes {expected}, got {got}")
+
+
+def _forget(matrix: WeightMatrix, state: State, batch: Batch | None) -> None:
+    """Drop the factors of a matrix: they were of another structure."""
+    for name in batch.factors.members() if batch is not None else ():
+        state.get(matrix.weight, {}).pop(state_key(matrix, name), None)
+
+
+def _drop_unknown(matrix: WeightMatrix, state: State, factors: Factors) -> None:
+    """Drop members that a matrix no longer has: momenta that were switched off."""
+    entry = state.get(matrix.weight, {})
+    known = {state_key(matrix, name) for name in factors.members()}
+    prefix = f"{matrix.label}." if matrix.label else ""
+    for key in [k for k, v in entry.items() if isinstance(v, list) and k not in known]:
+        if key.startswith(prefix) and ("." in key) == bool(prefix):
+            del entry[key]
+
+
+def _copy(target: StructuredMatrix, new: StructuredMatrix, unless: Tensor | None) -> None:
+    """Write one member into the tensors of another."""
+    for place, t in zip(target.tensors(), new.tensors(), strict=True):
+        write_(place, t, unless)

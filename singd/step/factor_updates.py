@@ -1,0 +1,151 @@
+"""From statistics to factors: sums become averages, batch by batch, and go to the method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from singd.capture.statistics import KroneckerStatistics, Statistic
+from singd.capture.weight_matrix import WeightMatrix
+from singd.methods.base import Averages, Job, Method
+from singd.ops.stochastic_rounding import Rounding
+from singd.placement import Placement
+from singd.step.factor_store import Batch, FactorStore, Proposal
+from singd.step.groups import Group, is_due
+from structured import StructuredMatrix
+
+Statistics = Mapping[WeightMatrix, KroneckerStatistics]
+Residuals = dict[WeightMatrix, dict[str, Tensor]]
+
+
+@dataclass
+class Normalization:
+    """What makes averages of sums.
+
+    Attributes:
+        counted: Number of terms that the user counted for this step; 0 if none.
+        scale: Scale of the loss that statistics are not free of, by a GradScaler.
+        ranks: Number of ranks that share the data: each has the gradient of its own mean.
+    """
+
+    counted: float | Tensor
+    scale: Tensor | None
+    ranks: int
+
+    def of_gradients(self, one: KroneckerStatistics, group: Group) -> float | Tensor:
+        """What multiplies ``sum g g^T``: how many terms the loss is a mean over."""
+        terms = self.counted
+        if not isinstance(terms, Tensor) and not terms:
+            counts = {None: 1, "batch": one.samples, "batch+sequence": one.loss_terms}
+            terms = counts[group["loss_average"]]
+        terms = terms / self.ranks**2
+        return terms if self.scale is None else terms / self.scale.double().square()
+
+
+def update_factors(
+    store: FactorStore,
+    placement: Placement,
+    statistics: Statistics,
+    normalization: Normalization,
+    residuals: Residuals | None,
+) -> list[Proposal]:
+    """The factors of all batches, those that are due updated; nothing is written.
+
+    Args:
+        store: Where factors are kept.
+        placement: Gives whole gradients to a method that needs no activations.
+        statistics: Sums over all ranks.
+        normalization: What makes averages of them.
+        residuals: Takes how far factors were from where they rest; not computed if ``None``.
+    """
+    proposals = [
+        Proposal(batch, batch.factors, store.products(batch), []) for batch in store.batches
+    ]
+    by_group: dict[int, list[tuple[Proposal, list[WeightMatrix]]]] = {}
+    for place, proposal in enumerate(proposals):
+        batch = proposal.batch
+        if is_due(batch.group):
+            first = next(i for i, p in enumerate(proposals) if p.batch.group is batch.group)
+            for some in _due(store.method, batch, statistics):
+                by_group.setdefault(first, []).append((proposals[place], some))
+    for due in by_group.values():
+        group = due[0][0].batch.group
+        rounding = Rounding(group["seed"], group["step"])
+        jobs = (
+            _job(store.method, placement, proposal, some, statistics, normalization, residuals)
+            for proposal, some in due
+        )
+        updates = store.method.update_all(jobs, group, group["step"])
+        for (proposal, some), new in zip(due, updates, strict=True):
+            proposal.factors = _replaced(proposal, some, new, rounding)
+            proposal.updated += some
+        for proposal, _ in due:
+            proposal.products = store.method.products(proposal.factors, group)
+    return proposals
+
+
+def _due(method: Method, batch: Batch, statistics: Statistics) -> Iterator[list[WeightMatrix]]:
+    """The matrices of a batch with statistics, of one kind each time."""
+    if not method.needs_activations:
+        some = [matrix for matrix in batch.matrices if matrix.has_gradient]
+        if some:
+            yield some
+        return
+    kinds: dict[Any, list[WeightMatrix]] = {}
+    for matrix in batch.matrices:
+        if matrix in statistics:
+            one = statistics[matrix]
+            kinds.setdefault((one.input.kind, one.grad.kind), []).append(matrix)
+    yield from kinds.values()
+
+
+def _job(
+    method: Method,
+    placement: Placement,
+    proposal: Proposal,
+    some: list[WeightMatrix],
+    statistics: Statistics,
+    normalization: Normalization,
+    residuals: Residuals | None,
+) -> Job:
+    """Some matrices of a batch with their factors, and what was seen of them."""
+    batch = proposal.batch
+    factors, products = batch.select(some, batch.factors, proposal.products)
+    if not method.needs_activations:
+        return Job(factors, placement.gradients(some), products)
+    sums = [statistics[matrix] for matrix in some]
+    of_inputs = [one.input.value * (1.0 / one.rows) for one in sums]
+    of_grads = [one.grad.value * normalization.of_gradients(one, batch.group) for one in sums]
+    averages = Averages(
+        Statistic(_side_by_side(of_inputs), sums[0].input.kind),
+        Statistic(_side_by_side(of_grads), sums[0].grad.kind),
+    )
+    if residuals is not None:
+        found = method.residuals(factors, averages, batch.group)
+        for i, matrix in enumerate(some):
+            residuals[matrix] = {name: values[i] for name, values in found.items()}
+    return Job(factors, averages, products)
+
+
+def _side_by_side(members: Sequence[StructuredMatrix]) -> StructuredMatrix:
+    """Members of one structure along a new first dimension."""
+    first, *others = members
+    if others:
+        return first.map(lambda *ts: torch.stack(ts), *others)
+    return first.map(lambda t: t[None])
+
+
+def _replaced(proposal: Proposal, some: list[WeightMatrix], new: Any, rounding: Rounding) -> Any:
+    """The factors of the whole batch with those of some matrices replaced."""
+
+    def rounded(t: Tensor, dtype: torch.dtype, names: Sequence[str]) -> Tensor:
+        return rounding(t, dtype, names)
+
+    before = proposal.batch.factors
+    if proposal.updated:  # others of the batch have been updated already
+        before = proposal.factors
+    return proposal.batch.replaced(some, new, rounded, before)

@@ -1,0 +1,96 @@
+"""Parameter groups: their options, rates, and what is counted in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singd.methods.options import choice, in_range, integer
+
+Group = dict[str, Any]
+
+LOSS_AVERAGES = (None, "batch", "batch+sequence")
+GRAFTS = (None, "sgd", "adamw")
+
+
+def parameter_of(given: Any) -> Any:
+    """The parameter, of a parameter or a pair ``(name, parameter)``."""
+    return given[1] if isinstance(given, tuple) else given
+
+
+def as_groups(params: Any, model: nn.Module) -> list[Group]:
+    """What was given as ``params``, as a list of groups whose ``"params"`` are lists.
+
+    Args:
+        params: Parameters, pairs of name and parameter, or groups; ``None`` for all trainable ones.
+        model: Model with the parameters.
+
+    Raises:
+        TypeError: If ``params`` is one tensor, or a set, whose order is not reproducible.
+        ValueError: If it is empty.
+    """
+    if params is None:
+        params = [p for p in model.parameters() if p.requires_grad]
+    given = listed(params)
+    if not given:
+        raise ValueError("params: expected parameters or groups of them, got none")
+    groups = given if isinstance(given[0], Mapping) else [{"params": given}]
+    return [{**group, "params": listed(group["params"], alone=True)} for group in groups]
+
+
+def listed(params: Any, *, alone: bool = False) -> list[Any]:
+    """``params`` as a list, if it is one; a tensor too where it may stand alone."""
+    if isinstance(params, Tensor):
+        if alone:
+            return [params]
+        raise TypeError("params: expected an iterable of parameters or groups, got one tensor")
+    if isinstance(params, set | frozenset):
+        raise TypeError("params: expected an ordered collection of parameters, got a set")
+    return list(params)
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if an option that all methods share is out of range."""
+    for name in ("lr", "damping", "weight_decay"):
+        in_range(name, group[name], 0.0, float("inf"))
+    in_range("momentum", group["momentum"], 0.0, 1.0, open_end=True)
+    integer("T", group["T"], 1)
+    integer("seed", group["seed"])
+    choice("loss_average", group["loss_average"], LOSS_AVERAGES)
+    choice("kfac_approx", group["kfac_approx"], ("expand", "reduce"))
+    choice("graft", group["graft"], GRAFTS)
+    choice("decoupled_weight_decay", group["decoupled_weight_decay"], (False, True))
+    if group["kl_clip"] is not None:
+        in_range("kl_clip", group["kl_clip"], 0.0, float("inf"))
+
+
+def peak_lr(group: Group) -> float | Tensor:
+    """The highest learning rate of a step so far, this one included; a tensor of tensors."""
+    lr, peak = group["lr"], group["peak_lr"]
+    if isinstance(peak, Tensor):
+        return peak.clamp(min=lr)
+    highest: float | Tensor = lr.clamp(min=peak) if isinstance(lr, Tensor) else max(lr, peak)
+    return highest
+
+
+def keep_peak_lr(group: Group) -> None:
+    """Remember the highest learning rate, at its place if it is a tensor."""
+    peak = group["peak_lr"]
+    if isinstance(peak, Tensor):
+        peak.clamp_(min=group["lr"])
+    else:
+        group["peak_lr"] = peak_lr(group)
+
+
+def is_due(group: Group) -> bool:
+    """Whether the next step updates factors."""
+    due: bool = group["step"] % group["T"] == 0
+    return due
+
+
+def counter_device(p: Tensor) -> torch.device:
+    """Where steps of ``p`` are counted by AdamW or grafting: with it where no step may wait."""
+    return p.device if p.is_cuda else torch.device("cpu")

@@ -1,0 +1,51 @@
+"""What the capture asks of a step to come: which passes count, and how they are summed up."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+from singd.capture.statistics import Columns, Side, Statistic
+from singd.capture.weight_matrix import WeightMatrix
+from singd.step.groups import is_due
+from singd.step.pipeline import Parts
+from structured import Diagonal
+
+
+class StepObserver:
+    """Reads the groups and factors of an optimizer, which it does not keep alive.
+
+    Args:
+        ensure: Method of the optimizer that makes factors where there are none.
+    """
+
+    parts: Parts
+
+    def __init__(self, ensure: Callable[[], None]) -> None:
+        self._ensure = weakref.WeakMethod(ensure)
+
+    def is_captured(self, matrix: WeightMatrix) -> bool:
+        """Whether the next step updates the factors of ``matrix``."""
+        parameters = self.parts.parameters
+        return is_due(parameters.group_of[matrix.weight]) and not parameters.is_handed_over(matrix)
+
+    def prepare(self, matrix: WeightMatrix) -> None:
+        """Make factors, unless they are there."""
+        ensure, group = self._ensure(), self.parts.parameters.group_of[matrix.weight]
+        if ensure is not None and not self.parts.store.holds(matrix, group):
+            ensure()
+
+    def piece_bytes(self, matrix: WeightMatrix) -> int | None:
+        """As large as the factor: a product with fewer rows than columns is slow."""
+        first = next(iter(self.parts.store.factors(matrix).members().values()))
+        return None if isinstance(first, Diagonal) else sum(t.nbytes for t in first.tensors())
+
+    def summarize(self, matrix: WeightMatrix, side: Side, columns: Columns) -> Statistic:
+        """The statistic that the method asks for."""
+        group = self.parts.parameters.group_of[matrix.weight]
+        return self.parts.method.summarize(self.parts.store.factors(matrix), side, columns, group)
+
+    def approximation(self, matrix: WeightMatrix) -> str:
+        """``"expand"`` or ``"reduce"``."""
+        approximation: str = self.parts.parameters.group_of[matrix.weight]["kfac_approx"]
+        return approximation

@@ -1,0 +1,150 @@
+"""Which parameters are preconditioned, and which AdamW trains: an explicit record."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterable, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singd.capture.weight_matrix import WeightMatrix, find_weight_matrices, owners_of
+from singd.step.groups import Group, counter_device
+
+State = MutableMapping[Any, dict[str, Any]]
+
+
+class Parameters:
+    """The parameters of a model in their groups.
+
+    ``group["handed_over"]`` names those that were preconditioned once, until their use was found to
+    be another than their layer describes.
+
+    Args:
+        model: Model that is trained.
+        layers: Types among :data:`singd.layers.OPTIONAL` that are preconditioned as well.
+    """
+
+    def __init__(self, model: nn.Module, layers: Collection[type[nn.Module]]) -> None:
+        self.model, self.layers = model, tuple(layers)
+        self.matrices: list[WeightMatrix] = []
+        self.expected: set[Tensor] = set()  # parameters that were given, or will be at once
+        self.group_of: dict[Tensor, Group] = {}
+        self._order: list[Tensor] = []
+        self._names: dict[Tensor, str] = {}
+        self._owners: list[tuple[str, nn.Parameter, Any, str, torch.Size]] = []
+        self._kinds: dict[Tensor, tuple[Any, ...]] = {}  # of those whose state is like them
+
+    def find(self, given: Sequence[Tensor]) -> list[WeightMatrix]:
+        """The new matrices whose weight is among ``given``."""
+        self.expected.update(given)
+        taken = {matrix.weight for matrix in self.matrices}
+        candidates = find_weight_matrices(self.model, self.expected, taken, self.layers)
+        chosen = set(given)
+        return [matrix for matrix in candidates if matrix.weight in chosen]
+
+    def bind(self, groups: Iterable[Group]) -> None:
+        """Find the group of every parameter again, after groups were added or replaced."""
+        groups = list(groups)
+        self.group_of = {p: group for group in groups for p in group["params"]}
+        self._order = [p for group in groups for p in group["params"]]
+        owners = list(owners_of(self.model))
+        self._names = {p: name.replace("_orig_mod.", "") for name, p, _, _ in owners}
+        self._owners = [
+            (name, p, module._parameters, key, p.shape)
+            for name, p, module, key in owners
+            if p in self.group_of
+        ]
+        self._kinds = {}
+
+    def name(self, p: Tensor) -> str:
+        """The name of a parameter in the model."""
+        return self._names.get(p, "a parameter")
+
+    def check(self, groups: Sequence[Group], state: State) -> None:
+        """Follow changes of data type and device since the last step.
+
+        Raises:
+            ValueError: If a parameter was replaced, resized, added or taken out of its group.
+        """
+        order = [p for group in groups for p in group["params"]]
+        if len(order) != len(self._order) or any(
+            p is not q for p, q in zip(order, self._order, strict=True)
+        ):
+            raise ValueError(
+                "param_groups: expected the parameters that the optimizer was made with, got "
+                "others: use add_param_group, or freeze with requires_grad_(False)"
+            )
+        if any(self.group_of[p] is not group for group in groups for p in group["params"][:1]):
+            self.bind(groups)
+        for name, p, slots, key, shape in self._owners:
+            if slots.get(key, p) is not p:
+                raise ValueError(
+                    f"{name} was replaced after the optimizer was made (by "
+                    "load_state_dict(assign=True)?): make the optimizer afterwards"
+                )
+            if p.shape != shape:
+                raise ValueError(
+                    f"{name}: expected the shape {list(shape)} it had when the optimizer was made, "
+                    f"got {list(p.shape)}: make a new optimizer"
+                )
+            kind = (p.dtype, p.device)
+            if self._kinds.get(p) != kind:
+                self._kinds[p] = kind
+                _follow(p, state.get(p, {}))
+
+    # What trains a parameter --------------------------------------------------------------------
+
+    def is_handed_over(self, matrix: WeightMatrix) -> bool:
+        """Whether AdamW trains a matrix that a layer was found for."""
+        return self.name(matrix.weight) in self.group_of[matrix.weight]["handed_over"]
+
+    def preconditioned(self) -> dict[WeightMatrix, Group]:
+        """The matrices that are preconditioned, each with the group of its weight."""
+        return {
+            matrix: self.group_of[matrix.weight]
+            for matrix in self.matrices
+            if not self.is_handed_over(matrix)
+        }
+
+    def fallback(self) -> list[tuple[Group, list[Tensor]]]:
+        """The parameters that AdamW trains, group by group."""
+        ours = {p for matrix in self.preconditioned() for p in matrix.parameters}
+        sorted_: dict[int, tuple[Group, list[Tensor]]] = {}
+        for p in self._order:
+            if p not in ours:
+                group = self.group_of[p]
+                sorted_.setdefault(id(group), (group, []))[1].append(p)
+        return list(sorted_.values())
+
+    def hand_over(self, reasons: dict[WeightMatrix, str], state: State) -> None:
+        """Leave matrices to AdamW, with a warning that names them; their state is dropped.
+
+        Args:
+            reasons: Why, by matrix.
+            state: State of the optimizer.
+        """
+        by_reason: dict[str, list[str]] = {}
+        for matrix, reason in reasons.items():
+            group, name = self.group_of[matrix.weight], self.name(matrix.weight)
+            if name in group["handed_over"]:
+                continue
+            group["handed_over"] = (*group["handed_over"], name)
+            for p in matrix.parameters:
+                state.pop(p, None)
+            by_reason.setdefault(reason, []).append(name)
+        for reason, names in by_reason.items():
+            warnings.warn(
+                f"{', '.join(names)}: {reason}; AdamW trains it instead",
+                stacklevel=7,  # whoever calls the optimizer's step, which PyTorch wraps twice
+            )
+
+
+def _follow(p: Tensor, entry: dict[str, Any]) -> None:
+    """Move what is stored like a parameter to its data type and device."""
+    for name, value in entry.items():
+        if name == "step":
+            entry[name] = value.to(counter_device(p))
+        elif isinstance(value, Tensor):
+            entry[name] = value.to(p)

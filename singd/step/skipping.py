@@ -1,0 +1,64 @@
+"""Skipped steps: known at once, or on a GPU one step later, so that nothing waits.
+
+There a step that may have to be skipped is queued whole, and ``found_inf``, a truth value on the
+device, guards all that it writes. The host reads a copy of it at the start of the next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+class SkippedSteps:
+    """Counts of skipped steps."""
+
+    def __init__(self) -> None:
+        self.total = self.in_row = 0
+        self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def count(self, *, skipped: bool) -> None:
+        """Count a step, now that it is known whether it was skipped."""
+        self.total += skipped
+        self.in_row = self.in_row + 1 if skipped else 0
+
+    def defer(self, found_inf: Tensor) -> None:
+        """Count a step later, when ``found_inf`` has come from the device."""
+        host, event = found_inf.to("cpu", non_blocking=True), None  # pinned, where that is a copy
+        if found_inf.is_cuda:
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(found_inf.device))
+        self._pending = host, event
+
+    def settle(self) -> None:
+        """Count what was deferred; waits for the step that it is about, and no more."""
+        if self._pending is None:
+            return
+        (host, event), self._pending = self._pending, None
+        if event is not None:
+            event.synchronize()
+        self.count(skipped=bool(host))
+
+    def forget(self) -> None:
+        """Forget a step that was deferred."""
+        self._pending = None
+
+
+def reading_waits(parameters: Iterable[Tensor]) -> bool:
+    """Whether to read a number is to wait: where all parameters are on one CUDA device."""
+    devices = {p.device for p in parameters}
+    return len(devices) == 1 and devices.pop().type == "cuda"
+
+
+def write_(target: Tensor, new: Tensor, unless: Tensor | None) -> Tensor:
+    """``target <- new``, except where the truth value ``unless`` is true; returns ``target``."""
+    if unless is None:
+        return target.copy_(new)
+    return torch.where(unless, target, new.to(target.dtype), out=target)
+
+
+def is_capturing() -> bool:
+    """Whether what runs now is recorded in a CUDA graph, to be replayed without Python."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
