@@ -81,6 +81,8 @@ class BlockCirculant(StructuredMatrix):
 
     blocks: Tensor  # [..., p, k, k], the first column of blocks
 
+    dimensions = ("p k k",)
+
     closed_under_transpose = True
 
     @classmethod

@@ -32,6 +32,8 @@ class BlockDiagonal(StructuredMatrix):
     blocks: Tensor  # [..., n // k, k, k]
     last: Tensor  # [..., n % k, n % k]
 
+    dimensions = ("count k k", "rest rest")
+
     closed_under_transpose = True
 
     @classmethod

@@ -77,6 +77,8 @@ class _BlockTriangular(StructuredMatrix):
 class BlockUpper(_BlockTriangular):
     """``[[A, B], [0, C]]`` for members ``A`` and ``C`` of any two structures."""
 
+    dimensions = ("n1 n1", "n1 n2", "n2 n2")
+
     @classmethod
     def zeros(
         cls,
@@ -154,6 +156,8 @@ class BlockUpper(_BlockTriangular):
 
 class BlockLower(_BlockTriangular):
     """``[[A, 0], [B, C]]`` for members ``A`` and ``C`` of any two structures."""
+
+    dimensions = ("n1 n1", "n2 n1", "n2 n2")
 
     @classmethod
     def zeros(

@@ -45,6 +45,8 @@ class Circulant(StructuredMatrix):
 
     c: Tensor  # [..., n], the first column
 
+    dimensions = ("n",)
+
     closed_under_transpose = True
 
     @classmethod

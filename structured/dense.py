@@ -25,6 +25,8 @@ class Dense(StructuredMatrix):
 
     M: Tensor  # [..., n, n]
 
+    dimensions = ("n n",)
+
     closed_under_transpose = True
 
     @classmethod

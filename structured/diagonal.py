@@ -25,6 +25,8 @@ class Diagonal(StructuredMatrix):
 
     d: Tensor  # [..., n]
 
+    dimensions = ("n",)
+
     closed_under_transpose = True
 
     @classmethod

@@ -25,6 +25,8 @@ class DirectSum(StructuredMatrix):
     A: StructuredMatrix  # [..., n1, n1]
     C: StructuredMatrix  # [..., n2, n2]
 
+    dimensions = ("n1 n1", "n2 n2")
+
     @property
     def closed_under_transpose(self) -> bool:  # type: ignore[override]  # depends on the parts
         """If both parts are."""

@@ -52,6 +52,17 @@ class Hierarchical(StructuredMatrix):
     d: Tensor  # [..., n - k1 - k2]
     bottom: Tensor  # [..., k2, n - k1]
 
+    dimensions = ("k1 n", "middle", "k2 rest")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        (k1, n), (k2, rest) = self.top.shape[-2:], self.bottom.shape[-2:]
+        if (rest, self.d.shape[-1]) != (n - k1, n - k1 - k2):
+            raise ValueError(
+                "Hierarchical: expected shapes [..., k1, n], [..., n - k1 - k2], "
+                f"[..., k2, n - k1], got {[list(t.shape) for t in self.tensors()]}"
+            )
+
     @classmethod
     def zeros(
         cls, n: int, k1: int, k2: int, *, batch_shape: Sequence[int] = (), **opts: Any

@@ -26,6 +26,13 @@ class ScaledIdentity(StructuredMatrix):
     c: Tensor  # [...]
     size: int = static()
 
+    dimensions = ("",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.size, bool) or not self.size >= 0:
+            raise ValueError(f"ScaledIdentity: expected a size >= 0, got {self.size!r}")
+
     closed_under_transpose = True
 
     @classmethod

@@ -31,6 +31,8 @@ class Strided(StructuredMatrix):
 
     A: StructuredMatrix  # [..., k, n / k, n / k], the members of the k residue classes
 
+    dimensions = ("k q q",)
+
     @property
     def closed_under_transpose(self) -> bool:  # type: ignore[override]  # depends on the part
         """As ``A``."""

@@ -44,6 +44,13 @@ class Tied(StructuredMatrix):
     A: StructuredMatrix  # [..., n / k, n / k]
     k: int = static()
 
+    dimensions = ("q q",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:
+            raise ValueError(f"Tied: expected an integer k >= 1, got {self.k!r}")
+
     @property
     def closed_under_transpose(self) -> bool:  # type: ignore[override]  # depends on the part
         """As ``A``."""

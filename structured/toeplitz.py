@@ -143,6 +143,8 @@ class _TriangularToeplitz(StructuredMatrix):
 
     t: Tensor  # [..., n], t_k on the k-th diagonal
 
+    dimensions = ("n",)
+
     @classmethod
     def zeros(cls, n: int, *, batch_shape: Sequence[int] = (), **opts: Any) -> Self:
         """The zero matrix of size ``n``."""

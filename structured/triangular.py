@@ -79,6 +79,17 @@ class _Triangular(StructuredMatrix):
 
     R: Tensor  # [..., n + 1 - n % 2, (n + 1) // 2]
 
+    dimensions = ("rows columns",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rows, columns = self.R.shape[-2:]
+        if abs(rows - 2 * columns) != 1:
+            raise ValueError(
+                f"{type(self).__name__}.R: expected [..., n + 1 - n % 2, (n + 1) // 2], got "
+                f"{list(self.R.shape)}; zeros(n).orthogonal_project(M) reads a dense M"
+            )
+
     @classmethod
     def zeros(cls, n: int, *, batch_shape: Sequence[int] = (), **opts: Any) -> Self:
         """The zero matrix of size ``n``."""

@@ -63,6 +63,9 @@ class StructuredMatrix(Member):
     and ``frobenius_norm``. Each has a correct default through :meth:`to_dense`. Arguments are
     checked before your method sees them.
 
+    You may also say ``dimensions = ("n",)``, the trailing dimensions of each field: then the
+    constructor checks shapes.
+
     **You get** ``A @ B``, ``A @ X``, ``X @ A``, ``A + B``, ``A - B``, ``c * A``, ``A / c``, ``-A``,
     ``shape``, ``dtype``, ``device``, ``batch_shape``, ``identity``, ``zeros_like``, ``to``,
     ``clone``, ``detach``, ``tensors``, ``with_tensors``, a ``repr``, autograd through every

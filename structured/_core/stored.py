@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Self, dataclass_transform
+from typing import Any, ClassVar, Self, dataclass_transform
 
 import torch
 from torch import Size, Tensor
@@ -32,6 +32,13 @@ class Stored:
     matrix they stand for.
     """
 
+    dimensions: ClassVar[tuple[str, ...]] = ()
+    """Trailing dimensions of each field that is not static, such as ``("p p", "p q", "q q")``.
+
+    Equal letters stand for equal sizes, and what comes before is one batch shape for all fields.
+    The constructor checks it where it is given.
+    """
+
     _fields: tuple[str, ...] = ()
     _static: tuple[str, ...] = ()
 
@@ -57,6 +64,25 @@ class Stored:
                     f"{parts[0].device} as {self._fields[0]}, got {part.dtype} on {part.device}"
                 )
         self._check_real()
+        self._check_dimensions()
+
+    def _check_dimensions(self) -> None:
+        sizes: dict[str, int] = {}
+        batch: Size | None = None
+        for name, letters in zip(self._fields, self.dimensions, strict=False):
+            core, shape = letters.split(), getattr(self, name).shape
+            start = len(shape) - len(core)
+            ok = start >= 0 and (batch is None or shape[:start] == batch)
+            if not ok or any(
+                sizes.setdefault(letter, size) != size
+                for letter, size in zip(core, shape[start:], strict=True)
+            ):
+                front = ["..."] if batch is None else [str(size) for size in batch]
+                expected = ", ".join(front + [str(sizes.get(letter, letter)) for letter in core])
+                raise ValueError(
+                    f"{type(self).__name__}.{name}: expected shape [{expected}], got {list(shape)}"
+                )
+            batch = shape[:start]
 
     def _check_real(self) -> None:
         if not self.dtype.is_floating_point:
