@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from structured._core.matrix import StructuredMatrix
@@ -9,6 +10,9 @@ from structured._core.matrix import StructuredMatrix
 
 class StructuredParameter(nn.Module):
     """A member whose stored tensors are parameters: it trains, moves and saves like any module.
+
+    Static tensors of the structure, such as a basis or a permutation, are buffers: they move and
+    are saved with the parameters, and do not train.
 
     >>> import torch
     >>> from structured import StructuredParameter, parse
@@ -19,7 +23,8 @@ class StructuredParameter(nn.Module):
     ['0', '1', '2']
 
     Args:
-        member: Where to start; its tensors are copied.
+        member: Where to start; its tensors are copied. It may be on the meta device: then
+            ``to_empty`` and a state dict or :meth:`reset_parameters` give it numbers.
 
     Raises:
         TypeError: If ``member`` is not a structured matrix.
@@ -31,21 +36,46 @@ class StructuredParameter(nn.Module):
             raise TypeError(f"StructuredParameter: expected a member, got {type(member).__name__}")
         for index, tensor in enumerate(member.detach().clone().tensors()):
             self.register_parameter(str(index), nn.Parameter(tensor))
-        self._like = member.detach().map(lambda t: t.new_zeros(()).expand(t.shape))
+        statics: list[Tensor] = []
+
+        def note(t: Tensor) -> Tensor:
+            statics.append(t.detach().clone())
+            return t.to("meta")
+
+        self._like = member.detach().map(lambda t: t.to("meta")).map_static(note)
+        for index, tensor in enumerate(statics):
+            self.register_buffer(f"static{index}", tensor)
 
     @property
     def matrix(self) -> StructuredMatrix:
         """The member, on the parameters: gradients flow to them."""
-        tensors = list(self.parameters())
-        first, like = tensors[0], self._like
-        if (first.dtype, first.device) != (like.dtype, like.device):  # the module was moved
-            self._like = like.to(first.device, first.dtype)
-        return self._like.with_tensors(tensors)
+        statics = list(self.buffers())
+        like = self._like.map_static(lambda _: statics.pop(0)) if statics else self._like
+        return like.with_tensors(list(self.parameters()))
+
+    def reset_parameters(self) -> None:
+        """Make it the identity.
+
+        Raises:
+            RuntimeError: If that needs static tensors that have no numbers yet, as after
+                ``to_empty``: they come with the state dict alone.
+        """
+        with torch.no_grad():
+            identity = self.matrix.zeros_like().add_scaled_identity(1.0)
+            dense = identity.to_dense()
+            eye = torch.eye(identity.n, dtype=dense.dtype, device=dense.device)
+            if not dense.is_meta and not torch.allclose(dense, eye.expand_as(dense), atol=0.1):
+                raise RuntimeError(
+                    "StructuredParameter.reset_parameters: expected static tensors that give an "
+                    f"identity, got those of {identity!r}; load a state dict"
+                )
+            for parameter, tensor in zip(self.parameters(), identity.tensors(), strict=True):
+                parameter.copy_(tensor)
 
     def forward(self, X: Tensor) -> Tensor:
         """``K X`` for ``X [..., n, m]`` or ``[n]``."""
-        product: Tensor = self.matrix @ X
-        return product
+        K = self.matrix
+        return K.apply(X[:, None])[..., 0] if X.ndim == 1 else K.apply(X)
 
     def extra_repr(self) -> str:
         """The member, in words."""

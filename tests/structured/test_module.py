@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 
-from structured import Rotated, StructuredParameter, parse
+from structured import Rotated, StructuredParameter, Tied, parse
 
 SPECS = (
     "dense",
@@ -65,3 +65,62 @@ def test_it_prints_the_member():
 def test_anything_else_is_refused():
     with pytest.raises(TypeError, match="expected a member, got Tensor"):
         StructuredParameter(torch.eye(3))
+
+
+def basis():
+    return torch.linalg.qr(torch.cos(torch.arange(100.0, dtype=torch.float64)).reshape(10, 10)).Q
+
+
+def with_statics():
+    """A static tensor within a part, and members that are its multiples."""
+    A = Rotated.zeros(10, "diagonal", basis(), dtype=torch.float64)
+    return Tied(A.map(torch.ones_like), 2)
+
+
+def test_static_tensors_are_saved_and_loaded():
+    K, X = StructuredParameter(with_statics()), torch.ones(20, 2, dtype=torch.float64)
+    other = Tied(Rotated.zeros(10, "diagonal", torch.eye(10), dtype=torch.float64), 2)
+    L = StructuredParameter(other).double()
+    assert sorted(L.state_dict()) == ["0", "static0"]
+    L.load_state_dict(K.state_dict())
+    assert torch.equal(L(X), K(X))
+    assert torch.equal(other.A.Q, torch.eye(10))  # what it was made from is left alone
+
+
+@pytest.mark.parametrize("make", [with_statics, lambda: member("hierarchical(2, 2)")])
+def test_from_the_meta_device(make):
+    K = StructuredParameter(make())
+    L = StructuredParameter(make().to("meta")).to_empty(device="cpu")
+    L.load_state_dict(K.state_dict())
+    assert torch.equal(L.matrix.to_dense(), K.matrix.to_dense())
+    M = StructuredParameter(make().to("meta"))
+    M.load_state_dict(K.state_dict(), assign=True)
+    assert torch.equal(M.matrix.to_dense(), K.matrix.to_dense())
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_reset_makes_it_the_identity(spec):
+    K = StructuredParameter(parse(spec)(10, device="meta")).to_empty(device="cpu")
+    K.reset_parameters()
+    torch.testing.assert_close(K.matrix.to_dense(), torch.eye(10))
+    assert all(p.requires_grad for p in K.parameters())
+
+
+def test_reset_without_static_tensors_is_an_error():
+    K = StructuredParameter(with_statics().to("meta")).to_empty(device="cpu")
+    with torch.no_grad():
+        K.static0.zero_()
+    with pytest.raises(RuntimeError, match="load a state dict"):
+        K.reset_parameters()
+
+
+@pytest.mark.parametrize("make", [with_statics, lambda: member("hierarchical(2, 2)")])
+def test_it_compiles_whole(make):
+    torch.compiler.reset()
+    K = StructuredParameter(make())
+    compiled = torch.compile(K, fullgraph=True, backend="aot_eager")
+    n = K.matrix.n
+    for X in (torch.ones(n, 2, dtype=torch.float64), torch.ones(n, dtype=torch.float64)):
+        torch.testing.assert_close(compiled(X), K(X))
+    compiled(torch.ones(n, 2, dtype=torch.float64)).sum().backward()
+    assert all(p.grad is not None for p in K.parameters())
