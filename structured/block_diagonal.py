@@ -19,7 +19,7 @@ from torch import Size, Tensor
 
 from structured._core.dispatch import symmetric_product
 from structured._core.matrix import Scalar, StructuredMatrix, joint_norm, largest
-from structured._products.in_place import add_product_, write_product_
+from structured._products.in_place import add_product_, plain, write_product_
 from structured.dense import Dense
 
 
@@ -81,6 +81,9 @@ class BlockDiagonal(StructuredMatrix):
 
     def _products(self, blocks: Tensor, last: Tensor, X: Tensor) -> Tensor:
         """Blocks times their rows of ``X [..., n, m]``, written side by side."""
+        if not plain(blocks, last, X):
+            head, rest = self._split(X)
+            return torch.cat([(blocks @ head).flatten(-3, -2), last @ rest], -2)
         Y, h = self._empty_like(X), self._head
         self._head_product_(Y, blocks, X)
         add_product_(Y[..., h:, :], last, X[..., h:, :], beta=0.0)
@@ -113,8 +116,7 @@ class BlockDiagonal(StructuredMatrix):
 
     def apply_overwriting(self, X: Tensor) -> Tensor:
         """Written over ``X``."""
-        differentiated = any(t.requires_grad for t in (X, self.blocks, self.last))
-        if differentiated or X.shape[:-2] != self.batch_shape:
+        if X.shape[:-2] != self.batch_shape or not plain(X, self.blocks, self.last):
             return self.apply(X)
         h, sizes = self._head, self.blocks.shape[-3:-1]
         rows = X[..., :h, :].unflatten(-2, sizes)
@@ -128,7 +130,7 @@ class BlockDiagonal(StructuredMatrix):
     def apply_rows(self, X: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Only the rows of the last block are joined."""
         h, s = self._head, X.shape[-2]
-        if s < h:
+        if s < h or not plain(X, x, self.blocks, self.last):
             return super().apply_rows(X, x)
         Y = self._empty_like(X)
         self._head_product_(Y, self.blocks, X)

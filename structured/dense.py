@@ -16,8 +16,8 @@ import torch
 from torch import Size, Tensor
 
 from structured._core.dispatch import symmetric_product
-from structured._core.matrix import Scalar, StructuredMatrix, largest, trailing
-from structured._products.in_place import add_product_
+from structured._core.matrix import Scalar, StructuredMatrix, add_to_diagonal, largest
+from structured._products.in_place import plus_product
 
 
 class Dense(StructuredMatrix):
@@ -54,8 +54,7 @@ class Dense(StructuredMatrix):
         """By the columns that belong to either part."""
         s, M = X.shape[-2], self.M.mT
         Y, y = X.mT @ M[..., :s, :s], X.mT @ M[..., :s, s:]
-        add_product_(Y, x.mT, M[..., s:, :s])
-        add_product_(y, x.mT, M[..., s:, s:])
+        Y, y = plus_product(Y, x.mT, M[..., s:, :s]), plus_product(y, x.mT, M[..., s:, s:])
         return Y.mT, y.mT
 
     def matmul(self, other: Self) -> Self:
@@ -84,10 +83,7 @@ class Dense(StructuredMatrix):
 
     def add_scaled_identity(self, alpha: Scalar) -> Self:
         """``M + alpha I``."""
-        M = self.M.clone()
-        diagonal = M.diagonal(dim1=-2, dim2=-1)
-        diagonal += trailing(alpha, diagonal) if isinstance(alpha, Tensor) else alpha
-        return self._build([M])
+        return self._build([add_to_diagonal(self.M, alpha)])
 
     def max_abs(self) -> Tensor:
         """Largest absolute entry."""

@@ -18,6 +18,7 @@ from torch import Size, Tensor
 from structured._core.checks import check_pivots
 from structured._core.dispatch import sums_of_squares
 from structured._core.matrix import Scalar, StructuredMatrix, largest, trailing
+from structured._products.in_place import plain
 
 
 class Diagonal(StructuredMatrix):
@@ -58,7 +59,7 @@ class Diagonal(StructuredMatrix):
 
     def apply_overwriting(self, X: Tensor) -> Tensor:
         """Row by row, in place."""
-        return self.apply(X) if X.requires_grad else X.mul_(self.d[..., None])
+        return X.mul_(self.d[..., None]) if plain(X, self.d) else self.apply(X)
 
     rows_apart = True
 

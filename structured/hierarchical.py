@@ -28,9 +28,17 @@ from torch.nn.functional import pad
 
 from structured._core.checks import check_pivots
 from structured._core.dispatch import sums_of_squares
-from structured._core.matrix import Operator, Scalar, StructuredMatrix, joint_norm, largest, static
+from structured._core.matrix import (
+    Operator,
+    Scalar,
+    StructuredMatrix,
+    add_to_diagonal,
+    joint_norm,
+    largest,
+    static,
+)
 from structured._core.stored import Stored
-from structured._products.in_place import add_product_
+from structured._products.in_place import add_product_, plain, plus_product
 from structured.dense import Dense
 
 
@@ -130,23 +138,25 @@ class Hierarchical(StructuredMatrix):
     def matmul(self, other: Self) -> Self:
         """``D_A D_B + J (V_A D_B + (V_A J) V_B)``."""
         V = self._rows
-        product = V * other._diagonal[..., None, :]
-        add_product_(product, _ends(V, *self._sizes, -1), other._rows)
+        scaled = V * other._diagonal[..., None, :]
+        product = plus_product(scaled, _ends(V, *self._sizes, -1), other._rows)
         return self._with(self.d * other.d, product)
 
     def apply(self, X: Tensor) -> Tensor:
         """``D X + J (V X)``."""
         k1, k2 = self._sizes
-        Y, Z = self._diagonal[..., None] * X, self._rows @ X
+        Z = self._rows @ X
+        if not plain(X, *self.tensors()):
+            middle = self.d[..., None] * X.narrow(-2, k1, self.d.shape[-1])
+            return torch.cat([Z[..., :k1, :], middle, Z[..., k1:, :]], -2)
+        Y = self._diagonal[..., None] * X
         Y[..., :k1, :] = Z[..., :k1, :]
         Y[..., Y.shape[-2] - k2 :, :] = Z[..., k1:, :]
         return Y
 
     def apply_transpose(self, X: Tensor) -> Tensor:
         """``D X + V^T (J^T X)``."""
-        Y = self._diagonal[..., None] * X
-        add_product_(Y, self._rows.mT, _ends(X, *self._sizes))
-        return Y
+        return plus_product(self._diagonal[..., None] * X, self._rows.mT, _ends(X, *self._sizes))
 
     def orthogonal_project(self, M: Tensor) -> Self:
         """The rows and the diagonal of ``M [..., n, n]``."""
@@ -217,10 +227,9 @@ class Hierarchical(StructuredMatrix):
 
     def add_scaled_identity(self, alpha: Scalar) -> Self:
         """Add to the diagonal."""
-        top, bottom = self.top.clone(), self.bottom.clone()
         each = alpha[..., None] if isinstance(alpha, Tensor) and alpha.ndim else alpha
-        top.diagonal(dim1=-2, dim2=-1).add_(each)
-        bottom.diagonal(self.d.shape[-1], -2, -1).add_(each)
+        top = add_to_diagonal(self.top, alpha)
+        bottom = add_to_diagonal(self.bottom, alpha, self.d.shape[-1])
         return self._build([top, (self.d + each).to(self.d.dtype), bottom])
 
     def solve(self, X: Tensor) -> Tensor:
@@ -292,7 +301,7 @@ class Arrow(Stored, Operator):
 
     def apply_overwriting(self, X: Tensor) -> Tensor:
         """As :meth:`apply`, the rows that are not full in place."""
-        return self._apply(X, own=not any(t.requires_grad for t in (X, self.d, self.W)))
+        return self._apply(X, own=True)
 
     def _apply(self, X: Tensor, *, own: bool) -> Tensor:
         k1, k = self.first, self.W.shape[-2]
@@ -305,14 +314,17 @@ class Arrow(Stored, Operator):
         k1, (k, n), s = self.first, self.W.shape[-2:], X.shape[-2]
         if s < n - k + k1:  # rows that are not full come second
             return super().apply_rows(X, x)
-        Z = self.W[..., :s] @ X
-        add_product_(Z, self.W[..., s:], x)
+        Z = plus_product(self.W[..., :s] @ X, self.W[..., s:], x)
         ends = torch.cat([X[..., :k1, :], X[..., n - k + k1 :, :], x], -2)
         return self._write(X, Z, ends, own=False), Z[..., k - n + s :, :]
 
     def _write(self, X: Tensor, Z: Tensor, ends: Tensor, *, own: bool) -> Tensor:
         """The first rows of the product, as many as ``X`` has, from the full ones ``Z``."""
         k1, (k, n), s = self.first, self.W.shape[-2:], X.shape[-2]
+        if not plain(X, Z, ends, self.d, self.W):
+            middle = self.d[..., k1 : n - k + k1, None] * X.narrow(-2, k1, n - k)
+            middle = middle + self.W.narrow(-1, k1, n - k).mT @ ends
+            return torch.cat([Z[..., :k1, :], middle, Z[..., k1 : k - n + s, :]], -2)
         d = self.d[..., :s, None]
         Y = X.mul_(d) if own else d * X
         add_product_(Y.narrow(-2, k1, n - k), self.W.narrow(-1, k1, n - k).mT, ends)

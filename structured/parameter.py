@@ -73,8 +73,12 @@ class StructuredParameter(nn.Module):
                 parameter.copy_(tensor)
 
     def forward(self, X: Tensor) -> Tensor:
-        """``K X`` for ``X [..., n, m]`` or ``[n]``."""
-        K = self.matrix
+        """``K X`` for ``X [..., n, m]`` or ``[n]``; under autocast in its dtype, as nn.Linear."""
+        K, device = self.matrix, X.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            if torch.float64 not in (K.dtype, X.dtype):  # which autocast leaves alone
+                K, X = K.to(dtype), X.to(dtype)
         return K.apply(X[:, None])[..., 0] if X.ndim == 1 else K.apply(X)
 
     def extra_repr(self) -> str:

@@ -11,11 +11,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Size, Tensor
 
 from structured._core.composite import Composite
 from structured._core.matrix import Operator, Scalar, StructuredMatrix, at_least_float32, static
+from structured._core.numbers import tabulated
 from structured._core.spec import StructureLike, parse, words
 from structured._core.stored import Stored
 from structured._transforms.cosine import cosine, inverse_cosine
@@ -34,7 +36,11 @@ def _signs(device: torch.device | str) -> Tensor:
     return 1.0 - 2.0 * (common & 1)
 
 
-_SYLVESTER = _signs("cpu")
+@tabulated
+def _sylvester_matrix(size: int) -> tuple[np.ndarray, ...]:
+    """The same on the CPU."""
+    i = range(size)
+    return (np.array([[1.0 - 2 * ((a & b).bit_count() % 2) for b in i] for a in i]),)
 
 
 def _hadamard(X: Tensor) -> Tensor:
@@ -52,7 +58,7 @@ def _hadamard(X: Tensor) -> Tensor:
 def _sylvester(X: Tensor) -> Tensor:
     """``H X`` for ``X [..., 2^p, m]``: ``H`` is a Kronecker product of matrices up to 32 x 32."""
     n, m = X.shape[-2:]
-    H = (_SYLVESTER if X.is_cpu else _signs(X.device)).to(X.dtype)
+    H = _sylvester_matrix(_LARGEST, dtype=X.dtype)[0] if X.is_cpu else _signs(X.device).to(X.dtype)
     done, scale = 1, 1 / math.sqrt(n)
     while done < n:
         k = min(_LARGEST, n // done)

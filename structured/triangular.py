@@ -20,8 +20,15 @@ from torch.linalg import solve_triangular
 from torch.nn.functional import pad
 
 from structured._core.checks import check_pivots
-from structured._core.matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
-from structured._products.in_place import add_product_
+from structured._core.matrix import (
+    Scalar,
+    StructuredMatrix,
+    add_to_diagonal,
+    at_least_float32,
+    largest,
+    trailing,
+)
+from structured._products.in_place import add_product_, plain
 
 _PANEL = 128  # columns of a Gram matrix; wider ones compute more that is thrown away
 _LEAF = 256  # rows; in smaller blocks the zeros cost less than the calls
@@ -34,6 +41,8 @@ def _tril_(L: Tensor) -> Tensor:
 
 def _tril(L: Tensor) -> Tensor:
     """``tril(L)``; a copy first and zeros after take half the time of :func:`torch.tril`."""
+    if not plain(L):
+        return L.tril()
     return _tril_(L.clone() if L.stride(-1) == 1 else L.mT.clone().mT)
 
 
@@ -119,6 +128,9 @@ class _Triangular(StructuredMatrix):
     def _fold(self, R: Tensor, U: Tensor) -> Self:
         """The member with ``[L1; B]`` in ``R`` and ``L2^T`` in ``U``, in their memory."""
         n, h = self.n, self.R.shape[-1]
+        if not plain(R, U):
+            corner = pad(U.triu(), (2 * h - n, 0, 0, R.shape[-2] - (n - h)))
+            return self._build([R.tril(-self._shift) + corner])
         R = R.tril_(-self._shift)
         R[..., : n - h, h - (n - h) :].add_(_tril_(U.mT).mT)
         return self._build([R])
@@ -149,9 +161,10 @@ class _Triangular(StructuredMatrix):
 
     def add_scaled_identity(self, alpha: Scalar) -> Self:
         """Add to the diagonal."""
-        R = self.R.clone()
-        for diagonal in self._diagonals(R):
-            diagonal += trailing(alpha, diagonal) if isinstance(alpha, Tensor) else alpha
+        shift = self._shift
+        R = add_to_diagonal(self.R, alpha, -shift)
+        second = R.diagonal(1 - shift, -2, -1)  # R is a copy, and as much transformed as alpha
+        second += trailing(alpha, second) if isinstance(alpha, Tensor) else alpha
         return self._build([R])
 
     def _check_pivots(self) -> None:

@@ -36,7 +36,11 @@ STRUCTURES: dict[str, tuple[Any, Any]] = {
     "random nestings": (NESTINGS, range(13)),
 }
 SHARE = 10  # random nestings get as many cases as ten structures
-FEW = {"compiled": 3, "spec": 100}  # cases at most: one takes seconds, one asks for a name
+FEW = {
+    "compiled": 3,
+    "dynamic": 3,
+    "spec": 100,
+}  # cases at most: one takes seconds, one asks for a name
 
 
 class Census:

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
 from torch import Size, Tensor
+from torch.utils import _pytree as pytree
 
 from structured._core.member import Member
 from structured._core.stored import convert, zero_of
@@ -32,7 +34,7 @@ _REMEMBERED = 1024  # structures and sizes
 
 _SHAPES: dict[tuple[Any, ...], Size] = {}
 # Static tensors are known by their id, and kept beside the weights: an id may be used again.
-_WEIGHTS: dict[tuple[Any, ...], tuple[Weights, tuple[Tensor, ...]]] = {}
+_WEIGHTS: dict[tuple[Any, ...], tuple[Any, tuple[Tensor, ...]]] = {}
 
 
 def shape(member: Member) -> Size:
@@ -42,6 +44,12 @@ def shape(member: Member) -> Size:
         meta = member.map(lambda t: torch.empty_like(t, device="meta"))
         _SHAPES[key] = meta.map_static(lambda t: t.to("meta")).to_dense().shape
     return _SHAPES[key]
+
+
+def forget() -> None:
+    """Drop what was found about structures: the next use is as the first."""
+    _SHAPES.clear()
+    _WEIGHTS.clear()
 
 
 def orthogonal_project(member: M_, M: Tensor) -> M_:
@@ -65,9 +73,10 @@ def _project(member: M_, M: Tensor, which: str) -> M_:
     wide = torch.promote_types(M.dtype, torch.float32)
     batch, dropped = M.shape[:-2], len(member.batch_shape)
     cores = [t.shape[dropped:] for t in member.tensors()]
-    if M.is_meta:  # static tensors may be there too, without numbers to analyse
+    statics = member.static_tensors()
+    if M.is_meta or _are_fake(statics):  # without numbers to analyse
         return member.with_tensors([M.new_empty((*batch, *core)) for core in cores])
-    found = _weights(member.key(dropped), *member.static_tensors())
+    found = _weights(member.key(dropped), *statics)
     pulled = _pull(member, cores, M.to(wide))
     solved = pulled * getattr(found, which).to(M.device, wide)
     for group in found.groups:
@@ -75,6 +84,11 @@ def _project(member: M_, M: Tensor, which: str) -> M_:
         mixed = getattr(group, which).to(M.device, wide) @ pulled[..., index, None]
         solved = solved.index_add(-1, index.flatten(), mixed.flatten(-3))
     return member.with_tensors([t.to(M.dtype) for t in _split(solved, cores, batch)])
+
+
+def _are_fake(statics: Sequence[Tensor]) -> bool:
+    """Whether some are PyTorch's fake tensors; to the compiler all are, and it has the numbers."""
+    return not torch.compiler.is_compiling() and any(hasattr(t, "fake_mode") for t in statics)
 
 
 def _split(flat: Tensor, cores: Sequence[Size], batch: Sequence[int]) -> list[Tensor]:
@@ -110,17 +124,23 @@ def _weights(key: tuple[Any, ...], *statics: Tensor) -> Weights:
     if full not in _WEIGHTS:
         if len(_WEIGHTS) == _REMEMBERED:
             del _WEIGHTS[next(iter(_WEIGHTS))]
-        with torch.no_grad():
-            _WEIGHTS[full] = _analyse(zero_of(key, statics)), statics
-    return _WEIGHTS[full][0]
+        # Transforms, modes and autocast belong to a thread: none of them gets into what is kept.
+        with ThreadPoolExecutor(1) as thread:
+            _WEIGHTS[full] = thread.submit(_analyse, key, statics).result(), statics
+    weights: Weights = pytree.tree_map(torch.from_numpy, _WEIGHTS[full][0])
+    return weights
 
 
 # What torch.compiler.assume_constant_result does, less the import of the compiler.
 _weights._dynamo_marked_constant = True  # type: ignore[attr-defined]  # an attribute of a function
 
 
-def _analyse(template: Member) -> Weights:
+@torch.no_grad()
+def _analyse(key: tuple[Any, ...], statics: Sequence[Tensor]) -> Any:
+    """The weights as arrays of NumPy: no fake or inference tensor is kept."""
+    template: Member = zero_of(key, statics)
     cores = [t.shape for t in template.tensors()]
     push = functools.partial(_push, template, cores)
     pull = functools.partial(_pull, template, cores)
-    return analyse(push, pull, sum(core.numel() for core in cores))
+    found = analyse(push, pull, sum(core.numel() for core in cores))
+    return pytree.tree_map(lambda t: t.numpy(), found)

@@ -25,7 +25,13 @@ from structured._core import defaults
 from structured._core.checks import check_arguments
 from structured._core.dispatch import symmetric_product
 from structured._core.member import Member, Scalar
-from structured._core.numbers import at_least_float32, joint_norm, largest, trailing
+from structured._core.numbers import (
+    add_to_diagonal,
+    at_least_float32,
+    joint_norm,
+    largest,
+    trailing,
+)
 from structured._core.operator import Operator
 from structured._core.stored import static
 
@@ -33,6 +39,7 @@ __all__ = [  # all that a structure file needs
     "Operator",
     "Scalar",
     "StructuredMatrix",
+    "add_to_diagonal",
     "at_least_float32",
     "joint_norm",
     "largest",

@@ -20,6 +20,17 @@ def trailing(c: Tensor, t: Tensor) -> Tensor:
     return c[(...,) + (None,) * (t.ndim - c.ndim)] if c.ndim else c
 
 
+def add_to_diagonal(M: Tensor, alpha: float | Tensor, offset: int = 0) -> Tensor:
+    """``M [..., p, q]`` with ``alpha``, a number or ``[...]``, added along a diagonal; a copy."""
+    if not isinstance(alpha, Tensor):
+        out = M.clone()
+        out.diagonal(offset, -2, -1).add_(alpha)
+        return out
+    diagonal = M.diagonal(offset, -2, -1)  # alpha may be differentiated or mapped where M is not
+    shifted = diagonal + trailing(alpha, diagonal)
+    return torch.diagonal_scatter(M, shifted.to(M.dtype), offset, -2, -1)
+
+
 def joint_norm(*norms: Tensor) -> Tensor:
     """Euclidean norm of parts with the given norms; its gradient at zero is zero, not NaN."""
     return torch.linalg.vector_norm(torch.stack(norms), dim=0)

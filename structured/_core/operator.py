@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Size, Tensor
 
+from structured._core.autocast import compute_without_autocast
+
 # PyTorch's names for our operators, and whether their arguments are swapped.
 _OPERATORS = {
     "matmul": ("matmul", False),
@@ -25,6 +27,10 @@ _OPERATORS = {
 
 class Operator(ABC):
     """A square linear map ``[..., n, n]`` known by its products with tensors."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        compute_without_autocast(cls)
 
     __array_ufunc__ = None  # NumPy scalars leave ``c * A`` to us
 

@@ -1,13 +1,40 @@
-"""Products and sums that are written into memory which is there, panel by panel on a CPU."""
+"""Products and sums that are written into memory which is there, panel by panel on a CPU.
+
+Only plain numbers can be written anywhere: :func:`plain` says whether tensors are that.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _PANEL = 1 << 21  # bytes: what is made and read again at once stays in the caches
 _LARGE = 1 << 15  # numbers: products as large are not worth a temporary for all of them
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Whether these are numbers alone: neither differentiated, nor mapped, nor compiled.
+
+    What is written into memory made by hand has no place there for derivatives, or for the
+    dimension that ``vmap`` hides. The compiler plans its memory itself.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    # PyTorch has no public name for these two; within torch.func and dual levels nothing is plain.
+    if torch._C._functorch.peek_interpreter_stack() or forward_ad._current_level >= 0:
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def plus_product(Y: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """``Y + A B``, in the memory of ``Y`` where all are plain; ``Y`` is needed no more."""
+    if not plain(Y, A, B):
+        return Y + A @ B
+    add_product_(Y, A, B)
+    return Y
 
 
 def panels(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -56,9 +83,9 @@ def add_product_(
     """``out <- beta out + alpha A B``; no temporary with one batch dimension at most, in 32 bits.
 
     For ``beta = 0`` what is in ``out`` does not matter. In 16 bits PyTorch's sums in place take a
-    hundred times as long on a CPU, unless all is laid out row by row.
+    hundred times as long on a CPU, unless all is laid out row by row; vmap has no rule for them.
     """
-    slow = out.is_cpu and out.dtype.itemsize < 4
+    slow = (out.is_cpu and out.dtype.itemsize < 4) or not plain(out, A, B)
     while out.ndim == A.ndim == B.ndim > 3 and len(out) == 1:
         out, A, B = out[0], A[0], B[0]
     large = out.is_cpu and out.numel() >= _LARGE * max(1, len(out))

@@ -31,12 +31,15 @@ from structured._core.spec import Structure, StructureLike, parse
 from structured.testing.conduct import CONDUCT
 from structured.testing.laws import ALGEBRA, assert_close
 from structured.testing.strategies import SIZES, cases, structures
+from structured.testing.transforms import TRANSFORMS
 
 __all__ = ["LAWS", "assert_close", "check", "structures"]
 
 Law = Callable[..., None]
 
-LAWS: Mapping[str, Law] = MappingProxyType({law.__name__: law for law in (*ALGEBRA, *CONDUCT)})
+LAWS: Mapping[str, Law] = MappingProxyType(
+    {law.__name__: law for law in (*ALGEBRA, *CONDUCT, *TRANSFORMS)}
+)
 
 
 def check(

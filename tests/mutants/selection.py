@@ -20,6 +20,7 @@ from tests.mutants.faults import PACKAGE, Import, Mutant, module_of
 TESTS = PACKAGE.parent / "tests"
 FILES = sorted({*TESTS.glob("structured/test_*.py")} - {TESTS / "structured" / "test_broken.py"})
 FILES.append(TESTS / "kernels" / "test_gram.py")  # by Triton's interpreter
+COMPILING = ("compiled", "dynamic")  # laws
 EXAMPLES = 8  # of each law; the tests draw 20
 BUDGET = 30.0  # seconds of tests for one mutant, as they take without a fault and traced
 PATIENCE = 5  # a test hangs if it takes so many times as long as traced, and 2 s
@@ -69,16 +70,16 @@ class Watch:
 
     @pytest.hookimpl
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        """All but the law of compiling, which takes seconds and has little to do with mutants."""
+        """All but the laws of compiling, which take seconds and have little to do with mutants."""
         sys.settrace(None)
         self.on_import = frozenset(self.lines)
-        items[:] = [item for item in items if "[compiled" not in item.nodeid]
+        items[:] = [
+            item for item in items if not item.nodeid.partition("[")[2].startswith(COMPILING)
+        ]
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_call(self, item: Any) -> Iterator[None]:
-        defaults = sys.modules["structured._core.defaults"]
-        defaults._SHAPES.clear()  # what is remembered is not reached
-        defaults._WEIGHTS.clear()
+        sys.modules["structured._core.defaults"].forget()  # what is remembered is not reached
         self.lines.clear()
         start = time.process_time()
         sys.settrace(self.trace)
@@ -177,7 +178,7 @@ def warm() -> None:
 
     from structured.testing import LAWS, check
 
-    check("circulant", laws=[law for law in LAWS if law != "compiled"], examples=5)
+    check("circulant", laws=[law for law in LAWS if law not in COMPILING], examples=5)
     sys.modules["structured.kernels"]._LIBRARY._destroy()  # a second import defines it again
     for name in [m for m in sys.modules if m.split(".")[0] == "structured"]:
         del sys.modules[name]

@@ -15,7 +15,7 @@ class Aliased(Dense):
         return self._build([M])
 
 
-@fails("fresh", "gradients")
+@fails("fresh", "gradients", "backward", "forward", "large")
 class Modifies(Diagonal):
     """Works in its operand's memory."""
 
@@ -44,7 +44,7 @@ class Detaches(Diagonal):
         return self._build([self.d.detach() * other.d])
 
 
-@fails("deterministic")
+@fails("deterministic", "mapped")
 class Random(Diagonal):
     def apply(self, X):
         return super().apply(X) * (1 + 1e-14 * torch.rand_like(X))
@@ -117,6 +117,90 @@ class StaysInDouble(Diagonal):
         return self if isinstance(args[0], torch.dtype) else super().to(*args, **kwargs)
 
 
+@fails("backward")
+class DropsTheDerivativeInX(Diagonal):
+    """Where it alone is asked for."""
+
+    def apply(self, X):
+        return super().apply(X if self.d.requires_grad or not X.requires_grad else X.detach())
+
+
+class _Sum(torch.autograd.Function):
+    """A sum with a derivative backward alone."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(d):
+        return d.sum(-1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.n = inputs[0].shape[-1]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient[..., None].expand(*gradient.shape, ctx.n)
+
+
+@fails("forward")
+class OnlyBackward(Diagonal):
+    def trace(self):
+        return _Sum.apply(self.d)
+
+
+@fails("mapped")
+class AddsIntoZeros(Diagonal):
+    def trace(self):
+        out = torch.zeros(self.batch_shape, dtype=self.dtype, device=self.device)
+        out += self.d.sum(-1)
+        return out
+
+
+@fails("autocast")
+class AddsByProducts(Diagonal):
+    """A sum as a matrix product, which autocast runs in 16 bits."""
+
+    def __add__(self, other):
+        total = super().__add__(other)
+        if total is NotImplemented:
+            return total
+        one = torch.ones(1, 1, dtype=self.dtype, device=self.device)
+        return total.map(lambda t: (t[..., None] @ one)[..., 0])
+
+
+@fails("large")
+class ForgetsInLargeProducts(Diagonal):
+    def apply(self, X):
+        return super().apply(X.detach() if X.nbytes > 1 << 21 else X)
+
+
+@fails("first_use")
+class DrawsForItsShape(StructuredMatrix):
+    """Diagonal matrices; a random number is drawn where the shape is found."""
+
+    d: Tensor
+
+    @classmethod
+    def zeros(cls, n, *, batch_shape=(), **opts):
+        return cls(torch.zeros(*batch_shape, n, **opts))
+
+    def to_dense(self):
+        if self.d.is_meta:
+            torch.rand(())
+        return torch.diag_embed(self.d)
+
+
+@fails("dynamic")
+class BreaksTheGraph(Diagonal):
+    """With more than four columns."""
+
+    def apply(self, X):
+        if X.shape[-1] > 4:
+            torch._dynamo.graph_break()
+        return super().apply(X)
+
+
 @fails("views")
 class Taciturn(Diagonal):
     def __repr__(self):
@@ -129,7 +213,7 @@ class ShowsTheTranspose(LowerTriangular):
         return self.mT.__array__(dtype, copy)
 
 
-@fails("meta", "compiled")
+@fails("meta", "compiled", "mapped", "dynamic")
 class LooksAtNumbers(Diagonal):
     def solve(self, X):
         if (self.d == 0).any():

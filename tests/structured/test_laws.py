@@ -3,9 +3,12 @@
 import pytest
 
 from structured import block_circulant, circulant, parse, rotated, toeplitz, triangular
-from structured._transforms import cosine
+from structured._products import gram, in_place
+from structured._transforms import autocorrelation, cosine
 from structured.testing import LAWS, check
 from tests.structured.specs import ALIASES, NESTINGS, SPECS
+
+SLOW = ("compiled", "dynamic")
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -16,7 +19,7 @@ def test_law(law, spec):
 
 @pytest.mark.parametrize("law", LAWS)
 def test_law_of_nestings(law):
-    check(NESTINGS, laws=[law], examples=3 if law == "compiled" else None)
+    check(NESTINGS, laws=[law], examples=3 if law in SLOW else None)
 
 
 def never(n, m, dtype):
@@ -42,12 +45,27 @@ BY_BLOCKS = [
     ("rotated(diagonal, cosine)", cosine, "_LARGEST", (12, 2)),
     ("rotated(diagonal, cosine)", rotated, "_COLUMNS", 1),
     ("rotated(lower_triangular, hadamard)", rotated, "_COLUMNS", 2),
+    ("rotated(lower_triangular, hadamard)", rotated, "_LARGEST", 2),
+    ("block_diagonal(2)", in_place, "_PANEL", 64),
+    ("tied(3, block_diagonal(2))", in_place, "_PANEL", 64),
+    ("block_diagonal(2)", in_place, "_LARGE", 1),
+    ("hierarchical(2, 3)", in_place, "_LARGE", 1),
+    ("lower_triangular", in_place, "_LARGE", 1),
+    ("dense", gram, "_panels_pay", lambda X: X.is_cpu),
+    ("direct_sum(dense, diagonal, 5)", gram, "_panels_pay", lambda X: X.is_cpu),
+    ("diagonal", gram, "_norms_pay", lambda X: not X.requires_grad),
+    ("hierarchical(2, 3)", gram, "_norms_pay", lambda X: not X.requires_grad),
+    ("lower_toeplitz", autocorrelation, "_FEWEST", 1),
+    ("circulant", autocorrelation, "_FEWEST", 1),
 ]
-OF_PRODUCTS = ("product", "apply", "apply_transpose", "project_gram", "gram", "solve", "batches")
+OF_PRODUCTS = (
+    *("product", "apply", "apply_transpose", "project_gram", "gram", "solve", "batches"),
+    *("backward", "forward", "mapped", "autocast"),
+)
 
 
 @pytest.mark.parametrize("way", BY_FFT, ids=lambda way: way[0])
-@pytest.mark.parametrize("law", [law for law in LAWS if law != "compiled"])
+@pytest.mark.parametrize("law", [law for law in LAWS if law not in SLOW])
 def test_law_by_fft(law, way, monkeypatch):
     spec, *decision = way
     monkeypatch.setattr(*decision)
@@ -59,7 +77,7 @@ def test_law_by_fft(law, way, monkeypatch):
 def test_law_by_blocks(law, way, monkeypatch):
     spec, *decision = way
     monkeypatch.setattr(*decision)
-    check(spec, laws=[law])
+    check(spec, laws=[law], sizes=range(0, 13, 6) if "tied" in spec else range(13))
 
 
 @pytest.mark.parametrize("alias", ALIASES)

@@ -57,6 +57,17 @@ def test_static_tensors_move_along():
     assert (K.matrix + A.to(torch.float32)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_under_autocast_it_is_as_a_linear_layer(dtype):
+    K = StructuredParameter(parse("hierarchical(2, 2)").identity(8, dtype=dtype))
+    linear, X = torch.nn.Linear(8, 8, dtype=dtype), torch.ones(8, 3, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        product = K(X)
+        assert product.dtype == linear(X.mT).dtype
+    product.sum().backward()
+    assert all(p.grad.dtype == dtype for p in K.parameters())
+
+
 def test_it_prints_the_member():
     K = StructuredParameter(member("tied(2, dense)"))
     assert repr(K.matrix) in repr(K)
