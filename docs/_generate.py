@@ -1,6 +1,6 @@
 """Writes what can be had from the code: pictures, tables, the catalogue, the reference.
 
-``conf.py`` calls :func:`build`. For the README, whose picture and table are committed::
+``conf.py`` calls :func:`build`. For the README, whose pictures, table and numbers are committed::
 
     python -m docs._generate
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import re
+from importlib import resources
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +19,7 @@ from sphinx.ext.napoleon import Config, GoogleDocstring
 import singd
 import structured
 from docs import catalogue, clock, costs, gpu, pictures, stages, steps
+from docs import readme as face
 
 DOCS = Path(__file__).parent
 OUT = DOCS / "_generated"
@@ -32,8 +34,15 @@ def write(path: Path, text: str) -> None:
         path.write_text(text)
 
 
+def mathjax() -> None:
+    """Copy MathJax, one file with its fonts, out of the package that ships it."""
+    source = resources.files("mathjax") / "static" / "mathjax" / "es5" / "tex-svg.js"
+    write(OUT / "static" / "tex-svg.js", source.read_text(encoding="utf-8"))
+
+
 def build() -> None:
     """Everything that the pages include."""
+    mathjax()
     rows = costs.rows()
     for name in catalogue.names():
         write(OUT / f"{name}.svg", pictures.growing(name))
@@ -133,10 +142,14 @@ def filled(text: str, mark: str, content: str) -> str:
 
 
 def readme() -> str:
-    """The README with the table of costs as it should be."""
-    return filled(README.read_text(), "costs", costs.markdown(costs.rows()))
+    """The README with the parts that come from results as they should be."""
+    text = README.read_text()
+    for mark, content in (("why", face.why()), ("structures", face.table()), ("gpus", face.gpus())):
+        text = filled(text, mark, content)
+    return text
 
 
 if __name__ == "__main__":
-    write(OVERVIEW, pictures.overview())
+    for path, image in {OVERVIEW: pictures.overview(), **face.images()}.items():
+        write(path, image)
     write(README, readme())

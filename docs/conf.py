@@ -28,10 +28,12 @@ exclude_patterns = ["_build", "_generated/*.md", "examples/*", "auto_examples/*.
 highlight_language = "none"
 html_theme = "furo"
 html_title = project
-html_static_path = ["_static"]
+html_static_path = ["_static", "_generated/static"]
+html_css_files = ["pages.css"]
 
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist"]
 myst_heading_anchors = 3
+mathjax_path = "tex-svg.js"  # in the built site: formulas need no network
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

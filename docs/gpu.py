@@ -29,11 +29,17 @@ def section(results: Path = RESULTS) -> str:
     return "\n".join(one_gpu(report) for report in reports) if reports else NONE
 
 
+def name(report: Path) -> str:
+    """The name of the GPU of a report."""
+    found: str = json.loads(report.read_text())["machine"].get("gpu", report.parent.name)
+    return found
+
+
 def one_gpu(report: Path) -> str:
     """Markdown for one directory of results."""
     found = json.loads(report.read_text())
     machine = found["machine"]
-    lines = [f"### {machine.get('gpu', report.parent.name)}", ""]
+    lines = [f"### {name(report)}", ""]
     lines += [", ".join(f"{k} {v}" for k, v in machine.items() if k != "gpu") + ".", ""]
     for part, title in TITLES.items():
         status = found["parts"].get(part, {"status": "not run"})["status"]
