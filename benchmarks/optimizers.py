@@ -80,11 +80,11 @@ def _second_order(method: str, model: nn.Module, T: int) -> optim.Optimizer:
 class Muon:
     """Muon for the weights of linear layers but the last, AdamW for all other parameters."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, lr: float = LR) -> None:
         *hidden, _ = (m.weight for m in model.modules() if isinstance(m, nn.Linear))
         mine = {id(p) for p in hidden}
         others = [p for p in model.parameters() if id(p) not in mine]
-        self.parts = [optim.Muon(hidden, lr=LR), optim.AdamW(others, lr=LR, fused=True)]
+        self.parts = [optim.Muon(hidden, lr=lr), optim.AdamW(others, lr=lr, fused=True)]
 
     @property
     def state(self) -> dict[Tensor, Any]:

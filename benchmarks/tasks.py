@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from pydoc_data.topics import topics
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,6 +21,7 @@ from torch_geometric.nn import GCNConv
 from benchmarks import nets
 from benchmarks.data import Digits, load
 from benchmarks.models import MODELS
+from benchmarks.text import python_topics
 from benchmarks.training import accuracy, batches
 
 SPLITS = ("validation", "test")
@@ -141,25 +141,6 @@ class GraphTask:
         held_out = graph.held_out[split]
         right = model(graph.x, graph.edges).argmax(-1) == graph.y
         return right[held_out].double().mean().item()
-
-
-class Text(NamedTuple):
-    """Characters as numbers, ``[N]``, and how many there are."""
-
-    train: Tensor
-    held_out: dict[str, Tensor]
-    vocabulary: int
-
-
-@cache
-def python_topics() -> Text:
-    """Python's built-in help on its language: 465,000 characters; the last tenth is the test."""
-    text = "".join(topics[name] for name in sorted(topics))
-    place = {character: i for i, character in enumerate(sorted(set(text)))}
-    numbers = torch.tensor([place[character] for character in text])
-    tenth = len(numbers) // 10
-    train, validation, test = numbers.split([len(numbers) - 2 * tenth, tenth, tenth])
-    return Text(train, {"validation": validation, "test": test}, len(place))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ pytest.importorskip("torch_geometric")
 
 from benchmarks import evidence, evidence_report
 from benchmarks.evidence import Job, Row
-from benchmarks.tasks import TASKS, digits_graph, python_topics
+from benchmarks.tasks import TASKS, digits_graph
+from benchmarks.text import python_topics
 
 SMALL = ["--steps", "2", "--seeds", "2", "--checks", "2", "--rounds", "1"]
 METHODS = ["AdamW", "SINGD", "SINGD diagonal"]

@@ -1,0 +1,70 @@
+"""The methods of the suite: a name, and options as in ``singd:lr=1e-2,damping=1e-4``."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn, optim
+
+from benchmarks.optimizers import Muon
+
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+
+
+def adamw(model: nn.Module, lr: float = 1e-3, **options: Any) -> Any:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return optim.AdamW(trained, lr=lr, weight_decay=0.0, **options)
+
+
+def singd(model: nn.Module, **options: Any) -> Any:
+    from singd import SINGD
+
+    return SINGD(model, **options)
+
+
+def kfac(model: nn.Module, **options: Any) -> Any:
+    from singd import KFAC
+
+    return KFAC(model, **options)
+
+
+def soap(model: nn.Module, lr: float = 3e-3, **options: Any) -> Any:
+    import pytorch_optimizer
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return pytorch_optimizer.SOAP(trained, lr=lr, **options)
+
+
+def muon(model: nn.Module, lr: float = 1e-3) -> Any:
+    return Muon(model, lr=lr)
+
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "adamw": adamw,
+    "singd": singd,
+    "kfac": kfac,
+    "soap": soap,
+    "muon": muon,
+}
+
+
+def parse(spec: str) -> tuple[str, dict[str, Any]]:
+    """A method's name and its options, of ``name`` or ``name:option=value,option=value``.
+
+    Raises:
+        ValueError: If there is no such method, or an option is not a Python literal.
+    """
+    name, _, given = spec.partition(":")
+    if name not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {name!r}")
+    call = ast.parse(f"_({given})", mode="eval").body
+    assert isinstance(call, ast.Call)
+    return name, {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
+
+
+def make(spec: str) -> Callable[[nn.Module], Any]:
+    """A function of a model that makes the optimizer."""
+    name, options = parse(spec)
+    return lambda model: METHODS[name](model, **options)
