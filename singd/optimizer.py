@@ -16,6 +16,7 @@ from singd.capture.capture import Capture
 from singd.layers import OPTIONAL
 from singd.methods.base import Method
 from singd.methods.options import choice, integer
+from singd.ops import cuda_graph
 from singd.placement import Placement
 from singd.placement.replicated import find_placement, refuse_sharded, unwrapped
 from singd.state import checkpoint
@@ -28,7 +29,7 @@ from singd.step.groups import as_groups, check_group, keep_peak_lr, parameter_of
 from singd.step.observer import StepObserver
 from singd.step.parameters import Parameters
 from singd.step.pipeline import Parts, agree, pad_statistics, take_step
-from singd.step.skipping import SkippedSteps, is_capturing
+from singd.step.skipping import SkippedSteps
 
 DEFAULTS: Mapping[str, Any] = {
     "lr": 0.1,
@@ -268,7 +269,7 @@ class KroneckerOptimizer(Optimizer):
 
     def _run(self, *, descend: bool, scale: Tensor | None = None) -> None:
         parts, capture, skipping = self._parts, self._parts.capture, self._parts.skipping
-        if is_capturing():
+        if cuda_graph.is_capturing():
             _check_capture(parts.max_skipped, self.telemetry)
         else:
             skipping.settle()

@@ -26,6 +26,7 @@ from singd.capture.statistics import (
 )
 from singd.capture.weight_matrix import WeightMatrix
 from singd.layers.base import piece_size
+from singd.ops import cuda_graph
 
 
 class Observer(Protocol):
@@ -194,7 +195,7 @@ class Capture:
     ) -> None:
         accumulator = self.accumulators[matrix]
         observer.prepare(matrix)
-        accumulator.begin(root, verify=not _capturing())
+        accumulator.begin(root, verify=not cuda_graph.is_capturing())
         self.count.begin_pass()
         try:
             statistics, use = self._statistics(observer, matrix, module, x, g, call)
@@ -305,7 +306,3 @@ class _Commit:
 
     def __call__(self, _: Tensor) -> None:
         self.capture.commit(self.matrix)
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -18,6 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from singd.ops import cuda_graph
 from singd.ops.reference import MANTISSA_BITS, mix_, noise, round_with_noise
 
 _PIECE = 1 << 17  # numbers at a time on a CPU: in its caches
@@ -51,7 +52,7 @@ class Rounding:
         """The seed of this step as one int64 on a device, without a copy from the host."""
         if device not in self._words:
             word = torch.full((1,), self._seed, dtype=torch.int64, device=device)
-            self._words[device] = word.random_() if _capturing() else word
+            self._words[device] = word.random_() if cuda_graph.is_capturing() else word
         return self._words[device]
 
     def keys(self, names: Sequence[str], device: torch.device) -> Tensor:
@@ -114,10 +115,6 @@ def _pieces(b: int, n: int, device: torch.device) -> Iterator[tuple[slice, int, 
     for row in range(0, b, rows):
         for first in range(0, n, _PIECE):
             yield slice(row, row + rows), first, min(first + _PIECE, n)
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache

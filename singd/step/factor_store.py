@@ -15,8 +15,9 @@ from torch import Tensor
 
 from singd.capture.weight_matrix import WeightMatrix
 from singd.methods.base import Factors, Method, Products
+from singd.ops import cuda_graph
 from singd.step.groups import Group
-from singd.step.skipping import is_capturing, write_
+from singd.step.skipping import write_
 from structured import Structure, StructuredMatrix
 
 State = MutableMapping[Any, dict[str, Any]]
@@ -205,7 +206,7 @@ class FactorStore:
             for name, member in new.items():
                 if member is not old[name]:
                     _copy(old[name], member, unless)
-            if batch.products and (unless is not None or is_capturing()):
+            if batch.products and (unless is not None or cuda_graph.is_capturing()):
                 for name, product in proposal.products.items():  # other graphs read their places
                     _copy(batch.products[name], product, unless)
             else:

@@ -57,8 +57,3 @@ def write_(target: Tensor, new: Tensor, unless: Tensor | None) -> Tensor:
     if unless is None:
         return target.copy_(new)
     return torch.where(unless, target, new.to(target.dtype), out=target)
-
-
-def is_capturing() -> bool:
-    """Whether what runs now is recorded in a CUDA graph, to be replayed without Python."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

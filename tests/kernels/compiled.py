@@ -10,10 +10,10 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from singd.kernels import descent, rounding
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from singd.ops.kernels import inner_products, momentum_step, rounding
 from structured.kernels import sums_of_squares, symmetric_product
 
 
@@ -47,7 +47,7 @@ def main() -> None:
     cut = symmetric_product.LARGE
     tile = {"TILE": cut.size, "DEPTH": cut.depth, "BAND": symmetric_product.BAND, "ADD": False}
     numbers = {"alpha": "fp32", "beta": "fp32"}
-    move = {"table": "*i64", "seed": "*i64", "ok": "*i1"}
+    move = {"table": "*i64", "names": "*i64", "word": "*i64", "unless": "*i1"}
     move |= dict.fromkeys(("lr", "momentum", "weight_decay"), "fp32")
     found = {
         "symmetric product": ptx(
@@ -62,16 +62,22 @@ def main() -> None:
             {"X": "*bf16", "out": "*fp32"},
             {"stride_n": 1, "BLOCK_N": 128, "BLOCK_M": 32},
         ),
-        "rounded sum": ptx(
+        "stochastic rounding": ptx(
             rounding._kernel,
-            {"out": "*bf16", "x": "*fp32", "alpha": "*fp32", "seed": "*i64"},
-            {"BLOCK": rounding.BLOCK, "BITS": 16, "ADD": True},
+            {"out": "*bf16", "x": "*fp32", "names": "*i64", "word": "*i64"},
+            {"BLOCK": rounding.BLOCK, "BITS": 16},
         ),
-        "descent": ptx(
-            descent._kernel,
+        "inner product": ptx(
+            inner_products._kernel,
+            {"x": "*bf16", "y": "*bf16", "sums": "*fp32"},
+            {"BLOCK": inner_products.BLOCK},
+        ),
+        "momentum step": ptx(
+            momentum_step._kernel,
             move,
             {"TYPE": tl.bfloat16, "DIRECTION": tl.bfloat16, "MOMENTUM": True, "STRIDED": False}
-            | {"GUARDED": True, "ALIGNED": True, "BITS": 16, "BLOCK": descent.BLOCK},
+            | {"DECOUPLED": True, "GUARDED": True, "ALIGNED": True, "BITS": 16}
+            | {"BLOCK": momentum_step.BLOCK},
         ),
     }
     print(json.dumps({name: report(text) for name, text in found.items()}))

@@ -17,7 +17,7 @@ import torch
 {before}
 import structured, singd
 from structured._core import dispatch
-from singd import rounding
+from singd.ops import stochastic_rounding
 assert structured.__file__.startswith({root!r}), structured.__file__
 assert {expected}
 X = torch.randint(-3, 4, (6, 9)).double()
@@ -46,11 +46,11 @@ def test_without_their_folders(tmp_path: Path) -> None:
     for package in ("structured", "singd"):
         skipped = shutil.ignore_patterns("kernels", "__pycache__")
         shutil.copytree(ROOT / package, tmp_path / package, ignore=skipped)
-    run(tmp_path, "", "dispatch.kernels is None and rounding.kernels() is None")
+    run(tmp_path, "", "dispatch.kernels is None and stochastic_rounding.load_kernels() is None")
 
 
 def test_without_triton() -> None:
-    expected = "dispatch.kernels is not None and rounding.kernels() is None"
+    expected = "dispatch.kernels is not None and stochastic_rounding.load_kernels() is None"
 
     hide = "import importlib.util as u; f = u.find_spec; "
     hide += "u.find_spec = lambda n, *a: None if n == 'triton' else f(n, *a)"
@@ -59,7 +59,7 @@ def test_without_triton() -> None:
 
 @pytest.mark.parametrize(
     ("package", "kernel"),
-    [("structured", "structured.kernels.symmetric_product"), ("singd", "singd.kernels")],
+    [("structured", "structured.kernels.symmetric_product"), ("singd", "singd.ops.kernels")],
 )
 def test_kernels_wait_for_a_gpu(package: str, kernel: str) -> None:
     code = f"import sys, {package}; sys.exit({kernel!r} in sys.modules)"

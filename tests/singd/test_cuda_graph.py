@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from singd import KFAC, SINGD, cuda_graph
+from singd import KFAC, SINGD
+from singd.ops import cuda_graph
 from tests.singd.graphs import Graph
 
 T = 2
@@ -21,7 +22,7 @@ T = 2
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
     """The graph that is being recorded, if any, for what asks whether one is."""
     graphs: list[Graph] = []
-    monkeypatch.setattr(cuda_graph, "capturing", lambda: bool(graphs))
+    monkeypatch.setattr(cuda_graph, "is_capturing", lambda: bool(graphs))
     return graphs
 
 
@@ -105,7 +106,7 @@ def test_replays_follow_a_learning_rate_that_is_a_tensor(recorded: list[Graph]) 
             group["lr"] = 0.1 / (1 + number)
         iterate(reference, plain, x)
     rate = torch.tensor(0.1)
-    optimizer = SINGD(model, T=T, lr=rate, adamw={"lr": rate}, max_skipped=None)
+    optimizer = SINGD(model, T=T, lr=rate, max_skipped=None)
     replays(model, optimizer, inputs, recorded, lambda i: rate.fill_(0.1 / (1 + i)))
     for p, q in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)

@@ -107,7 +107,7 @@ def inner_product(x: Tensor, y: Tensor) -> Tensor:
 
 @inner_product.register_kernel("cuda")
 def _(x: Tensor, y: Tensor) -> Tensor:
-    from singd.ops.kernels.inner_product import launch
+    from singd.ops.kernels.inner_products import launch
 
     return launch(x, y, _programs(len(x)))
 
