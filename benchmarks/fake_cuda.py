@@ -6,7 +6,7 @@ to read a number. Copies between host and device are counted. Kernels are taken 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -19,7 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from docs.costs import FREE
-from singd import joint
+from singd.capture.accumulator import Accumulator
+from singd.capture.capture import Capture
+from singd.capture.samples import Call
+from singd.capture.weight_matrix import WeightMatrix
+from singd.ops import reductions, stochastic_rounding
+from structured import Operator
 
 aten: Any = torch.ops.aten
 Shapes = dict[str, tuple[torch.Size, torch.Size]]  # of input and output, by module
@@ -66,6 +71,12 @@ class _ByOperators(TorchFunctionMode):
         if func is Tensor.contiguous:
             t, kept = args[0], torch.contiguous_format
             return t if t.is_contiguous() else aten.clone(t, memory_format=kept)
+        if func is torch._fused_adamw_ and isinstance(kwargs["lr"], Tensor):
+            kwargs = {**kwargs, "lr": 1.0}  # the kernel reads it on the device; no fake form does
+        for operator in args:
+            if isinstance(operator, Operator):
+                with self:  # else what it computes would be seen by nobody
+                    return operator.__torch_function__(func, types, args, kwargs)
         return func(*args, **(kwargs or {}))
 
 
@@ -92,14 +103,21 @@ def _view(t: Tensor, key: Any) -> Tensor:
 def gpu() -> Iterator[Crossings]:
     """Within this context a GPU is there, and copies to and from it are counted."""
     with ExitStack() as stack:
-        joint._repeated.cache_clear()  # it keeps tensors
-        stack.callback(joint._repeated.cache_clear)
-        for name in ("torch.cuda.Event", "torch.cuda.current_stream", "singd.hooks.Capture.watch"):
+        for cached in (reductions._cached_repeat, stochastic_rounding.name_keys):  # of tensors
+            cached.cache_clear()
+            stack.callback(cached.cache_clear)
+        for name in ("torch.cuda.Event", "torch.cuda.current_stream"):
             stack.enter_context(mock.patch(name))
+        stack.enter_context(mock.patch.object(Capture, "watch", _watch_without_hooks))
         stack.enter_context(FakeTensorMode())
         crossings = stack.enter_context(Crossings())
         stack.enter_context(_ByOperators())
         yield crossings
+
+
+def _watch_without_hooks(capture: Capture, _: nn.Module, matrices: Iterable[WeightMatrix]) -> None:
+    """What :func:`backward` needs: gradients on a fake device take no hooks."""
+    capture.accumulators |= {matrix: Accumulator(matrix) for matrix in matrices}
 
 
 def shapes(model: nn.Module, x: Tensor) -> Shapes:
@@ -147,13 +165,15 @@ def backward(
         unused: Layers that no gradient reaches.
     """
     names = {module: name for name, module in optimizer.model.named_modules()}
-    for unit in optimizer._units:
-        unit.explained, unit.committed = True, 5  # else it is looked at, which waits
-        name = names[unit.module]
-        if name not in unused and optimizer._wanted(unit):
+    capture, call = optimizer._parts.capture, Call()
+    for matrix, accumulator in capture.accumulators.items():
+        verification = accumulator.verification
+        verification.explained, verification.passes = True, 5  # else it is verified, which waits
+        name = names[matrix.module]
+        if name not in unused and optimizer._observer.is_captured(matrix):
             x, g = (torch.empty(shape, device=DEVICE, dtype=dtype) for shape in seen[name])
-            optimizer._measure(unit, unit.module, x, g, 0, -1)
-            unit.commit()
+            capture._observe(matrix, matrix.module, x, g, call, -1)
+            capture.commit(matrix)
     for module, name in names.items():
         for p in module.parameters(recurse=False):
             p.grad = None if name in unused else torch.empty_like(p)

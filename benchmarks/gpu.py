@@ -109,7 +109,7 @@ def machine(run: Run) -> list[Row]:
 
 
 def tests(run: Run) -> list[Row]:
-    """Kernels against twins, and the library on CUDA against itself on the CPU."""
+    """Kernels against their references, and the library on CUDA against itself on the CPU."""
     if run.dry:
         return [{"tests": "left to make test"}]
     command = [sys.executable, "-m", "pytest", "-W", "default", "-p", "no:cacheprovider"]
@@ -184,7 +184,7 @@ def _held(what: str, model: Any, optimizer: Any, x: Tensor, step: Callable[[], N
 
 
 def kernels(run: Run) -> list[Row]:
-    """Every kernel against its twin."""
+    """Every kernel against its reference."""
     from structured._products import gram
     from structured.kernels import sums_of_squares, symmetric_product
 
@@ -245,24 +245,21 @@ def _tilings() -> list[Any]:
 
 
 def _step_kernels(run: Run) -> Iterator[Row]:
-    from singd.kernels import descent as descent_kernel
-    from singd.kernels import inner_product
-    from singd.kernels.rounding import round_sum
-    from singd.rounding import Rounding, stochastic_round
+    from singd.ops import reference
+    from singd.ops.kernels import inner_products, momentum_step, rounding
+    from singd.ops.stochastic_rounding import Rounding, name_keys
 
-    from singd import descent
-
+    noise = Rounding(0, 0)
     n = run.size(4096, 16)
-    K = torch.eye(n, device=run.device).bfloat16()
-    x, alpha = torch.randn(n, n, device=run.device), torch.tensor(-1e-3, device=run.device)
-    seed = torch.zeros(1, dtype=torch.int64, device=run.device)
+    x = torch.randn(1, n * n, device=run.device)
+    keys = name_keys(("K",), run.device), noise.word(run.device)
     yield _compared(
         run,
-        "K - b K m, rounded",
-        K,
-        lambda: round_sum(K, x, alpha, seed, 0),
-        lambda: K.copy_(stochastic_round(K.float() + alpha * x, K.dtype)),
-        moved=8 * K.numel(),
+        "stochastic rounding",
+        x,
+        lambda: rounding.launch(x, torch.bfloat16, *keys, 0),
+        lambda: noise.plain(x, torch.bfloat16, ["K"]),
+        moved=6 * x.numel(),
     )
     for k in (1 << 24, 1 << 18):
         u, v = (torch.randn(run.size(k, 50), device=run.device).bfloat16() for _ in range(2))
@@ -270,22 +267,30 @@ def _step_kernels(run: Run) -> Iterator[Row]:
             run,
             "inner product",
             u,
-            lambda u=u, v=v: inner_product.launch(u, v, 512).sum(),
+            lambda u=u, v=v: inner_products.launch(u, v, 512).sum(),
             lambda u=u, v=v: torch.dot(u.float(), v.float()),
             moved=4 * len(u),
         )
     sizes = [768 * 768] * 48 + [768 * 3072] * 24 + [768] * 96 + [3072] * 12  # GPT-2's blocks
-    rounding = Rounding(0, 0)
+    numbers = 1e-6, 0.9, 0.1, False
     for dtype in (torch.bfloat16, torch.float32):
         shapes = sizes if not run.dry else [50, 7]
         p, d, b = ([torch.randn(k, device=run.device).to(dtype) for k in shapes] for _ in range(3))
         total = sum(t.nbytes for t in p)
+        names = tuple(map(str, range(len(p))))
+        keys = name_keys(names, run.device), noise.word(run.device)
+
+        def rounded(
+            x: Tensor, dtype: torch.dtype, index: int, names: tuple[str, ...] = names
+        ) -> Tensor:
+            return noise.plain(x[None], dtype, names[index : index + 1])[0]
+
         yield _compared(
             run,
             f"{len(p)} parameters, momentum, decay",
             p[0],
-            lambda p=p, d=d, b=b: descent_kernel.launch(p, d, b, 1e-6, 0.9, 0.1, seed, 0),
-            lambda p=p, d=d, b=b: descent.plain(p, d, b, 1e-6, 0.9, 0.1, rounding),
+            lambda p=p, d=d, b=b, k=keys: momentum_step.launch(p, d, b, *numbers, *k),
+            lambda p=p, d=d, b=b, r=rounded: reference.momentum_step_(p, d, b, *numbers, r),
             moved=5 * total,
         )
 
@@ -303,13 +308,13 @@ def _compared(
     name: str,
     X: Tensor,
     kernel: Callable[[], Any],
-    twin: Callable[[], Any],
+    reference: Callable[[], Any],
     *,
     moved: float = 0,
     flops: float = 0,
 ) -> Row:
     """Times of both, and the part of the ceiling that the kernel reaches."""
-    ours, theirs = run.seconds(kernel), run.seconds(twin)
+    ours, theirs = run.seconds(kernel), run.seconds(reference)
     dtype = str(X.dtype).removeprefix("torch.")
     if flops:
         ceiling = 1e12 * run.ceilings.get(dtype, float("nan"))
@@ -320,8 +325,8 @@ def _compared(
         "shape": str(list(X.shape)),
         "dtype": dtype,
         "kernel us": round(1e6 * ours, 1),
-        "twin us": round(1e6 * theirs, 1),
-        "kernel / twin": round(ours / theirs, 3),
+        "reference us": round(1e6 * theirs, 1),
+        "kernel / reference": round(ours / theirs, 3),
         "of the ceiling": round((flops or moved) / ours / ceiling, 3),
     }
 
@@ -329,17 +334,21 @@ def _compared(
 def dense(run: Run) -> list[Row]:
     """The dense path of the step at n = 4096: gram, product, preconditioning."""
     from singd import update
+    from singd.methods.inverse_free import precondition_by_products, product_of
     from structured import Dense
 
     n = run.size(4096, 32)
     K, C, G = (torch.randn(n, n, device=run.device).bfloat16() for _ in range(3))
     A, B = Dense(K), Dense(C)
+    AA, BB = product_of(A), product_of(B)
+    if AA is None or BB is None:
+        raise RuntimeError("the product of a dense factor with its transpose is not there")
     work = {
         "project_gram(X)": (lambda: A.project_gram(G), n**3),
         "gram()": (lambda: A.gram(), n**3),
         "A @ B": (lambda: A.matmul(B), 2 * n**3),
         "K K^T G": (lambda: A.apply(A.apply_transpose(G)), 4 * n**3),
-        "precondition_products": (lambda: update.precondition_products(A, B, G), 4 * n**3),
+        "precondition by products": (lambda: precondition_by_products(AA, BB, G), 4 * n**3),
         "precondition": (lambda: update.precondition(A, B, G), 8 * n**3),
     }
     rows = []

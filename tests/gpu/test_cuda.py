@@ -1,4 +1,4 @@
-"""The library on CUDA against itself on the CPU. Kernels against twins: ``tests/kernels``."""
+"""The library on CUDA against itself on the CPU. Kernels against references: ``tests/kernels``."""
 
 from __future__ import annotations
 
@@ -184,14 +184,14 @@ def test_a_bad_batch_changes_nothing(graft: str | None, dtype: torch.dtype) -> N
     bad = torch.full_like(x, torch.nan)
     first = copy.deepcopy(model.state_dict())
     test_cuda_graph.iterate(model, optimizer, bad)
-    assert optimizer._verdict.skipped == 0
+    assert optimizer._parts.skipping.total == 0
     torch.testing.assert_close(model.state_dict(), first, rtol=0, atol=0)
     for _ in range(3):
         test_cuda_graph.iterate(model, optimizer, x)
     before = snapshot(model, optimizer)
     assert not torch.equal(before["0.weight"], first["0.weight"])
     test_cuda_graph.iterate(model, optimizer, bad)
-    assert optimizer._verdict.skipped == 1
+    assert optimizer._parts.skipping.total == 1
     torch.testing.assert_close(snapshot(model, optimizer), before, rtol=0, atol=0)
     assert optimizer.skipped == 2
     with pytest.raises(FloatingPointError, match=r"0\.weight: .* in 2 steps in a row"):
