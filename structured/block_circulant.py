@@ -202,10 +202,24 @@ class BlockCirculant(StructuredMatrix):
         """
         if not self.n:
             return super().solve(X)
-        check_pivots(above_rounding(self._eigenblocks.abs().amax((-2, -1))))
-        F, Y = self._factors, self._split(X)
+        F, Y = self._pivots(), self._split(X)
         Y = Y[(None,) * (F.ndim - Y.ndim)]  # or a stack of vectors is seen where the shapes allow
         return self._join(torch.linalg.solve(F, Y), X.dtype)
+
+    def inverse(self) -> Self:
+        """Block by block in the Fourier basis, k^2 n.
+
+        Raises:
+            RuntimeError: As :meth:`solve`.
+        """
+        if not self.n:
+            return self.clone()
+        return self._with_eigenblocks(torch.linalg.inv(self._pivots())[..., : self._sizes[1]])
+
+    def _pivots(self) -> Tensor:
+        """The blocks in the Fourier basis, if none is zero."""
+        check_pivots(above_rounding(self._eigenblocks.abs().amax((-2, -1))))
+        return self._factors
 
     def logdet(self) -> Tensor:
         """Sum over the blocks in the Fourier basis."""

@@ -186,6 +186,15 @@ class BlockDiagonal(StructuredMatrix):
         solved = Dense(self.blocks).solve(head).flatten(-3, -2)
         return torch.cat([solved, Dense(self.last).solve(last)], -2)
 
+    def inverse(self) -> Self:
+        """Block by block, k^2 n."""
+        return self._build([Dense(self.blocks).inverse().M, Dense(self.last).inverse().M])
+
+    def solve_member(self, other: Self) -> Self:
+        """Block by block, each by one factorization."""
+        blocks = Dense(self.blocks).solve_member(Dense(other.blocks))
+        return self._build([blocks.M, Dense(self.last).solve_member(Dense(other.last)).M])
+
     def logdet(self) -> Tensor:
         """Sum over the blocks."""
         return Dense(self.blocks).logdet().sum(-1) + Dense(self.last).logdet()

@@ -153,6 +153,11 @@ class BlockUpper(_BlockTriangular):
         x2 = self.C.solve(y2)
         return torch.cat([self.A.solve(y1 - self.B @ x2), x2], -2)
 
+    def inverse(self) -> Self:
+        """``[[A^-1, -A^-1 B C^-1], [0, C^-1]]``."""
+        B = self.C.mT.solve(self.A.solve(-self.B).mT).mT
+        return self._build([self.A.inverse(), B, self.C.inverse()])
+
 
 class BlockLower(_BlockTriangular):
     """``[[A, 0], [B, C]]`` for members ``A`` and ``C`` of any two structures."""
@@ -232,6 +237,11 @@ class BlockLower(_BlockTriangular):
         y1, y2 = self._split(X)
         x1 = self.A.solve(y1)
         return torch.cat([x1, self.C.solve(y2 - self.B @ x1)], -2)
+
+    def inverse(self) -> Self:
+        """``[[A^-1, 0], [-C^-1 B A^-1, C^-1]]``."""
+        B = self.A.mT.solve(self.C.solve(-self.B).mT).mT
+        return self._build([self.A.inverse(), B, self.C.inverse()])
 
 
 @composition

@@ -138,10 +138,23 @@ class Circulant(StructuredMatrix):
             RuntimeError: If ``A`` is singular to working precision, for the FFT rounds zeros
                 (``torch.linalg.LinAlgError``).
         """
-        if self.n:
-            check_pivots(above_rounding(self._spectrum.abs()))
-        F = self._spectrum[..., None, :]
+        F = self._pivots()[..., None, :]
         return irfft(rfft(X.mT, self.n) / F, self.n).to(X.dtype).mT
+
+    def inverse(self) -> Self:
+        """One over the spectrum.
+
+        Raises:
+            RuntimeError: As :meth:`solve`.
+        """
+        return self._with_spectrum(1 / self._pivots())
+
+    def _pivots(self) -> Tensor:
+        """The spectrum, if there are no zeros in it."""
+        F = self._spectrum
+        if self.n:
+            check_pivots(above_rounding(F.abs()))
+        return F
 
     def logdet(self) -> Tensor:
         """Sum of ``log |F c|``, the eigenvalues."""

@@ -16,7 +16,13 @@ import torch
 from torch import Size, Tensor
 
 from structured._core.dispatch import symmetric_product
-from structured._core.matrix import Scalar, StructuredMatrix, add_to_diagonal, largest
+from structured._core.matrix import (
+    Scalar,
+    StructuredMatrix,
+    add_to_diagonal,
+    at_least_float32,
+    largest,
+)
 from structured._products.in_place import plus_product
 
 
@@ -76,6 +82,20 @@ class Dense(StructuredMatrix):
     def gram(self) -> Self:
         """``M^T M``."""
         return self._build([symmetric_product(self.M.mT)])
+
+    def inverse(self) -> Self:
+        """``M^{-1}``, in float32 at least.
+
+        Raises:
+            RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
+        """
+        return self._build(
+            [torch.linalg.inv(self.M.to(at_least_float32(self.dtype))).to(self.dtype)]
+        )
+
+    def solve_member(self, other: Self) -> Self:
+        """``M^{-1} N``, by one factorization."""
+        return self._build([self.solve(other.M)])
 
     def trace_product(self, other: Self) -> Tensor:
         """``sum_ij M_ij N_ji``, n^2."""

@@ -110,6 +110,15 @@ class Diagonal(StructuredMatrix):
         check_pivots(self.d)
         return X / self.d[..., None]
 
+    def inverse(self) -> Self:
+        """``diag(1 / d)``.
+
+        Raises:
+            RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
+        """
+        check_pivots(self.d)
+        return self._build([1 / self.d])
+
     def logdet(self) -> Tensor:
         """Sum of ``log |d|``."""
         return self.d.abs().log().sum(-1)

@@ -114,6 +114,10 @@ class DirectSum(StructuredMatrix):
         x1, x2 = self._split(X)
         return torch.cat([self.A.solve(x1), self.C.solve(x2)], -2)
 
+    def inverse(self) -> Self:
+        """Part by part."""
+        return self._build([self.A.inverse(), self.C.inverse()])
+
     def logdet(self) -> Tensor:
         """``log|det A| + log|det C|``."""
         return self.A.logdet() + self.C.logdet()

@@ -33,6 +33,7 @@ from structured._core.matrix import (
     Scalar,
     StructuredMatrix,
     add_to_diagonal,
+    at_least_float32,
     joint_norm,
     largest,
     static,
@@ -256,6 +257,20 @@ class Hierarchical(StructuredMatrix):
             x = y / d
             ends = corner.solve(ends - across @ x)
         return torch.cat([ends[..., :k1, :], x, ends[..., k1:, :]], -2)
+
+    def inverse(self) -> Self:
+        """``D^+`` and the full rows ``(V J)^{-1} (J^T - V D^+)``; k^2 n.
+
+        Raises:
+            RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
+        """
+        check_pivots(self.d)
+        k1, k2 = self._sizes
+        wide = self.to(at_least_float32(self.dtype))
+        corner = torch.linalg.inv(_ends(wide._rows, k1, k2, -1))
+        across = corner @ (wide._middle(wide._rows) / -wide.d[..., None, :])
+        rows = torch.cat([corner[..., :k1], across, corner[..., k1:]], -1)
+        return self._with(1 / self.d, rows.to(self.dtype))
 
     def logdet(self) -> Tensor:
         """``log|det(V J)|`` and the sum of ``log |d|``."""

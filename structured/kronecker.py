@@ -104,7 +104,7 @@ class Kronecker(Composite):
 
     def inverse(self) -> Kronecker:
         """``A_1^{-1} (x) ... (x) A_k^{-1}``, each a member of the structure of its factor."""
-        return Kronecker(*(_inverse(A) for A in self._members()))
+        return Kronecker(*(A.inverse() for A in self._members()))
 
     def matmul(self, other: Kronecker) -> Kronecker:
         """``A_1 B_1 (x) ... (x) A_k B_k``; factors of unlike structures give a dense one.
@@ -210,14 +210,6 @@ class Kronecker(Composite):
 
 def _diagonal(A: Operator) -> Tensor:
     return A.diagonal() if isinstance(A, Kronecker) else A.to_dense().diagonal(dim1=-2, dim2=-1)
-
-
-def _inverse(A: Any) -> Any:
-    """The inverse as a member: structures are closed under inversion."""
-    if isinstance(A, Kronecker):
-        return A.inverse()
-    eye = torch.eye(A.n, dtype=A.dtype, device=A.device)
-    return A.orthogonal_project(A.solve(eye.expand(A.shape)))
 
 
 def _product(A: Operator, B: Operator) -> Operator:

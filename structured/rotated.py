@@ -236,6 +236,10 @@ class Rotated(StructuredMatrix):
         """``Q (A^{-1} (Q^T X))``."""
         return self._rotate(self.A.solve(self.unrotate(X)))
 
+    def inverse(self) -> Self:
+        """``Q A^{-1} Q^T``."""
+        return self._build([self.A.inverse()])
+
     def logdet(self) -> Tensor:
         """As ``A``."""
         return self.A.logdet()

@@ -101,9 +101,21 @@ class ScaledIdentity(StructuredMatrix):
         Raises:
             RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
         """
+        self._check_pivots()
+        return X / self.c[..., None, None]
+
+    def inverse(self) -> Self:
+        """``I / c``.
+
+        Raises:
+            RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
+        """
+        self._check_pivots()
+        return self._build([1 / self.c if self.size else self.c.clone()])
+
+    def _check_pivots(self) -> None:
         if self.size:
             check_pivots(self.c[..., None])
-        return X / self.c[..., None, None]
 
     def logdet(self) -> Tensor:
         """``n log |c|``."""

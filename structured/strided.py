@@ -132,6 +132,10 @@ class Strided(StructuredMatrix):
         """Class by class."""
         return self._join(self.A.solve(self._split(X)))
 
+    def inverse(self) -> Self:
+        """Class by class."""
+        return self._build([self.A.inverse()])
+
     def logdet(self) -> Tensor:
         """Sum over the classes."""
         return self.A.logdet().sum(-1)

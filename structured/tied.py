@@ -137,6 +137,10 @@ class Tied(StructuredMatrix):
         """One solve with ``A`` for k times the columns."""
         return self._unfold(self.A.solve(self._fold(X)))
 
+    def inverse(self) -> Self:
+        """``I_k (x) A^{-1}``."""
+        return self._build([self.A.inverse()])
+
     def logdet(self) -> Tensor:
         """``k log|det A|``."""
         return self.k * self.A.logdet()

@@ -176,6 +176,10 @@ class _TriangularToeplitz(StructuredMatrix):
         sums = _multiply(t, (_counts(t) * t)[..., None], adjoint=True)[..., 0]
         return self._build([_double_off_diagonal(sums, self.t.dtype)])
 
+    def inverse(self) -> Self:
+        """The inverse power series, by one solve."""
+        return self.solve_member(self.zeros_like().add_scaled_identity(1.0))
+
     def trace(self) -> Tensor:
         """``n t_0``."""
         return self.n * self.t[..., :1].sum(-1)
@@ -234,6 +238,10 @@ class LowerToeplitz(_TriangularToeplitz):
         wide = at_least_float32(X.dtype)
         return _substitute(self.t.to(wide), X.to(wide)).to(X.dtype)
 
+    def solve_member(self, other: Self) -> Self:
+        """Of the first column, which is all there is."""
+        return self._build([self.solve(other.t[..., None])[..., 0]])
+
 
 class UpperToeplitz(_TriangularToeplitz):
     """``T_ij = t_{j-i}`` for ``j >= i``. Stores n numbers; ``A X`` costs n log n a column."""
@@ -266,3 +274,7 @@ class UpperToeplitz(_TriangularToeplitz):
             RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
         """
         return self.mT.solve(X.flip(-2)).flip(-2)  # the same matrix, read from the other end
+
+    def solve_member(self, other: Self) -> Self:
+        """``A^{-1} B = (A^{-T} B^T)^T``, for all commute."""
+        return self._build([self.mT.solve_member(other.mT).t])

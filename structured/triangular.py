@@ -267,6 +267,25 @@ class LowerTriangular(_Triangular):
         x2 = solve_triangular(L2, y2 - B @ x1, upper=False)
         return torch.cat([x1, x2], -2).to(X.dtype)
 
+    def inverse(self) -> Self:
+        """``[[L1^-1, 0], [-L2^-1 B L1^-1, L2^-1]]``, by substitution.
+
+        Raises:
+            RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
+        """
+        self._check_pivots()
+        wide = at_least_float32(self.dtype)
+        L1, B, L2 = (block.to(wide) for block in self._blocks)
+        eye = torch.eye(L1.shape[-1], dtype=wide, device=self.device)
+        first = solve_triangular(L1, eye, upper=False)
+        # of L2: what is below the inverse of L1, and the inverse of L2
+        both = torch.cat([-B @ first, eye[: L2.shape[-1], : L2.shape[-1]].expand(L2.shape)], -1)
+        mixed, last = solve_triangular(L2, both, upper=False).split(
+            [first.shape[-1], L2.shape[-1]], -1
+        )
+        columns = torch.cat([first, mixed], -2).to(self.dtype)
+        return self._fold(self._below(columns), last.to(self.dtype).mT.clone())
+
     def _solve_transpose(self, X: Tensor) -> Tensor:
         """``A^{-T} X``, back substitution."""
         self._check_pivots()
@@ -317,3 +336,11 @@ class UpperTriangular(_Triangular):
             RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
         """
         return self.mT._solve_transpose(X)
+
+    def inverse(self) -> Self:
+        """Back substitution.
+
+        Raises:
+            RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
+        """
+        return self._build([self.mT.inverse().R])

@@ -16,7 +16,7 @@ COMPUTE = {
     *("to_dense", "matmul", "apply", "apply_transpose", "apply_overwriting", "apply_rows"),
     *("apply_matrix", "solve", "orthogonal_project", "project", "project_gram", "gram"),
     *("outer", "_outer", "congruence", "trace", "trace_product", "add_scaled_identity"),
-    *("logdet", "max_abs", "frobenius_norm"),
+    *("logdet", "max_abs", "frobenius_norm", "inverse", "solve_member"),
 }
 
 

@@ -14,11 +14,11 @@ from structured._core.operator import Operator
 from structured._core.stored import Stored
 
 
-def check_columns(A: Operator, X: Any, operation: str) -> None:
+def check_columns(A: Operator, X: Any, operation: str) -> tuple[Any, Any]:
     """Raise unless ``X`` is ``[..., n, m]`` of our dtype and device, its batch shape like ours."""
     check_rows(A, X, operation)
     if X.ndim == 2:
-        return
+        return A, X
     ours, theirs = A.batch_shape, X.shape[:-2]
     for mine, its in zip(reversed(ours), reversed(theirs), strict=False):
         if mine != its and mine != 1 and its != 1:
@@ -26,28 +26,31 @@ def check_columns(A: Operator, X: Any, operation: str) -> None:
                 f"{_name(A, operation)}: expected a batch shape that broadcasts with "
                 f"{list(ours)}, got {list(theirs)}"
             )
+    return A, X
 
 
-def check_rows(A: Operator, X: Any, operation: str) -> None:
+def check_rows(A: Operator, X: Any, operation: str) -> tuple[Any, Any]:
     """Raise unless ``X`` is ``[..., n, m]`` of our dtype and device."""
     if not isinstance(X, Tensor):
         _raise_type(A, X, operation)
     if X.ndim < 2 or X.shape[-2] != A.n:
         _raise_shape(A, X, operation, "m")
     _check_kind(A, X, operation)
+    return A, X
 
 
-def check_square(A: Operator, S: Any, operation: str) -> None:
+def check_square(A: Operator, S: Any, operation: str) -> tuple[Any, Any]:
     """Raise unless ``S`` is ``[..., n, n]`` of our dtype and device."""
     if not isinstance(S, Tensor):
         _raise_type(A, S, operation)
     if S.ndim < 2 or S.shape[-2:] != (A.n, A.n):
         _raise_shape(A, S, operation, A.n)
     _check_kind(A, S, operation)
+    return A, S
 
 
-def check_member(A: Stored, B: Any, operation: str) -> None:
-    """Raise unless ``B`` has our structure, size, batch shape, dtype and device."""
+def check_member(A: Any, B: Any, operation: str) -> tuple[Any, Any]:
+    """Both with one batch shape; raise unless ``B`` has our structure, size, dtype and device."""
     layout = getattr(B, "layout", None)
     if not isinstance(layout, tuple):  # tensors have a layout of another kind
         raise TypeError(
@@ -55,17 +58,34 @@ def check_member(A: Stored, B: Any, operation: str) -> None:
             f"got {type(B).__name__}"
         )
     if A.layout != layout:
-        raise ValueError(f"{operation}: expected two members of one structure, got {A!r} and {B!r}")
+        A, B = _broadcast(A, B, operation)
     _check_kind(A, B, operation)
+    return A, B
 
 
-def check_scalar(A: Operator, c: Any, operation: str) -> None:
+def _broadcast(A: Any, B: Any, operation: str) -> tuple[Any, Any]:
+    """Members of one structure along their joint batch shape."""
+    shapes = A.batch_shape, B.batch_shape
+    cores = (M.layout_without(len(s)) for M, s in zip((A, B), shapes, strict=True))
+    if type(A) is not type(B) or len({*cores}) > 1:
+        raise ValueError(f"{operation}: expected two members of one structure, got {A!r} and {B!r}")
+    try:
+        joint = torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        raise ValueError(
+            f"{operation}: expected batch shapes that broadcast, "
+            f"got {list(shapes[0])} and {list(shapes[1])}"
+        ) from None
+    return A.expand(*joint), B.expand(*joint)
+
+
+def check_scalar(A: Operator, c: Any, operation: str) -> tuple[Any, Any]:
     """Raise unless ``c`` is a number, or a tensor of our device, scalar or of the batch shape."""
     name = _name(A, operation)
     if not isinstance(c, Tensor):
         if not isinstance(c, Real):
             raise TypeError(f"{name}: expected a number or a tensor, got {type(c).__name__}")
-        return
+        return A, c
     if c.ndim and c.shape != A.batch_shape:
         raise ValueError(
             f"{name}: expected a scalar or shape {list(A.batch_shape)}, got {list(c.shape)}"
@@ -74,6 +94,7 @@ def check_scalar(A: Operator, c: Any, operation: str) -> None:
         raise ValueError(f"{name}: expected a real scalar, got {c.dtype}")
     if c.device != A.device and (c.ndim or c.device.type != "cpu"):  # as of torch.mul
         raise ValueError(f"{name}: expected a scalar on {A.device}, got one on {c.device}")
+    return A, c
 
 
 def check_pivots(pivots: Tensor) -> None:
@@ -115,10 +136,11 @@ def _raise_shape(A: Operator, X: Tensor, operation: str, columns: int | str) -> 
     )
 
 
-CHECKS: dict[str, Callable[[Any, Any, str], None]] = {
+CHECKS: dict[str, Callable[[Any, Any, str], tuple[Any, Any]]] = {
     "matmul": check_member,
     "trace_product": check_member,
     "congruence": check_member,
+    "solve_member": check_member,
     "apply": check_columns,
     "apply_transpose": check_columns,
     "solve": check_columns,
@@ -132,7 +154,8 @@ CHECKS: dict[str, Callable[[Any, Any, str], None]] = {
 def check_arguments(cls: type) -> None:
     """Wrap the methods that ``cls`` defines itself: their argument is checked before they run."""
     for name in CHECKS.keys() & cls.__dict__.keys():
-        setattr(cls, name, _checked(name, cls.__dict__[name]))
+        method = _checked(name, cls.__dict__[name])
+        setattr(cls, name, _of_anything(method) if name == "solve" else method)
 
 
 def _checked(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -140,7 +163,20 @@ def _checked(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def wrapper(self: Any, argument: Any) -> Any:
-        check(self, argument, name)
+        self, argument = check(self, argument, name)
         return method(self, argument)
+
+    return wrapper
+
+
+def _of_anything(solve: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``solve`` of columns that takes a vector ``[n]`` and a member as well."""
+
+    @functools.wraps(solve)
+    def wrapper(self: Any, X: Any) -> Any:
+        if isinstance(X, Stored):
+            return self.solve_member(X)
+        is_vector = isinstance(X, Tensor) and X.ndim == 1
+        return solve(self, X[:, None])[..., 0] if is_vector else solve(self, X)
 
     return wrapper

@@ -25,7 +25,8 @@ from torch import Size, Tensor
 from torch.utils import _pytree as pytree
 
 from structured._core.member import Member
-from structured._core.stored import convert, zero_of
+from structured._core.statics import convert
+from structured._core.stored import zero_of
 from structured._core.weights import Weights, analyse
 
 M_ = TypeVar("M_", bound=Member)

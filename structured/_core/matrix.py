@@ -22,9 +22,9 @@ import torch
 from torch import Size, Tensor
 
 from structured._core import defaults
-from structured._core.checks import check_arguments
+from structured._core.algebra import Algebra
 from structured._core.dispatch import symmetric_product
-from structured._core.member import Member, Scalar
+from structured._core.member import Scalar
 from structured._core.numbers import (
     add_to_diagonal,
     at_least_float32,
@@ -48,7 +48,7 @@ __all__ = [  # all that a structure file needs
 ]
 
 
-class StructuredMatrix(Member):
+class StructuredMatrix(Algebra):
     """A member of a structure: an immutable dataclass of tensors, or of other members.
 
     **You must** write two methods: :meth:`zeros` and :meth:`to_dense`. Subclassing with annotated
@@ -66,17 +66,18 @@ class StructuredMatrix(Member):
 
     **You may** write fast versions of ``shape``, ``mT``, ``matmul``, ``apply``,
     ``apply_transpose``, ``orthogonal_project``, ``project``, ``project_gram``, ``gram``, ``trace``,
-    ``trace_product``, ``congruence``, ``add_scaled_identity``, ``solve``, ``logdet``, ``max_abs``
-    and ``frobenius_norm``. Each has a correct default through :meth:`to_dense`. Arguments are
-    checked before your method sees them.
+    ``trace_product``, ``congruence``, ``add_scaled_identity``, ``solve``, ``solve_member``,
+    ``inverse``, ``logdet``, ``max_abs`` and ``frobenius_norm``. Each has a correct default through
+    :meth:`to_dense`. Arguments are checked before your method sees them; that of ``solve`` is a
+    matrix.
 
     You may also say ``dimensions = ("n",)``, the trailing dimensions of each field: then the
     constructor checks shapes.
 
     **You get** ``A @ B``, ``A @ X``, ``X @ A``, ``A + B``, ``A - B``, ``c * A``, ``A / c``, ``-A``,
-    ``shape``, ``dtype``, ``device``, ``batch_shape``, ``identity``, ``zeros_like``, ``to``,
-    ``clone``, ``detach``, ``tensors``, ``with_tensors``, a ``repr``, autograd through every
-    operation, ``torch.compile`` and pytrees.
+    ``A ** k``, ``shape``, ``dtype``, ``device``, ``batch_shape``, ``identity``, ``zeros_like``,
+    ``to``, ``clone``, ``detach``, ``expand``, ``tensors``, ``with_tensors``, a ``repr``, autograd
+    through every operation, ``torch.compile`` and pytrees. Batch shapes broadcast.
 
     ``closed_under_transpose`` says that the transpose of every member is a member (dense, diagonal,
     block-diagonal). Then ``Pi(K^T S K) = K^T Pi(S) K``: curvature may be collected before K is
@@ -85,10 +86,6 @@ class StructuredMatrix(Member):
     """
 
     closed_under_transpose = False
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        check_arguments(cls)
 
     # You must write, beside zeros ----------------------------------------------------------------
 
@@ -156,21 +153,15 @@ class StructuredMatrix(Member):
         product = self.apply_transpose(U.to_dense().mT).mT  # U A
         return self.orthogonal_project(self.apply_transpose(product))
 
-    def trace(self) -> Tensor:
-        """Sum of the diagonal, ``[...]``."""
-        return self.to_dense().diagonal(dim1=-2, dim2=-1).sum(-1)
-
-    def trace_product(self, other: Self) -> Tensor:
-        """``tr(A B)`` of two members of one structure, ``[...]``."""
-        return self.matmul(other).trace()
-
     def add_scaled_identity(self, alpha: Scalar) -> Self:
         """``A + alpha I`` for a number or a tensor ``alpha`` of the batch shape."""
         eye = torch.eye(self.n, dtype=self.dtype, device=self.device)
         return self + alpha * self.orthogonal_project(eye.expand(self.shape))
 
     def solve(self, X: Tensor) -> Tensor:
-        """``A^{-1} X`` for ``X [..., n, m]``; solved in float32 at least.
+        """``A^{-1} X`` for ``X [..., n, m]`` or ``[n]``; solved in float32 at least.
+
+        Of a member of the same structure, a member: :meth:`solve_member`.
 
         As of :func:`torch.linalg.solve`, only an exact zero among the pivots counts as singular.
         The error needs the numbers: on a GPU it waits for them, on meta nothing is known.
@@ -179,11 +170,6 @@ class StructuredMatrix(Member):
             RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
         """
         return defaults.solve(self.to_dense(), X)
-
-    def logdet(self) -> Tensor:
-        """``log |det A|``, ``[...]``."""
-        wide = at_least_float32(self.dtype)
-        return torch.linalg.slogdet(self.to_dense().to(wide)).logabsdet.to(self.dtype)
 
     def outer(self) -> Operator | None:
         """``A A^T`` as one operator, where its ``apply`` costs less than two of ours; or ``None``.
@@ -199,14 +185,6 @@ class StructuredMatrix(Member):
     def _solve_transpose(self, X: Tensor) -> Tensor:
         """``A^{-T} X``."""
         return defaults.solve(self.to_dense().mT, X)
-
-    def max_abs(self) -> Tensor:
-        """Largest absolute entry, ``[...]``; zero for ``n = 0``."""
-        return largest(self.to_dense(), len(self.batch_shape))
-
-    def frobenius_norm(self) -> Tensor:
-        """Square root of the sum of all squared entries, ``[...]``."""
-        return torch.linalg.matrix_norm(self.to_dense())
 
 
 class Transposed(StructuredMatrix):
@@ -277,6 +255,10 @@ class Transposed(StructuredMatrix):
         unnamed = isinstance(named, Transposed)
         return self.A._solve_transpose(X) if unnamed else named.solve(X)
 
+    def inverse(self) -> Self:
+        """``(A^{-1})^T``."""
+        return self._build([self.A.inverse()])
+
     def trace(self) -> Tensor:
         """As ``A``."""
         return self.A.trace()
@@ -296,6 +278,3 @@ class Transposed(StructuredMatrix):
     def frobenius_norm(self) -> Tensor:
         """As ``A``."""
         return self.A.frobenius_norm()
-
-
-check_arguments(StructuredMatrix)  # the defaults check as well

@@ -36,6 +36,11 @@ class Member(Stored, Operator):
         """The identity of size ``n``; arguments as for :meth:`zeros`."""
         return cls.zeros(n, *options, **kwargs).add_scaled_identity(1.0)
 
+    def expand(self, *batch_shape: int) -> Self:
+        """The same numbers again and again along further batch dimensions, without a copy."""
+        first = len(self.batch_shape)
+        return self._map(lambda t: t.expand(*batch_shape, *t.shape[first:]))
+
     @abstractmethod
     def matmul(self, other: Self) -> Self:
         """The product ``A B`` of two members of one structure."""
@@ -52,14 +57,14 @@ class Member(Stored, Operator):
         """``A + B``, members of one structure."""
         if not isinstance(other, Member):
             return NotImplemented
-        check_member(self, other, "+")
+        self, other = check_member(self, other, "+")
         return self._map(torch.add, other)
 
     def __sub__(self, other: Self) -> Self:
         """``A - B``, members of one structure."""
         if not isinstance(other, Member):
             return NotImplemented
-        check_member(self, other, "-")
+        self, other = check_member(self, other, "-")
         return self._map(torch.sub, other)
 
     def __neg__(self) -> Self:

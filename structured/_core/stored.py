@@ -10,6 +10,8 @@ import torch
 from torch import Size, Tensor
 from torch.utils import _pytree as pytree
 
+from structured._core.statics import Shared, convert, has_numbers, map_value
+
 
 def static(**kwargs: Any) -> Any:
     """Mark a field as part of the structure, shared by all its members, not a stored number.
@@ -161,13 +163,18 @@ class Stored:
     @property
     def layout(self) -> tuple[Any, ...]:
         """What makes two members addable: class, static fields and shapes, as a hashable tuple."""
+        return self.layout_without(0)
+
+    def layout_without(self, batch_ndim: int) -> tuple[Any, ...]:
+        """:attr:`layout` but for the first ``batch_ndim`` dimensions of the stored tensors."""
         parts = []
         for name in self._fields:
             part = getattr(self, name)
-            parts.append(part.layout if isinstance(part, Stored) else part.shape)
+            nested = isinstance(part, Stored)
+            parts.append(part.layout_without(batch_ndim) if nested else part.shape[batch_ndim:])
         for name in self._static:
             value = getattr(self, name)
-            parts.append(_Shared(value) if _has_numbers(value) else value)
+            parts.append(Shared(value) if has_numbers(value) else value)
         return (type(self), *parts)
 
     def key(self, batch_ndim: int) -> tuple[Any, ...]:
@@ -203,7 +210,7 @@ class Stored:
         statics: list[Any] = [getattr(self, name) for name in self._static]
         return self._unflatten(
             [p.map_static(function) if isinstance(p, Stored) else p for p in parts],
-            [_map_value(function, value) for value in statics],
+            [map_value(function, value) for value in statics],
         )
 
     # What we compute ourselves is not checked again: on small matrices that costs as much as they.
@@ -234,7 +241,7 @@ class Stored:
         """Whether there are tensors in static fields, nested members' too."""
         parts = (getattr(self, name) for name in self._fields)
         nested = any(part._shares_numbers() for part in parts if isinstance(part, Stored))
-        return nested or any(_has_numbers(getattr(self, name)) for name in self._static)
+        return nested or any(has_numbers(getattr(self, name)) for name in self._static)
 
     def _flatten(self) -> tuple[list[Any], tuple[Any, ...]]:
         return (
@@ -270,55 +277,7 @@ def zero_of(key: tuple[Any, ...], statics: Iterable[Tensor]) -> Any:
     static = [
         convert(next(rest), cpu, wide)
         if isinstance(v, Size)
-        else _map_value(lambda t: convert(t, cpu, wide), v)
+        else map_value(lambda t: convert(t, cpu, wide), v)
         for v in values
     ]
     return cls._unflatten(built, static)
-
-
-def convert(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A static tensor beside numbers of ``dtype``: indices and masks are no numbers, and stay."""
-    if t.is_floating_point():
-        return t.to(device, dtype)
-    return (
-        t.to(device, torch.promote_types(dtype, torch.complex64))
-        if t.is_complex()
-        else t.to(device)
-    )
-
-
-def _has_numbers(value: Any) -> bool:
-    """Whether a static value is a tensor or a record of tensors, such as an operator."""
-    return isinstance(value, Tensor) or hasattr(value, "map_static")
-
-
-def _map_value(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply ``function`` to every tensor of a static value."""
-    if isinstance(value, Tensor):
-        return function(value)
-    return value.map(function).map_static(function) if _has_numbers(value) else value
-
-
-class _Shared:
-    """A static tensor or record in a layout: equal to itself, and to one with the same numbers."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __hash__(self) -> int:
-        return hash(self.value.shape)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Shared):
-            return False
-        mine, theirs = self.value, other.value
-        if mine is theirs:
-            return True
-        alike = (mine.shape, mine.dtype, mine.device) == (theirs.shape, theirs.dtype, theirs.device)
-        if not alike or isinstance(mine, Tensor) != isinstance(theirs, Tensor):
-            return False
-        if isinstance(mine, Tensor):
-            return torch.equal(mine, theirs)
-        pairs = zip(mine.tensors(), theirs.tensors(), strict=False)
-        same: bool = mine.layout == theirs.layout and all(torch.equal(a, b) for a, b in pairs)
-        return same

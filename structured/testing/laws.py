@@ -217,7 +217,7 @@ def solve(K: StructuredMatrix, X: Tensor) -> None:
 
 
 def singular(A: StructuredMatrix, X: Tensor) -> None:
-    """A solve with a singular member is an error, not infinities; with one in a batch as well."""
+    """To invert a singular member is an error, not infinities; with one in a batch as well."""
     zero = A.map(torch.zeros_like)
     members = {"zero": zero}
     if A.batch_shape:
@@ -225,13 +225,14 @@ def singular(A: StructuredMatrix, X: Tensor) -> None:
         shift = (~first).to(A.dtype)[(...,) + (None,) * (len(A.batch_shape) - 1)]
         members["zero and the identity"] = zero.add_scaled_identity(shift.expand(A.batch_shape))
     for name, member in members.items():
-        if not member.to_dense().numel() or not X.numel():
+        if not member.to_dense().numel():
             return
-        try:
-            solution = member.solve(X)
-        except RuntimeError:  # torch.linalg.LinAlgError
-            continue
-        raise AssertionError(f"solve with {name}: expected a LinAlgError, got {solution}")
+        for way in (lambda A: A.solve(X), lambda A: A.inverse()) if X.numel() else ():
+            try:
+                found = way(member)
+            except RuntimeError:  # torch.linalg.LinAlgError
+                continue
+            raise AssertionError(f"inverse of {name}: expected a LinAlgError, got {found}")
 
 
 def stable_solve(structure: Structure, sizes: Sequence[int]) -> None:

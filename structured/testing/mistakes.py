@@ -38,7 +38,7 @@ def _mistakes(
         good = S if name in _OF_SQUARES else X
         wrong: dict[str, Any] = {
             "one row more": ones(n + 1, good.shape[-1]),
-            "one dimension": ones(n),
+            "one dimension": ones(n if name != "solve" else n + 1),
             "float32": good.float(),
             "meta numbers": good.to("meta"),
             "an array": good.numpy(),
@@ -53,7 +53,6 @@ def _mistakes(
 
     foreign: type[StructuredMatrix] = Diagonal if isinstance(A, Dense) else Dense
     members = {
-        "batch shape": structure(n, batch_shape=(*batch, 5), dtype=A.dtype),
         "structure": foreign.zeros(n, batch_shape=batch, dtype=A.dtype),
         "dtype": A.to(torch.float32),
         "device": A.to("meta"),
@@ -61,6 +60,9 @@ def _mistakes(
     a_tensor: Any = S
     for name in ("A.matmul(B)", "tr(A B)"):
         yield f"{name} of a tensor", partial(_BINARY[name], A, a_tensor)
+    if batch:
+        another = (*batch[:-1], batch[-1] + 2)  # which does not broadcast with ours
+        members["batch shape"] = structure(n, batch_shape=another, dtype=A.dtype)
     if other.n != n:
         members["size"] = structure(other.n, batch_shape=batch, dtype=A.dtype)
     for what, member in members.items():

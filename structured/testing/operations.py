@@ -46,6 +46,10 @@ OPERATIONS = {
         lambda o: o.K.solve(o.X),
         lambda o: torch.linalg.inv(o.K).abs() @ o.K @ torch.linalg.inv(o.K).abs() @ o.X,
     ),
+    "inverse": Operation(
+        lambda o: o.K.inverse(),
+        lambda o: torch.linalg.inv(o.K).abs() @ o.K @ torch.linalg.inv(o.K).abs(),
+    ),
     "logdet": Operation(
         lambda o: o.K.logdet(), lambda o: torch.linalg.slogdet(o.K).logabsdet.abs() + o.K.shape[-1]
     ),

@@ -49,11 +49,17 @@ OPERATIONS = {
     "trace": lambda A, X, S: A.trace(),
     "add_scaled_identity": lambda A, X, S: A.add_scaled_identity(1.0),
     "solve": lambda A, X, S: A.solve(X),
+    "inverse": lambda A, X, S: A.inverse(),
+    "solve_member": lambda A, X, S: A.solve_member(A),
+    "power": lambda A, X, S: A**5,
     "logdet": lambda A, X, S: A.logdet(),
     "frobenius_norm": lambda A, X, S: A.frobenius_norm(),
     "add": lambda A, X, S: A + A,
     "project": lambda A, X, S: A.project(S),
 }
+
+
+OF_INVERSES = ("solve", "solve_member", "inverse")
 
 
 class Meter(TorchDispatchMode):
@@ -93,7 +99,7 @@ def test_growth(operation, spec):
     once, twice = (measure(spec, operation, n) for n in (SIZE, 2 * SIZE))
     for before, after in ((once.work, twice.work), (once.largest, twice.largest)):
         growth = math.log2(max(after, 1) / max(before, 1))
-        halves = operation == "solve" and "toeplitz" in spec
+        halves = operation in OF_INVERSES and "toeplitz" in spec
         bound = SUBSTITUTION if halves else EXPONENTS[spec]
         assert growth <= bound, f"{before} at {SIZE}, {after} at {2 * SIZE}"
 
