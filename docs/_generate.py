@@ -112,7 +112,7 @@ def entry(name: str, cells: list[str]) -> str:
 # Modules with more to use than what the packages export.
 MODULES = {
     "structured": ("testing", "interop", "kernels"),
-    "singd": ("update", "layers", "plan", "convert", "rounding"),
+    "singd": ("update", "layers", "testing", "plan", "convert", "rounding"),
 }
 
 

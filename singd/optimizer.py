@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -347,16 +348,44 @@ class KroneckerOptimizer(Optimizer):
         self._parts.skipping.settle()
         if self.state:
             self._ensure()
-        return checkpoint.pack(super().state_dict(), self._names())
+
+        def pack(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+            return checkpoint.pack(state, self._names())
+
+        handle = self.register_state_dict_post_hook(pack, prepend=True)  # others see the result
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state. ``state_dict`` is neither changed nor shared; dtypes are kept.
 
+        What hooks make of it is what is checked and loaded.
+
         Raises:
             ValueError: If the state is of another model, method or structure. Nothing is changed.
         """
+        self._parts.skipping.settle()
+        fitted: dict[str, Any] = {}
+
+        def fit(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+            fitted.update(self._fitted(state))
+            return fitted
+
+        handles = [
+            self.register_load_state_dict_pre_hook(fit),  # the last one
+            self.register_load_state_dict_post_hook(lambda _: self._restore(fitted), prepend=True),
+        ]
+        try:
+            super().load_state_dict(copy.copy(state_dict))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _fitted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state, checked to be one of this optimizer."""
         parts = self._parts
-        parts.skipping.settle()
         fitted = checkpoint.unpack(
             state_dict,
             self.param_groups,
@@ -365,20 +394,25 @@ class KroneckerOptimizer(Optimizer):
             [*self.defaults, "adamw", "handed_over", "peak_lr", "step"],
             self._check_saved_group,
         )
-        numbers = [n for group in fitted["param_groups"] for n in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        saved_group = {n: group for group in fitted["param_groups"] for n in group["params"]}
-        for p, number in zip(parameters, numbers, strict=True):
-            expected = expected_values(parts, p, saved_group[number])
+        for p, number, group in self._numbered(fitted):
             entry = fitted["state"].get(number, {})
+            expected = expected_values(parts, p, group)
             checkpoint.check_values(parts.parameters.name(p), entry, expected)
-        super().load_state_dict(fitted)
-        # The base class casts to the parameter's dtype and may share memory: put copies back.
-        for p, number in zip(parameters, numbers, strict=True):
+        return fitted
+
+    def _restore(self, fitted: dict[str, Any]) -> None:
+        """Put copies in the state: the base class casts to the parameter's dtype, or shares."""
+        for p, number, _ in self._numbered(fitted):
             if number in fitted["state"]:
                 entry = fitted["state"][number]
                 self.state[p] = {k: checkpoint.copied(v, k, p) for k, v in entry.items()}
-        parts.parameters.bind(self.param_groups)
+        self._parts.parameters.bind(self.param_groups)
+
+    def _numbered(self, state_dict: Mapping[str, Any]) -> list[tuple[Any, Any, dict[str, Any]]]:
+        """Every parameter with its number and its group in a state."""
+        saved = [(n, group) for group in state_dict["param_groups"] for n in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return [(p, n, group) for p, (n, group) in zip(parameters, saved, strict=True)]
 
     def _check_saved_group(self, group: Mapping[str, Any]) -> None:
         check_group(group)

@@ -114,7 +114,7 @@ class _OutputHook:
         terms, call = self.terms, self.terms.calls.current
         if not terms.handles or (terms.is_checked and call.sizes) or not is_watching():
             return
-        if not isinstance(output, Tensor) or not output.requires_grad:
+        if not isinstance(output, Tensor) or not output.requires_grad or output.is_complex():
             return
         z, samples, rows = self._some(module, output)
 

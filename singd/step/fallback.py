@@ -73,13 +73,19 @@ class Fallback:
         if asked[0] is not None:
             return bool(asked[0])
         return not any(asked) and all(
-            p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters
+            p.is_floating_point() and p.device.type in ("cpu", "cuda") and _is_packed(p)
+            for p in parameters
         )
 
     def init(self, p: Tensor) -> dict[str, Tensor]:
         """The state of a parameter before any step."""
         step = torch.zeros((), dtype=torch.float32, device=counter_device(p))
         return {"step": step, **{name: torch.zeros_like(p) for name in self.state_names()}}
+
+    def refuse_sparse(self, parameters: Iterable[Tensor]) -> None:
+        """Raise ``RuntimeError`` if a gradient is not dense."""
+        if any(p.grad is not None and p.grad.layout is not torch.strided for p in parameters):
+            raise RuntimeError("AdamW cannot step a sparse gradient: use sparse=False")
 
     def step(
         self, parameters: Sequence[Tensor], group: Group, state: State, unless: Tensor | None
@@ -94,10 +100,10 @@ class Fallback:
         """
         moved = [p for p in parameters if p.grad is not None]
         for p in moved:
-            if p.grad is not None and p.grad.is_sparse:
-                raise RuntimeError("AdamW cannot step a sparse gradient: use sparse=False")
             if "exp_avg" not in state[p]:
                 state[p] |= self.init(p)
+            for name in self.state_names():
+                state[p][name] = _in_the_order_of(p, state[p][name])
         options = self.options
         own = group["adamw"]
         decay = group["weight_decay"] if own["weight_decay"] is None else own["weight_decay"]
@@ -106,7 +112,7 @@ class Fallback:
             is_fused = self.is_fused(some)
             adamw(
                 some,
-                [p.grad for p in some if p.grad is not None],
+                [_in_the_order_of(p, p.grad) for p in some if p.grad is not None],
                 [s["exp_avg"] for s in states],
                 [s["exp_avg_sq"] for s in states],
                 [s["max_exp_avg_sq"] for s in states if options["amsgrad"]],
@@ -176,8 +182,20 @@ def adamw_directions(
 
 
 def _by_kind(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Parameters sorted by whether they are complex, which no fused kernel takes."""
+    """Parameters sorted by whether a fused kernel takes them: neither complex ones nor views."""
     kinds: dict[bool, list[Tensor]] = {}
     for p in parameters:
-        kinds.setdefault(p.is_complex(), []).append(p)
+        kinds.setdefault(p.is_complex() or not _is_packed(p), []).append(p)
     return list(kinds.values())
+
+
+def _is_packed(p: Tensor) -> bool:
+    """Whether the numbers of ``p`` fill a piece of memory, in any order."""
+    return p.is_contiguous() or torch.empty_like(p, device="meta").stride() == p.stride()
+
+
+def _in_the_order_of(p: Tensor, t: Tensor) -> Tensor:
+    """``t`` with its numbers in the order in memory that fused kernels expect: that of ``p``."""
+    if t.stride() == p.stride() or not _is_packed(p):
+        return t
+    return torch.empty_like(p, dtype=t.dtype, device=t.device).copy_(t)

@@ -76,6 +76,9 @@ def take_step(
         observe: Report norms, and how far factors were from where they rest.
     """
     placement, store, parameters = parts.placement, parts.store, parts.parameters
+    others = parameters.fallback()
+    if descend:
+        parts.fallback.refuse_sparse(p for _, some in others for p in some)
     residuals: Residuals = {}
     with scope("singd::factors"):
         statistics = placement.reduce(statistics)
@@ -87,7 +90,6 @@ def take_step(
         directions = precondition(proposed, parts.method, placement)
         graft(directions, state, parts.fallback.options)
         quadratic = scale_by_kl(directions, placement)
-    others = parameters.fallback()
     norms = {k: v for d in directions for k, v in d.norms().items()} if observe else {}
     report = Report(directions, norms, residuals, None, None)
     if parts.max_skipped is not None:
@@ -131,9 +133,14 @@ def _made(
     """
     members = [m for p in proposed if p.updated for m in p.factors.members().values()]
     made = [t for member in members for t in member.tensors()]
-    made += [p.grad for _, some in others for p in some if p.grad is not None]
+    made += [_values(p.grad) for _, some in others for p in some if p.grad is not None]
     made += [d.value for d in directions] if quadratic is None else [quadratic]
     return [t for t in made if t.numel()]
+
+
+def _values(grad: Tensor) -> Tensor:
+    """The numbers of a gradient that another optimizer may step though it is sparse."""
+    return grad._values() if grad.is_sparse else grad
 
 
 def found_inf(made: list[Tensor], placement: Placement, order: float = torch.inf) -> Tensor:
@@ -163,7 +170,7 @@ def find_cause(
 ) -> str | None:
     """The first parameter whose gradient, statistics, factors or direction are not finite."""
     for p in parts.parameters.group_of:
-        if p.grad is not None and not bool(p.grad.isfinite().all()):
+        if p.grad is not None and not bool(_values(p.grad).isfinite().all()):
             return f"{parts.parameters.name(p)}: its gradient is not finite"
     for matrix, one in statistics.items():
         sums = (*one.input.value.tensors(), *one.grad.value.tensors())
