@@ -33,22 +33,19 @@ from singd.step.pipeline import Parts, agree, pad_statistics, take_step
 from singd.step.skipping import SkippedSteps
 
 DEFAULTS: Mapping[str, Any] = {
-    "lr": 0.1,
+    "lr": 3e-3,
     "momentum": 0.9,
     "weight_decay": 0.0,
-    "decoupled_weight_decay": False,
+    "decoupled_weight_decay": True,
     "damping": 1e-3,
     "T": 10,
     "loss_average": "batch",
     "kfac_approx": "expand",
-    "kl_clip": 3e-5,
-    "graft": None,
+    "kl_clip": None,
+    "graft": "auto",
     "seed": 0,
 }
 """Options of a group that every method has, and their defaults."""
-
-ADAMW_RATIO = 0.03
-"""AdamW's learning rate as a ratio to the group's, unless ``adamw`` says otherwise."""
 
 
 class KroneckerOptimizer(Optimizer):
@@ -73,6 +70,9 @@ class KroneckerOptimizer(Optimizer):
         TypeError: If ``model`` or ``params`` is of the wrong kind.
         ValueError: If an option is out of range.
     """
+
+    adamw_ratio = 1.0
+    """AdamW's learning rate as a ratio to the group's, unless ``adamw`` says otherwise."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class KroneckerOptimizer(Optimizer):
         check_group(options)
         method.check(options)
         self.model, self.telemetry = model, telemetry
-        fallback = Fallback(adamw, options["lr"], ADAMW_RATIO)
+        fallback = Fallback(adamw, options["lr"], self.adamw_ratio)
         placement = find_placement(process_group, is_reduced=is_reduced)
         self._connect(method, placement, SkippedSteps(), fallback, max_skipped, tuple(types))
         self._parts.parameters.expected.update(
@@ -122,7 +122,7 @@ class KroneckerOptimizer(Optimizer):
         self._observer = StepObserver(self._ensure)
         self._parts = Parts(
             capture=Capture(self.model, self._observer),
-            parameters=Parameters(self.model, layers),
+            parameters=Parameters(self.model, layers, method.needs_activations),
             store=FactorStore(method),
             method=method,
             placement=placement,

@@ -19,7 +19,7 @@ Structures: TypeAlias = tuple[StructureLike, StructureLike]
 class SINGD(KroneckerOptimizer):
     r"""IKFAC, INGD and SINGD (Lin et al., arXiv 2312.05705), trained like any other optimizer.
 
-    >>> optimizer = SINGD(model, structures=("dense", "diagonal"))
+    >>> optimizer = SINGD(model, lr=3e-3, weight_decay=0.1)
     >>> optimizer.zero_grad()
     >>> loss_func(model(X), y).backward()
     >>> optimizer.step()
@@ -33,11 +33,16 @@ class SINGD(KroneckerOptimizer):
             m_C alike                                          (kfac_like: 1 for the means)
             K, C = K (I - lr_cov m_K), C (I - lr_cov m_C)      ||lr_cov m|| <= factor_clip
         D = C C^T grad K K^T
-        nu = min(1, sqrt(kl_clip / sum lr^2 <D, grad>))        over all weights
-        b = momentum b + nu D + weight_decay W
-        W = W - lr b
+        D = 0.2 D / rms(D)                                     rms: root mean square
+        b = momentum b + D
+        W = (1 - lr weight_decay) W - lr b
 
-    No matrix is inverted or decomposed. AdamW trains every other parameter.
+    No matrix is inverted or decomposed. A direction has the same length whatever the gradient's, so
+    ``lr`` means about what it means in AdamW, which trains every other parameter at that rate. The
+    loss may be multiplied by any number: K and C start at the scale of the first statistics, and
+    ``damping`` is relative to them. The paper's bare rule is ``lr=0.1, structures=("dense",
+    "dense"), graft=None, factor_clip=None, relative_damping=False, scale_init=False,
+    decoupled_weight_decay=False``.
 
     Args:
         model: Model to train; its supported layers are hooked.
@@ -45,13 +50,19 @@ class SINGD(KroneckerOptimizer):
 
         lr: *As in SGD.* Learning rate (beta_2 in the paper); a tensor is read anew by a CUDA graph.
         momentum: Momentum of the parameters (alpha_2), in [0, 1).
-        weight_decay: Weight decay gamma, added to the preconditioned gradient.
-        decoupled_weight_decay: Decay ``W <- (1 - lr weight_decay) W`` as AdamW's instead.
+        weight_decay: Weight decay gamma.
+        decoupled_weight_decay: Decay ``W <- (1 - lr weight_decay) W`` as AdamW does; otherwise
+            ``weight_decay W`` is added to the direction.
 
         structures: *Curvature.* Structures of K (input side) and C (output side): specs, classes or
             callables, see :func:`structured.parse`. Or a mapping from patterns of parameter names,
-            as for :mod:`fnmatch`, to such pairs: the first that matches counts, dense if none does.
+            as for :mod:`fnmatch`, to such pairs: the first that matches counts. By default, dense
+            on the smaller side of a weight and blocks of that size on the other, so that K and C
+            have at most as many numbers as the weight, and the state is at most 1.5 times AdamW's.
         damping: Damping lambda of the curvature. What is smaller than its rounding counts as that.
+        relative_damping: Damping is in units of the mean eigenvalue of the curvature,
+            ``mean(S_K) mean(S_C)``; otherwise in those of the curvature.
+        scale_init: K and C start as ``mean(S)^(-1/2) I``, otherwise as ``I``.
         T: Number of steps between two updates of the factors.
         lr_cov: Step size of the factors (beta_1), or a function of the step number.
         alpha1: Riemannian momentum of the factors (alpha_1), in [0, 1); 0 under ``kfac_like``.
@@ -70,15 +81,16 @@ class SINGD(KroneckerOptimizer):
 
         kl_clip: *Safety.* Bound ``kappa`` of every step: scaled down so that ``lr^2 <D, grad>``
             does not exceed it at the highest ``lr`` of a step so far. Below that, steps are shorter
-            in proportion: schedules act. ``None`` for the paper's bare rule.
+            in proportion: schedules act.
         factor_clip: Bound, in (0, 1], of ``||lr_cov m_K||_2`` at every update of K, and so of C:
             they stay invertible, and in range whatever the scale of inputs and gradients. ``None``
             for the paper's bare rule.
         normalize_lr_cov: Divide ``lr_cov`` by the largest entry of the factor's momentum where that
             exceeds 1.
-        graft: Give every layer's direction the norm of the gradient (``"sgd"``) or of AdamW's step
-            (``"adamw"``, with the options ``adamw``; its averages are stored as well); ``lr`` is
-            then a learning rate of that method, and ``kl_clip`` best ``None``.
+        graft: Length of every weight's direction: a root mean square of 0.2 (``"rms"``), the norm
+            of the gradient (``"sgd"``) or of AdamW's step (``"adamw"``, with the options ``adamw``;
+            its averages are stored as well), or as the curvature makes it (``None``). ``"auto"`` is
+            ``"rms"``, or ``None`` where ``kl_clip`` is given.
         max_skipped: Steps in a row that may be skipped since a gradient or statistic was not
             finite, before that is an error. On a GPU a step does not wait for the device: that it
             was skipped is known at the next one, or as soon as ``skipped`` is asked for. ``None``
@@ -87,8 +99,8 @@ class SINGD(KroneckerOptimizer):
         telemetry: Function called after every step with :func:`singd.diagnostics.describe`.
 
         adamw: *Other parameters.* Options of :class:`torch.optim.AdamW`, which trains them. Its
-            rate follows the group's: ``adamw["lr"] / lr`` of it, 0.03 of it unless given; its
-            weight decay is the group's, decoupled, unless given.
+            rate follows the group's: ``adamw["lr"] / lr`` of it, the same unless given; its weight
+            decay is the group's, decoupled, unless given.
         layers: Further types to precondition, by diagonal factors: embeddings and normalizations,
             as listed in :data:`singd.layers.OPTIONAL`; or ``"all"`` of them.
         process_group: Process group of the ranks that share the data, if not all do. Statistics are
@@ -109,7 +121,7 @@ class SINGD(KroneckerOptimizer):
         self,
         model: nn.Module,
         params: Iterable[Any] | None = None,
-        lr: float = 0.1,
+        lr: float = 3e-3,
         momentum: float = 0.9,
         damping: float = 0.001,
         alpha1: float = 0.0,
@@ -117,19 +129,21 @@ class SINGD(KroneckerOptimizer):
         T: int = 10,
         loss_average: str | None = "batch",
         lr_cov: float | Callable[[int], float] = 0.3,
-        structures: Structures | Mapping[str, Structures] = ("dense", "dense"),
+        structures: Structures | Mapping[str, Structures] | None = None,
         kfac_approx: str = "expand",
         *,
         kfac_like: bool = False,
-        decoupled_weight_decay: bool = False,
+        relative_damping: bool = True,
+        scale_init: bool = True,
+        decoupled_weight_decay: bool = True,
         preconditioner_dtype: tuple[torch.dtype | None, torch.dtype | None] = (None, None),
         max_dim: int | Mapping[str, int | None] | None = MAX_DIM,
         wide_structure: StructureLike = "diagonal",
         keep_products: bool = True,
-        kl_clip: float | None = 3e-5,
+        kl_clip: float | None = None,
         factor_clip: float | None = 0.5,
         normalize_lr_cov: bool = False,
-        graft: str | None = None,
+        graft: str | None = "auto",
         max_skipped: int | None = 10,
         seed: int = 0,
         telemetry: Callable[[dict[str, Any]], None] | None = None,
@@ -150,6 +164,8 @@ class SINGD(KroneckerOptimizer):
             "lr": lr,
             "momentum": momentum,
             "damping": damping,
+            "relative_damping": relative_damping,
+            "scale_init": scale_init,
             "alpha1": alpha1,
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,

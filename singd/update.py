@@ -11,7 +11,8 @@ K, C       inverse square roots, ``K K^T ~ S_K^-1``    ``structures``
 m_K, m_C   Riemannian momenta of K and C
 H_K, H_C   ``Pi(K^T S_K K)``, ``Pi(C^T S_C C)``
 Pi         projection onto the structure               ``structures``
-lambda     damping                                     ``damping``
+lambda     damping; relative: in units of
+           ``mean(S_K) mean(S_C)``                     ``damping``
 beta_1     step size of K and C                        ``lr_cov``
 beta_2     step size of W                              ``lr``
 alpha_1    Riemannian momentum                         ``alpha1``
@@ -27,7 +28,8 @@ Every T steps (Figure 3, with ``mean(M) = tr(M) / n``; C alike, with K and C exc
     SINGD   m_K = alpha_1 m_K + 1/2 (mean(H_C) H_K + lambda mean(C^T C) Pi(K^T K) - I)
     K <- K (I - beta_1 m_K)
 
-and every step ``b <- alpha_2 b + C C^T G K K^T + gamma W``, ``W <- W - beta_2 b``. All factors may
+where under ``scale_init`` a K that is still the identity becomes ``mean(S_K)^(-1/2) I`` first, and
+every step ``b <- alpha_2 b + C C^T G K K^T + gamma W``, ``W <- W - beta_2 b``. All factors may
 carry batch dimensions: equal layers, or the groups of a convolution, side by side.
 :mod:`singd.methods.batched` is the same for many layers of any size at once.
 """
@@ -89,6 +91,16 @@ def singd(
 def mean(H: StructuredMatrix) -> Tensor:
     """``tr(H) / n``, ``[...]``."""
     return H.trace() / max(H.n, 1)
+
+
+def first_scale(K: StructuredMatrix, mean_S: Tensor) -> Tensor:
+    """``mean(S)^(-1/2)`` where ``K`` is still the identity, 1 where it is not, ``[...]``.
+
+    With it the first curvature is of size one whatever the units of inputs and gradients.
+    """
+    limit = torch.finfo(K.dtype).max ** 0.5
+    is_first = (K.add_scaled_identity(-1.0).max_abs() == 0) & (mean_S > 0)
+    return torch.where(is_first, mean_S.rsqrt().clamp(1 / limit, limit), 1.0)
 
 
 def factor_step(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -117,16 +117,53 @@ def read(layer: Layer, function: Callable[..., Result], *args: Any) -> Result:
 
 @dataclass
 class Statistic:
-    """A sum over rows, a member of the factor's structure, and what it is a sum of."""
+    """A sum over rows, a member of the factor's structure, and what it is a sum of.
+
+    Attributes:
+        value: The sum.
+        kind: What is summed.
+        trace: ``tr(S) [...]``, where ``value`` does not determine it.
+    """
 
     value: StructuredMatrix
     kind: Kind = "covariance"
+    trace: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """All numbers, for sums over ranks."""
+        return [*self.value.tensors(), *([] if self.trace is None else [self.trace])]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Statistic:
+        """The same statistic with other :meth:`tensors`."""
+        count = len(self.value.tensors())
+        trace = None if self.trace is None else tensors[count]
+        return Statistic(self.value.with_tensors(tensors[:count]), self.kind, trace)
 
     def add_(self, other: Statistic) -> None:
         """Include more rows, of the same kind."""
         if self.kind != other.kind:
             raise ValueError(f"Statistic: expected more of {self.kind}, got {other.kind}")
-        torch._foreach_add_(self.value.tensors(), other.value.tensors())
+        torch._foreach_add_(self.tensors(), other.tensors())
+
+    def scaled(self, weight: float | Tensor) -> Statistic:
+        """``weight`` times the statistic."""
+        trace = None if self.trace is None else weight * self.trace
+        return Statistic(self.value * weight, self.kind, trace)
+
+    def mean(self) -> Tensor:
+        """``tr(S) / n``, the mean eigenvalue of ``S [..., n, n]``."""
+        trace = self.value.trace() if self.trace is None else self.trace
+        return trace / max(self.value.n, 1)
+
+
+def side_by_side(statistics: Sequence[Statistic]) -> Statistic:
+    """Statistics of one kind and structure along a new first dimension."""
+    first, *others = statistics
+    if not others:
+        return first.with_tensors([t[None] for t in first.tensors()])
+    return first.with_tensors(
+        [torch.stack(ts) for ts in zip(*(s.tensors() for s in statistics), strict=True)]
+    )
 
 
 @dataclass

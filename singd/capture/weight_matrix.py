@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from singd.layers import Layer, find_products
+from singd.layers.base import ParameterTensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +154,20 @@ def find_weight_matrices(
                 label=label,
             )
     return list(found.values())
+
+
+def find_tensors(
+    model: nn.Module, given: Collection[Tensor], taken: Collection[Tensor]
+) -> list[WeightMatrix]:
+    """Parameters of two or more dimensions as they are, among ``given`` and not ``taken``.
+
+    Arguments are those of :func:`find_weight_matrices`.
+    """
+    return [
+        WeightMatrix(name, (module,), ParameterTensor(key), p, None)
+        for name, p, module, key in owners_of(model)
+        if p in given and p not in taken and p.ndim >= 2 and p.is_floating_point()
+    ]
 
 
 def owners_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module, str]]:

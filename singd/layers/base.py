@@ -129,6 +129,19 @@ class Layer:
         return self.grads(module, g).to(v) @ v
 
 
+class ParameterTensor(Layer):
+    """A parameter of any module as it is, for methods that need gradients alone.
+
+    Args:
+        name: Name of the parameter in its module.
+    """
+
+    joins_bias = False
+
+    def __init__(self, name: str) -> None:
+        self.weight = name
+
+
 def _positions(x: Tensor) -> Tensor:
     """``[N, ..., d]`` (or ``[d]``) as ``[N, P, d]``."""
     if x.ndim <= 2:

@@ -114,7 +114,8 @@ class Method(ABC):
         """The :class:`Factors` before any update.
 
         Args:
-            shape: Shape of the matrix, ``(..., d_out, d_in)``, the bias counted as an input.
+            shape: Shape of the matrix, ``(..., d_out, d_in)``, the bias counted as an input; or of
+                the parameter, where a method needs no activations.
             structures: What :meth:`structures` gave.
             options: Options of the parameter group.
             batch_shape: Further leading dimensions.

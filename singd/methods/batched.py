@@ -39,6 +39,25 @@ from singd.ops.reductions import jointly, leading
 from structured import Dense, Diagonal, StructuredMatrix
 
 
+@dataclass(frozen=True)
+class Rule:
+    """The options of a step.
+
+    Attributes:
+        kfac_like: IKFAC, otherwise SINGD.
+        damping: Damping lambda.
+        is_relative: Whether it is in units of ``mean(S_K) mean(S_C)``, or of ``mean(S)`` in IKFAC.
+        lr_cov: Step size beta_1.
+        factor_clip: Bound of ``||beta_1 m||_2``, or ``None``.
+    """
+
+    kfac_like: bool
+    damping: Any
+    is_relative: bool
+    lr_cov: float
+    factor_clip: float | None
+
+
 @dataclass
 class _Side:
     """A factor that is due."""
@@ -49,6 +68,7 @@ class _Side:
     Q: StructuredMatrix | None = None  # Pi(K^T K), or P in the left form
     norm: Tensor | None = None  # of S, where that was summed
     is_left: bool = False
+    mean: Tensor | None = None  # mean(S), for a relative damping
 
     def gram(self) -> StructuredMatrix:
         """``Q``."""
@@ -63,31 +83,28 @@ class _Side:
 
 
 def steps(
-    jobs: Iterable[Job], kfac_like: bool, damping: Any, lr_cov: float, factor_clip: float | None
+    jobs: Iterable[Job], rule: Rule
 ) -> Iterator[tuple[Any, StructuredMatrix, StructuredMatrix]]:
     """The factors of every job, and its new K and C, which may be wider.
 
     Args:
         jobs: Jobs of one group; each holds its statistics until it is taken.
-        kfac_like: IKFAC, otherwise SINGD.
-        damping: Damping lambda.
-        lr_cov: Step size beta_1.
-        factor_clip: Bound of ``||beta_1 m||_2``, or ``None``.
+        rule: Options of the group.
     """
     sides: list[_Side] = []
     factors = []
     for job in jobs:
         factors.append(job.factors)
-        sides.append(_side(job.factors.K, job.statistics.input, job.products.get("KK")))
-        sides.append(_side(job.factors.C, job.statistics.grad, job.products.get("CC")))
-        job.statistics = None
-    weights: Sequence[tuple[Any, Any]] = [(1.0, damping)] * len(sides)
-    if not kfac_like:
-        weights = _coupling([s.H for s in sides], [s.gram_trace() for s in sides], damping)
+        for name, U in (("K", job.statistics.input), ("C", job.statistics.grad)):
+            side = _side(getattr(job.factors, name), U, job.products.get(2 * name))
+            side.mean = U.mean() if rule.is_relative else None
+            sides.append(side)
+        job.statistics = U = None
+    weights = _weights(sides, rule)
     for side, (a, c) in zip(sides, weights, strict=True):
         c = c if side.norm is None else update.resolve_damping(c, a, side.norm)
         side.H, side.Q = _weighted_sum_(a, side.H, c, side.gram()), None
-    lerps = _lerp_weights(sides, lr_cov, factor_clip)
+    lerps = _lerp_weights(sides, rule.lr_cov, rule.factor_clip)
     while factors:  # nothing is kept longer than its step takes
         K, C = (_moved(sides.pop(0), lerps.pop(0)) for _ in range(2))
         yield factors.pop(0), K, C
@@ -108,14 +125,18 @@ def _side(K: StructuredMatrix, U: Statistic, P: StructuredMatrix | None) -> _Sid
     return _Side(stored, P.matmul(S), wide, P, norm, is_left=not is_diagonal)
 
 
-def _coupling(
-    H: Sequence[StructuredMatrix], traces: Sequence[Tensor], damping: Any
-) -> list[tuple[Tensor, Tensor]]:
-    """``(a, c)`` of K, C, K, C, ...: ``mean(H_C)`` and ``lambda mean(C^T C)`` for a K."""
-    sizes = [x.n for x in H]
-    a = jointly(lambda h, n: h / n, sizes, [x.trace() for x in H])
-    c = jointly(lambda q, n: q * (damping / n), sizes, traces)
-    return [(a[i ^ 1].to(x.dtype), c[i ^ 1].to(x.dtype)) for i, x in enumerate(H)]
+def _weights(sides: Sequence[_Side], rule: Rule) -> list[tuple[Any, Any]]:
+    """``(a, c)`` of K, C, K, C, ...: for a K of SINGD ``mean(H_C)`` and ``lambda mean(C^T C)``."""
+    sizes = [side.H.n for side in sides]
+    means = [side.mean for side in sides if side.mean is not None]
+    if rule.kfac_like:
+        return [(1.0, rule.damping * mean) for mean in means] or [(1.0, rule.damping)] * len(sides)
+    a = jointly(lambda h, n: h / n, sizes, [side.H.trace() for side in sides])
+    c = jointly(lambda q, n: q * (rule.damping / n), sizes, [side.gram_trace() for side in sides])
+    if means:
+        both = [mean * means[i ^ 1].to(mean) for i, mean in enumerate(means)]
+        c = jointly(lambda q, s, _: q * s, sizes, c, [both[i ^ 1] for i in range(len(both))])
+    return [(a[i ^ 1].to(s.H.dtype), c[i ^ 1].to(s.H.dtype)) for i, s in enumerate(sides)]
 
 
 def _lerp_weights(sides: Sequence[_Side], lr_cov: float, factor_clip: float | None) -> list[Any]:

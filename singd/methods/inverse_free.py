@@ -59,13 +59,15 @@ class InverseFree(Method):
         for limit in limits.values() if isinstance(limits, Mapping) else [limits]:
             if limit is not None:
                 integer("max_dim", limit, 0)
-        for name in ("kfac_like", "normalize_lr_cov", "keep_products"):
+        flags = ("kfac_like", "normalize_lr_cov", "keep_products", "relative_damping", "scale_init")
+        for name in flags:
             choice(name, options[name], (False, True))
         pair("preconditioner_dtype", options["preconditioner_dtype"])
         for dtype in options["preconditioner_dtype"]:
             floating("preconditioner_dtype", dtype)
         given = options["structures"]
         pairs = list(given.values()) if isinstance(given, Mapping) else [given]
+        pairs = [each for each in pairs if each is not None]
         for each in pairs:
             pair("structures", each)
         for spec in (options["wide_structure"], *(spec for each in pairs for spec in each)):
@@ -77,7 +79,8 @@ class InverseFree(Method):
         self, name: str, shape: Sequence[int], input_structure: str | None, options: Options
     ) -> tuple[Structure, ...]:
         """The structures of K and C: those of ``options``, or the wide one beyond ``max_dim``."""
-        given = by_name(options["structures"], name, ("dense", "dense"))
+        given = by_name(options["structures"], name, None)
+        given = default_structures(shape) if given is None else given
         limit = by_name(options["max_dim"], name, MAX_DIM)
         *_, d_out, d_in = shape
         sides = [(d_in, input_structure or given[0]), (d_out, given[1])]
@@ -133,7 +136,8 @@ class InverseFree(Method):
         dtype = torch.float32 if dtype == torch.float16 else dtype
         wide = torch.promote_types(dtype, torch.float32)
         if is_whitened(K):
-            return Statistic(update.whitened(K.to(dtype), X.to(dtype)).to(wide), "whitened")
+            trace = _square_sum(X, wide) if needs_trace(options) else None
+            return Statistic(update.whitened(K.to(dtype), X.to(dtype)).to(wide), "whitened", trace)
         if isinstance(K, Dense) and X.dtype == torch.bfloat16:  # exact sums of its products
             S = X.new_empty(*X.shape[:-1], K.n, dtype=wide)
             add_symmetric_product_(S, X, beta=0.0)
@@ -146,13 +150,17 @@ class InverseFree(Method):
         self, factors: InverseFreeFactors, statistics: Averages, options: Options, step: int
     ) -> InverseFreeFactors:
         """One update of K and C, and of their momenta, by the functions of :mod:`singd.update`."""
+        if options["scale_init"]:
+            job = _begun(Job(factors, statistics, {}))
+            factors, statistics = job.factors, job.statistics
         sides = ((factors.K, statistics.input), (factors.C, statistics.grad))
         (K, H_K), (C, H_C) = (_curvature(F, U) for F, U in sides)
+        damping = dampings(statistics, options)
         if options["kfac_like"]:
-            dampings = [_damping(options["damping"], 1.0, U) for _, U in sides]
-            m_K, m_C = update.ikfac(K, H_K, dampings[0]), update.ikfac(C, H_C, dampings[1])
+            resolved = [_damping(c, 1.0, U) for c, (_, U) in zip(damping, sides, strict=True)]
+            m_K, m_C = update.ikfac(K, H_K, resolved[0]), update.ikfac(C, H_C, resolved[1])
         else:
-            m_K, m_C = update.singd(K, C, H_K, H_C, options["damping"])
+            m_K, m_C = update.singd(K, C, H_K, H_C, damping[0])
         new = replace(factors)
         for name, F, m in (("K", K, m_K), ("C", C, m_C)):
             old = getattr(factors, f"m_{name}")
@@ -163,23 +171,34 @@ class InverseFree(Method):
         self, jobs: Iterable[Job], options: Options, step: int
     ) -> Iterator[InverseFreeFactors]:
         """The updates of all jobs, fused where the momenta themselves are not needed."""
+        if options["scale_init"]:
+            jobs = (_begun(job) for job in jobs)
         if options["normalize_lr_cov"] or (options["alpha1"] and not options["kfac_like"]):
-            yield from super().update_all(jobs, options, step)
+            yield from super().update_all(jobs, {**options, "scale_init": False}, step)
             return
-        lr = lr_cov(options, step)
-        rule = (options["kfac_like"], options["damping"], lr, options["factor_clip"])
-        for factors, K, C in batched.steps(jobs, *rule):
+        rule = batched.Rule(
+            options["kfac_like"],
+            options["damping"],
+            options["relative_damping"],
+            lr_cov(options, step),
+            options["factor_clip"],
+        )
+        for factors, K, C in batched.steps(jobs, rule):
             yield replace(factors, K=K, C=C)
 
     def residuals(
         self, factors: InverseFreeFactors, averages: Averages, options: Options
     ) -> dict[str, Tensor]:
         """``||Pi(K^T (S_K + lambda I) K) - I||_F`` of K, and of C: zero at the best factor."""
+        if options["scale_init"]:
+            job = _begun(Job(factors, averages, {}))
+            factors, averages = job.factors, job.statistics
         found = {}
-        for name, F, U in (("K", factors.K, averages.input), ("C", factors.C, averages.grad)):
+        pairs = ((factors.K, averages.input), (factors.C, averages.grad))
+        both = dampings(averages, {**options, "kfac_like": True})
+        for name, (F, U), c in zip("KC", pairs, both, strict=True):
             K, H = _curvature(F, U)
-            rest = (H + options["damping"] * K.gram()).add_scaled_identity(-1.0)
-            found[name] = rest.frobenius_norm()
+            found[name] = (H + c * K.gram()).add_scaled_identity(-1.0).frobenius_norm()
         return found
 
     # Directions ---------------------------------------------------------------------------------
@@ -223,6 +242,31 @@ def is_whitened(K: StructuredMatrix) -> bool:
     return rounded or not K.closed_under_congruence
 
 
+def needs_trace(options: Options) -> bool:
+    """Whether a step depends on the scale of ``S``, not only on ``H``."""
+    return bool(options["scale_init"] or options["relative_damping"])
+
+
+def dampings(averages: Averages, options: Options) -> tuple[Any, Any]:
+    """The damping of K and of C: a number, or ``[matrices, ...]`` if it is relative."""
+    if not options["relative_damping"]:
+        return options["damping"], options["damping"]
+    of_K, of_C = averages.input.mean(), averages.grad.mean()
+    if not options["kfac_like"]:
+        of_K = of_C = of_K * of_C
+    return options["damping"] * of_K, options["damping"] * of_C
+
+
+def default_structures(shape: Sequence[int]) -> tuple[str, str]:
+    """Dense on the smaller side of ``(..., d_out, d_in)``, blocks of that size on the other.
+
+    Each factor then has at most as many numbers as the matrix.
+    """
+    *_, d_out, d_in = shape
+    blocks = f"block_diagonal({max(min(d_out, d_in), 1)})"
+    return "dense" if d_in <= d_out else blocks, "dense" if d_out <= d_in else blocks
+
+
 def lr_cov(options: Options, step: int) -> Any:
     """``beta_1`` at this step."""
     return options["lr_cov"](step) if callable(options["lr_cov"]) else options["lr_cov"]
@@ -233,6 +277,30 @@ def by_name(given: Any, name: str, default: Any) -> Any:
     if not isinstance(given, Mapping):
         return given
     return next((value for pattern, value in given.items() if fnmatch(name, pattern)), default)
+
+
+def _begun(job: Job) -> Job:
+    """The job with factors that are still the identity scaled to their statistics."""
+    averages, factors, products = job.statistics, job.factors, dict(job.products)
+    sides = {"input": "K", "grad": "C"}
+    for side, name in sides.items():
+        K, U = getattr(factors, name), getattr(averages, side)
+        scale = update.first_scale(K, U.mean())
+        if scale.is_cpu and not torch.compiler.is_compiling() and not bool((scale != 1).any()):
+            continue
+        factors = replace(factors, **{name: (scale * K).to(K.dtype)})
+        if U.kind == "whitened":
+            averages = replace(averages, **{side: replace(U, value=scale.square() * U.value)})
+        P = products.pop(2 * name, None)
+        if isinstance(P, StructuredMatrix):  # other products have no part in an update
+            products[2 * name] = (scale.square() * P).to(P.dtype)
+    job.statistics = None
+    return Job(factors, averages, products)
+
+
+def _square_sum(X: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tr(X X^T) [...]`` of ``X [..., n, R]``, accumulated in ``dtype``."""
+    return torch.linalg.vector_norm(X, dim=(-2, -1), dtype=dtype).square()
 
 
 def _curvature(K: StructuredMatrix, U: Statistic) -> tuple[StructuredMatrix, StructuredMatrix]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel as TorchDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from singd.capture.statistics import KroneckerStatistics, Statistic
+from singd.capture.statistics import KroneckerStatistics
 from singd.placement.base import Placement, Statistics
 
 
@@ -77,8 +77,8 @@ class DataParallel(Placement):
         return sums
 
     def _reduced(self, one: KroneckerStatistics) -> KroneckerStatistics:
-        members = one.input.value, one.grad.value
-        tensors = [t for member in members for t in member.tensors()]
+        inputs = one.input.tensors()
+        tensors = [*inputs, *one.grad.tensors()]
         counts = [one.rows, one.samples, one.loss_terms]
         numbers = torch.tensor(counts, dtype=torch.float64, device=tensors[0].device)
         flat = torch.cat([t.flatten() for t in tensors])
@@ -86,12 +86,11 @@ class DataParallel(Placement):
         dist.all_reduce(numbers, group=self.group)
         pieces = flat.split([t.numel() for t in tensors])
         parts = [piece.view_as(t) for piece, t in zip(pieces, tensors, strict=True)]
-        inputs = len(members[0].tensors())
         rows, samples, loss_terms = (int(n) for n in numbers.tolist())
         return replace(
             one,
-            input=Statistic(members[0].with_tensors(parts[:inputs]), one.input.kind),
-            grad=Statistic(members[1].with_tensors(parts[inputs:]), one.grad.kind),
+            input=one.input.with_tensors(parts[: len(inputs)]),
+            grad=one.grad.with_tensors(parts[len(inputs) :]),
             rows=rows,
             samples=samples,
             loss_terms=loss_terms,

@@ -17,7 +17,7 @@ from singd.ops.stochastic_rounding import Rounding
 from singd.placement import Placement
 from singd.step.factor_store import Proposal, State
 from singd.step.grafting import graft_
-from singd.step.groups import Group, peak_lr
+from singd.step.groups import Group, graft_of, peak_lr
 from singd.step.parameters import Parameters
 from singd.step.skipping import write_
 from singd.update import kl_scale
@@ -64,7 +64,7 @@ def precondition(
 
 
 def graft(directions: Sequence[Direction], state: State, adamw: Mapping[str, Any]) -> None:
-    """Give directions the norm of another method's step, where the group asks for it.
+    """Give directions another length, where the group asks for it.
 
     Args:
         directions: Directions, changed in place.
@@ -72,8 +72,9 @@ def graft(directions: Sequence[Direction], state: State, adamw: Mapping[str, Any
         adamw: Options of AdamW.
     """
     for d in directions:
-        if d.group["graft"] is not None:
-            d.averages = graft_(d.value, d.gradient, d.matrices, d.group["graft"], state, adamw)
+        wanted = graft_of(d.group)
+        if wanted is not None:
+            d.averages = graft_(d.value, d.gradient, d.matrices, wanted, state, adamw)
 
 
 def scale_by_kl(directions: Sequence[Direction], placement: Placement) -> Tensor | None:

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singd.capture.statistics import KroneckerStatistics, Statistic
+from singd.capture.statistics import KroneckerStatistics, side_by_side
 from singd.capture.weight_matrix import WeightMatrix
 from singd.methods.base import Averages, Job, Method
 from singd.ops.stochastic_rounding import Rounding
 from singd.placement import Placement
 from singd.step.factor_store import Batch, FactorStore, Proposal
 from singd.step.groups import Group, is_due
-from structured import StructuredMatrix
 
 Statistics = Mapping[WeightMatrix, KroneckerStatistics]
 Residuals = dict[WeightMatrix, dict[str, Tensor]]
@@ -118,25 +117,17 @@ def _job(
     if not method.needs_activations:
         return Job(factors, placement.gradients(some), products)
     sums = [statistics[matrix] for matrix in some]
-    of_inputs = [one.input.value * (1.0 / one.rows) for one in sums]
-    of_grads = [one.grad.value * normalization.of_gradients(one, batch.group) for one in sums]
     averages = Averages(
-        Statistic(_side_by_side(of_inputs), sums[0].input.kind),
-        Statistic(_side_by_side(of_grads), sums[0].grad.kind),
+        side_by_side([one.input.scaled(1.0 / one.rows) for one in sums]),
+        side_by_side(
+            [one.grad.scaled(normalization.of_gradients(one, batch.group)) for one in sums]
+        ),
     )
     if residuals is not None:
         found = method.residuals(factors, averages, batch.group)
         for i, matrix in enumerate(some):
             residuals[matrix] = {name: values[i] for name, values in found.items()}
     return Job(factors, averages, products)
-
-
-def _side_by_side(members: Sequence[StructuredMatrix]) -> StructuredMatrix:
-    """Members of one structure along a new first dimension."""
-    first, *others = members
-    if others:
-        return first.map(lambda *ts: torch.stack(ts), *others)
-    return first.map(lambda t: t[None])
 
 
 def _replaced(proposal: Proposal, some: list[WeightMatrix], new: Any, rounding: Rounding) -> Any:

@@ -1,6 +1,8 @@
-"""Grafting: the direction of the preconditioned gradient, with the length of another step.
+"""Grafting: the direction of the preconditioned gradient, with a length that ``lr`` acts on.
 
-The length is taken matrix by matrix, over weight and bias together. Source: Agarwal et al.,
+The length is a root mean square of :data:`RMS` over all numbers, about that of AdamW's step (Liu et
+al., "Muon is Scalable for LLM Training", arXiv 2502.16982, Section 2.2), or that of the step of
+another method. It is taken matrix by matrix, over weight and bias together. Source: Agarwal et al.,
 "Disentangling Adaptive Gradient Methods from Learning Rates", arXiv 2002.11803; so does Distributed
 Shampoo, arXiv 2309.06497, Section 3.
 """
@@ -16,6 +18,9 @@ from torch import Tensor
 from singd.capture.weight_matrix import WeightMatrix
 from singd.step.fallback import adamw_directions
 from singd.step.groups import counter_device
+
+RMS = 0.2
+"""Root mean square of a direction under ``"rms"``."""
 
 Averages = dict[Tensor, dict[str, Tensor]]
 """New moving averages of gradients, and counters, by parameter."""
@@ -40,14 +45,14 @@ def graft_(
     state: Mapping[Any, Mapping[str, Any]],
     adamw: Mapping[str, Any],
 ) -> Averages:
-    """Give directions the norm of another method's step at a rate of one, in place.
+    """Give directions another length, in place.
 
     Args:
         directions: Directions of equal matrices, ``[matrices, ..., d_out, d_in]``.
         gradients: Their gradients likewise.
         matrices: The matrices; parameters without a gradient do not count.
-        graft: ``"sgd"``, the norm of the gradient; ``"adamw"``, that of AdamW's step without
-            weight decay.
+        graft: ``"rms"``, a root mean square of :data:`RMS`; ``"sgd"``, the norm of the gradient;
+            ``"adamw"``, that of AdamW's step at a rate of one without weight decay.
         state: State of the optimizer; not changed.
         adamw: Options of AdamW.
 
@@ -71,7 +76,8 @@ def graft_(
         ]
     parts = [matrix.split(d) for matrix, d in zip(matrices, directions, strict=True)]
     norms = _norms(parts, matrices)
-    scale = _norms(wanted, matrices) / norms.clamp(min=torch.finfo(norms.dtype).tiny)
+    lengths = _lengths(matrices, norms) if graft == "rms" else _norms(wanted, matrices)
+    scale = lengths / norms.clamp(min=torch.finfo(norms.dtype).tiny ** 0.5)
     directions.mul_(scale.to(directions.dtype).view(-1, *[1] * (directions.ndim - 1)))
     return averages
 
@@ -86,6 +92,17 @@ def _copied(p: Tensor, entry: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _without_prefix(average: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("graft_"): t for name, t in average.items()}
+
+
+def _lengths(matrices: Sequence[WeightMatrix], like: Tensor) -> Tensor:
+    """Norms of directions whose numbers have the root mean square :data:`RMS`, ``[matrices]``."""
+    counts = [
+        sum(matrix.part(p).numel() for p in matrix.parameters if p.grad is not None)
+        for matrix in matrices
+    ]
+    if len(set(counts)) == 1:  # no copy to the device
+        return torch.full_like(like, RMS * counts[0] ** 0.5)
+    return like.new_tensor(counts).sqrt() * RMS
 
 
 def _norms(parts: Sequence[Sequence[Tensor]], matrices: Sequence[WeightMatrix]) -> Tensor:

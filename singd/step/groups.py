@@ -13,7 +13,7 @@ from singd.methods.options import choice, in_range, integer
 Group = dict[str, Any]
 
 LOSS_AVERAGES = (None, "batch", "batch+sequence")
-GRAFTS = (None, "sgd", "adamw")
+GRAFTS = ("auto", None, "rms", "sgd", "adamw")
 
 
 def parameter_of(given: Any) -> Any:
@@ -65,6 +65,14 @@ def check_group(group: Mapping[str, Any]) -> None:
     choice("decoupled_weight_decay", group["decoupled_weight_decay"], (False, True))
     if group["kl_clip"] is not None:
         in_range("kl_clip", group["kl_clip"], 0.0, float("inf"))
+
+
+def graft_of(group: Group) -> str | None:
+    """Whose length directions have: ``"auto"`` is ``"rms"``, unless ``kl_clip`` bounds them."""
+    if group["graft"] != "auto":
+        graft: str | None = group["graft"]
+        return graft
+    return "rms" if group["kl_clip"] is None else None
 
 
 def peak_lr(group: Group) -> float | Tensor:

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd.capture.weight_matrix import WeightMatrix, find_weight_matrices, owners_of
+from singd.capture.weight_matrix import (
+    WeightMatrix,
+    find_tensors,
+    find_weight_matrices,
+    owners_of,
+)
 from singd.step.groups import Group, counter_device
 
 State = MutableMapping[Any, dict[str, Any]]
@@ -24,10 +29,14 @@ class Parameters:
     Args:
         model: Model that is trained.
         layers: Types among :data:`singd.layers.OPTIONAL` that are preconditioned as well.
+        by_layer: Whether the weights of known layers are preconditioned; otherwise all parameters
+            of two or more dimensions are.
     """
 
-    def __init__(self, model: nn.Module, layers: Collection[type[nn.Module]]) -> None:
-        self.model, self.layers = model, tuple(layers)
+    def __init__(
+        self, model: nn.Module, layers: Collection[type[nn.Module]], by_layer: bool = True
+    ) -> None:
+        self.model, self.layers, self.by_layer = model, tuple(layers), by_layer
         self.matrices: list[WeightMatrix] = []
         self.expected: set[Tensor] = set()  # parameters that were given, or will be at once
         self.group_of: dict[Tensor, Group] = {}
@@ -40,7 +49,10 @@ class Parameters:
         """The new matrices whose weight is among ``given``."""
         self.expected.update(given)
         taken = {matrix.weight for matrix in self.matrices}
-        candidates = find_weight_matrices(self.model, self.expected, taken, self.layers)
+        if self.by_layer:
+            candidates = find_weight_matrices(self.model, self.expected, taken, self.layers)
+        else:
+            candidates = find_tensors(self.model, self.expected, taken)
         chosen = set(given)
         return [matrix for matrix in candidates if matrix.weight in chosen]
 

@@ -81,7 +81,8 @@ def take_step(
         parts.fallback.refuse_sparse(p for _, some in others for p in some)
     residuals: Residuals = {}
     with scope("singd::factors"):
-        statistics = placement.reduce(statistics)
+        reduced = placement.reduce(statistics)
+        statistics = {matrix: one for matrix, one in reduced.items() if one.rows}
         placement.average_gradients(list(parameters.group_of))
         norm = Normalization(parts.capture.count.terms, scale, placement.size)
         wanted = residuals if observe else None
@@ -173,7 +174,7 @@ def find_cause(
         if p.grad is not None and not bool(_values(p.grad).isfinite().all()):
             return f"{parts.parameters.name(p)}: its gradient is not finite"
     for matrix, one in statistics.items():
-        sums = (*one.input.value.tensors(), *one.grad.value.tensors())
+        sums = (*one.input.tensors(), *one.grad.tensors())
         if not all(bool(t.isfinite().all()) for t in sums):
             return f"{matrix.name}: its statistics are not finite"
     for proposal in proposed if any(p.updated for p in proposed) else ():
@@ -206,6 +207,8 @@ def agree(parts: Parts, state: State) -> None:
     parameters, capture, placement = parts.parameters, parts.capture, parts.placement
     everything = list(parameters.group_of)
     matrices = list(parameters.matrices)
+    if not parts.method.needs_activations:
+        matrices = []  # nothing is seen of layers that could be refused
     verified = [capture.accumulators[matrix].verification for matrix in matrices]
     refused = [v.explained is False for v in verified]
     if placement.size > 1:

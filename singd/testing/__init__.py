@@ -1,6 +1,7 @@
-"""Checks for classes of your own: layers, and optimizers."""
+"""Checks for classes of your own: layers, methods, and optimizers."""
 
 from singd.testing.conformance import ROWS, check_optimizer
 from singd.testing.layers import check_layer
+from singd.testing.methods import LAWS, check_method
 
-__all__ = ["ROWS", "check_layer", "check_optimizer"]
+__all__ = ["LAWS", "ROWS", "check_layer", "check_method", "check_optimizer"]

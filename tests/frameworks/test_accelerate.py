@@ -13,8 +13,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from singd import SINGD
 from tests.frameworks.data import by_hand, classifier, digits, loader
+from tests.singd.paper import SINGD
 from tests.singd.runs import Snapshot, distance, snapshot
 
 

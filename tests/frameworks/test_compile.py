@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from singd import SINGD
 from tests.frameworks.data import by_hand, digits, loader
+from tests.singd.paper import SINGD
 from tests.singd.runs import distance, snapshot
 
 # Dynamo looks at .grad of what goes from one compiled piece to the next.

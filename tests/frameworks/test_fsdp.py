@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
-from singd import SINGD
 from tests.frameworks.data import by_hand, classifier, loader
+from tests.singd.paper import SINGD
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch_geometric.datasets import KarateClub
 from torch_geometric.nn import GATConv, GCNConv, SAGEConv
 
-from singd import SINGD
+from tests.singd.paper import SINGD
 
 
 def club() -> Any:

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
-from singd import SINGD
 from tests.frameworks.data import Batch, by_hand, classifier, loader
+from tests.singd.paper import SINGD
 from tests.singd.runs import distance, snapshot
 
 pytestmark = [

@@ -11,9 +11,9 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from singd import SINGD
 from tests.frameworks.data import text
 from tests.frameworks.test_transformers import bert, gpt
+from tests.singd.paper import SINGD
 
 # peft asks Transformers for a property under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

@@ -12,8 +12,8 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from singd import SINGD
 from tests.frameworks.data import digits, text
+from tests.singd.paper import SINGD
 from tests.singd.runs import distance, snapshot
 
 LENGTH = 12

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from singd import KFAC, SINGD
 from structured import parse
+from tests.singd.paper import KFAC, SINGD
 
 F64, F32 = torch.float64, torch.float32
 BF16, F16 = torch.bfloat16, torch.float16
@@ -83,7 +83,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no products": {"keep_products": False},
     "max_dim": {"max_dim": 5},
     "max_dim, wide_structure": {"max_dim": {"4.*": 3}, "wide_structure": "lower_triangular"},
-    "patterns": {"structures": {"0.*": ("diagonal", "dense"), "2.*": ("lower_toeplitz",) * 2}},
+    "patterns": {
+        "structures": {
+            "0.*": ("diagonal", "dense"),
+            "2.*": ("lower_toeplitz",) * 2,
+            "*": ("dense", "dense"),
+        }
+    },
     "classes": {"structures": (parse("block_diagonal(3)"), lambda n, **k: parse("dense")(n, **k))},
 }
 EVERYTHING: dict[str, Any] = {"layers": "all", "alpha1": 0.5}

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from singd import KFAC, SINGD
 from structured import StructuredMatrix, parse
 from structured.testing.operations import OPERATIONS
 from structured.testing.strategies import Operands
 from tests.singd import test_cuda_graph
+from tests.singd.paper import KFAC, SINGD
 from tests.singd.runs import snapshot
 from tests.structured.specs import SPECS
 

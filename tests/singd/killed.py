@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from docs import snippets
-from singd import SINGD
+from tests.singd.paper import SINGD
 from tests.singd.runs import batches, mean_loss, raw_bytes, snapshot
 
 STEPS = 120

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from singd import KFAC, SINGD
 from singd.step import pipeline
+from tests.singd.paper import KFAC, SINGD
 from tests.singd.runs import F64, batches, mlp, snapshot
 
 STEPS = 4

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from singd import KFAC, SINGD
+from tests.singd.paper import KFAC, SINGD
 from tests.singd.runs import F64, distance, snapshot
 
 E, HEADS, N, L, S = 6, 2, 3, 4, 5

@@ -13,8 +13,8 @@ from torch.func import functional_call, grad, vmap
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from singd import KFAC, SINGD
 from tests.singd.dense import relative
+from tests.singd.paper import KFAC, SINGD
 from tests.singd.runs import F64, Snapshot, batches, distance, factors, mean_loss, mlp, snapshot
 
 Backward = Callable[[nn.Module, Tensor, Tensor], None]

@@ -12,8 +12,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from singd import KFAC, SINGD, convert
+from singd import convert
 from structured import Diagonal
+from tests.singd.paper import KFAC, SINGD
 from tests.singd.runs import Snapshot, batches, mean_loss, mlp, snapshot
 
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from singd import SINGD, update
+from singd import update
 from singd.methods import inverse_free
 from singd.ops import precision
 from structured import parse
+from tests.singd.paper import SINGD
 from tests.singd.runs import F64, distance, mean_loss, snapshot
 
 N = 32

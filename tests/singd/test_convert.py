@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from singd import SINGD, convert
+from singd import convert
+from tests.singd.paper import SINGD
 from tests.singd.pypi_singd import COMMON, FILE, groups, network, train
 
 BARE: dict[str, Any] = {"alpha1": 0.5, "kl_clip": None, "factor_clip": None}

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from singd import KFAC, SINGD
 from singd.ops import cuda_graph
 from tests.singd.graphs import Graph
+from tests.singd.paper import KFAC, SINGD
 
 T = 2
 

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from singd import KFAC, SINGD
+from tests.singd.paper import KFAC, SINGD
 from tests.singd.runs import batches, mlp, snapshot, train
 
 F32 = torch.float32

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.fake_cuda import DEVICE, Shapes, backward, gpu, move, shapes
-from singd import KFAC, SINGD
 from singd.ops import cuda_graph
+from tests.singd.paper import KFAC, SINGD
 
 STRUCTURES = [
     "dense",

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from singd import KFAC, SINGD
 from singd.layers import find_layer
 from tests.singd.dense import relative
+from tests.singd.paper import KFAC, SINGD
 
 F64 = torch.float64
 Model = nn.Sequential

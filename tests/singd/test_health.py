@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
-from singd import KFAC, SINGD
 from tests.singd.dense import relative
+from tests.singd.paper import KFAC, SINGD
 from tests.singd.runs import F64, batches, distance, factors, mean_loss, mlp, snapshot, train
 
 BAD = [float("nan"), float("inf"), -float("inf")]

@@ -10,12 +10,18 @@ import pytest
 
 import singd
 import structured
+from tests import imports
 
+TREES = imports.trees(singd)
+ORDER = (  # the lowest first
+    *("update", "ops", "layers", "capture", "methods", "placement", "step", "state"),
+    *("diagnostics", "optimizer", "singd", "kfac", "convert", "", "testing"),
+)
 FILES = sorted(Path(singd.__file__).parent.rglob("*.py"))
 BELOW = sorted(Path(structured.__file__).parent.rglob("*.py"))
 
 
-def imports(path: Path) -> Iterator[tuple[str, str | None]]:
+def names_from(path: Path) -> Iterator[tuple[str, str | None]]:
     """Modules imported, with the names taken from them."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -24,9 +30,27 @@ def imports(path: Path) -> Iterator[tuple[str, str | None]]:
             yield from ((node.module, alias.name) for alias in node.names)
 
 
+def test_imports_run_one_way() -> None:
+    assert imports.upward(TREES, ORDER) == []
+    assert imports.circle(TREES) == []
+    assert imports.hidden(TREES) == []
+    assert imports.private(TREES) == []
+
+
+def test_the_parts_of_a_step_know_no_optimizer() -> None:
+    """Only the shell, and functions that users call with an optimizer, take one."""
+    for name, tree in TREES.items():
+        if name.split(".")[1:2] in (["testing"], ["convert"]):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                taken = [a.arg for a in (*node.args.args, *node.args.kwonlyargs)]
+                assert "optimizer" not in taken, f"{name}: {node.name}"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_singd_uses_public_names_of_structured(path: Path) -> None:
-    for module, name in imports(path):
+    for module, name in names_from(path):
         if module.split(".")[0] == "structured":
             assert module == "structured", f"{path.name} imports {module}"
             assert name in structured.__all__, f"{path.name} imports {name}"
@@ -34,7 +58,7 @@ def test_singd_uses_public_names_of_structured(path: Path) -> None:
 
 @pytest.mark.parametrize("path", BELOW, ids=lambda p: p.stem)
 def test_structured_knows_nothing_of_singd(path: Path) -> None:
-    assert all(module.split(".")[0] != "singd" for module, _ in imports(path))
+    assert all(module.split(".")[0] != "singd" for module, _ in names_from(path))
 
 
 def test_every_public_name_exists() -> None:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from singd import KFAC, SINGD
 from tests.singd.dense import relative
+from tests.singd.paper import KFAC, SINGD
 from tests.singd.runs import F64, Snapshot, distance, snapshot
 
 AVERAGES = (None, "batch", "batch+sequence")

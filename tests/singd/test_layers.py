@@ -11,11 +11,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from singd import SINGD, Layer, register_layer
+from singd import Layer, register_layer
 from singd.layers import LAYERS, OPTIONAL, base, find_layer
 from singd.layers.base import flatten_rows, square_sums
 from singd.testing import check_layer
 from tests.singd.dense import relative
+from tests.singd.paper import SINGD
 
 law = settings(max_examples=60, deadline=None)
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")

@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from singd import KFAC, SINGD
 from singd.layers import OPTIONAL
+from tests.singd.paper import KFAC, SINGD
 from tests.singd.runs import F64, batches, distance, factors, mean_loss, mlp, snapshot, train
 
 METHODS: dict[str, Any] = {"SINGD": SINGD, "KFAC": KFAC}

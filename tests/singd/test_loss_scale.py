@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from singd import KFAC, SINGD
+from tests.singd.paper import KFAC, SINGD
 
 N, P, C = 6, 10, 5
 

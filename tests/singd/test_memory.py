@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peak import PeakBytes
-from singd import SINGD
+from tests.singd.paper import SINGD
 
 STRUCTURES = ("diagonal", "block_diagonal(8)", "hierarchical(4, 4)", "lower_toeplitz", "dense")
 WIDE, NARROW, ROWS = 1024, 8, 4

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from singd import SINGD
+from tests.singd.paper import SINGD
 from tests.singd.runs import mean_loss
 
 FREE = ("empty", "profiler", "promote_types", "_record_function")

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from singd import KFAC, SINGD
+import singd
 from structured import Diagonal, parse
 from tests.singd import dense
 from tests.singd.dense import relative
+from tests.singd.paper import KFAC, SINGD
 from tests.singd.runs import F64, batches, distance, factors, mean_loss, mlp, snapshot, train
 
 
@@ -331,7 +332,7 @@ PEER = {  # the signature of PyPI singd 0.0.5
 
 
 def test_the_signature_begins_with_that_of_the_reference() -> None:
-    parameters = list(inspect.signature(SINGD).parameters.values())
+    parameters = list(inspect.signature(singd.SINGD).parameters.values())
     assert parameters[0].name == "model"
     by_position = [p.name for p in parameters[1:] if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert by_position == list(PEER)[: len(by_position)]
@@ -340,7 +341,7 @@ def test_the_signature_begins_with_that_of_the_reference() -> None:
     assert without_effect == {"warn_unsupported", "init_grad_scale"}
     used = PEER.keys() - without_effect
     changed = {p.name for p in parameters[1:] if p.name in used and p.default != PEER[p.name]}
-    assert changed == {"lr", "alpha1", "lr_cov"}
+    assert changed == {"lr", "alpha1", "lr_cov", "structures"}
 
 
 def test_options_by_position_and_by_keyword_are_the_same() -> None:
@@ -353,9 +354,11 @@ def test_options_by_position_and_by_keyword_are_the_same() -> None:
     }
     by_position, by_keyword = mlp(), mlp()
     first = list(PEER).index("kfac_approx") + 1
-    a = train(by_position, SINGD(by_position, *list(given_options.values())[:first]), batches(3))
+    a = train(
+        by_position, singd.SINGD(by_position, *list(given_options.values())[:first]), batches(3)
+    )
     with pytest.warns(DeprecationWarning, match="has no effect: leave it out"):
-        optimizer = SINGD(by_keyword, **given_options)
+        optimizer = singd.SINGD(by_keyword, **given_options)
     b = train(by_keyword, optimizer, batches(3))
     assert distance(a, b) == 0.0
 

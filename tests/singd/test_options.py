@@ -34,11 +34,13 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "kfac_like": (False, True),
     "normalize_lr_cov": (False, True),
     "keep_products": (False, True),
+    "relative_damping": (False, True),
+    "scale_init": (False, True),
     "decoupled_weight_decay": (False, True),
-    "graft": (None, "sgd", "adamw"),
+    "graft": ("auto", None, "rms", "sgd", "adamw"),
 }
 OTHERS: dict[str, list[Any]] = {
-    "structures": ["dense", ("dense",), ("dense", "dens"), {"*": "dense"}, None],
+    "structures": ["dense", ("dense",), ("dense", "dens"), {"*": "dense"}, ()],
     "wide_structure": ["diag", "dense(3)"],
     "preconditioner_dtype": [float32, (float32,), (int32, None), ("float32", None)],
     "layers": [[nn.Dropout], [nn.Linear]],

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from singd import KFAC, SINGD, Layer, register_layer
+from singd import Layer, register_layer
 from singd.layers import LAYERS, OPTIONAL
+from tests.singd.paper import KFAC, SINGD
 from tests.singd.runs import F64, batches, mean_loss, mlp, train
 
 
@@ -292,7 +293,7 @@ def test_structures_by_pattern_the_first_match_counts() -> None:
     assert got["0.weight"] == "diagonal, dense"
     assert got["2.weight"] == "dense, diagonal"
     assert structures(SINGD(mlp(), structures={"x*": ("diagonal",) * 2}))["0.weight"] == (
-        "dense, dense"
+        "dense, block_diagonal(4)"
     )
 
 

@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from singd import SINGD, update
+from singd import update
 from singd.ops import reductions
 from singd.ops import stochastic_rounding as rounding
 from singd.ops.stochastic_rounding import stochastic_round
 from structured import Dense, parse
 from tests.singd import dense
 from tests.singd.dense import STRUCTURES, relative
+from tests.singd.paper import SINGD
 from tests.singd.runs import batches, distance, factors, mean_loss, mlp, train
 
 LOW = [torch.bfloat16, torch.float16]

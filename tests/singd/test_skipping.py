@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from singd import KFAC, SINGD
 from singd.step import pipeline
 from singd.step.skipping import SkippedSteps, reading_waits
 from tests.singd.graphs import Graph
+from tests.singd.paper import KFAC, SINGD
 from tests.singd.runs import F64, batches, mean_loss, mlp, raw_bytes, snapshot, train
 
 BAD = [float("nan"), float("inf")]

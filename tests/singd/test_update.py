@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from singd import SINGD, update
+from singd import update
 from singd.capture.statistics import Statistic
 from singd.methods.base import Averages, Job
 from singd.methods.inverse_free import InverseFree, InverseFreeFactors
 from structured import Dense, StructuredMatrix, parse
 from tests.singd import dense
 from tests.singd.dense import STRUCTURES, relative
+from tests.singd.paper import SINGD
 
 law = settings(max_examples=15, deadline=None)
 sizes = st.integers(1, 7)

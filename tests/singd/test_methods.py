@@ -1,0 +1,152 @@
+"""The laws of methods hold for all of them, and each finds the method that breaks it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from singd import KFAC, SINGD, Averages, KroneckerOptimizer
+from singd.capture.statistics import Columns, Side, Statistic
+from singd.methods.base import Job, Options, Products
+from singd.methods.inverse_free import InverseFree, InverseFreeFactors
+from singd.testing import LAWS, check_method
+from tests.singd import paper
+
+Make = Callable[..., KroneckerOptimizer]
+
+METHODS: dict[str, Make] = {
+    "SINGD": lambda model, params: SINGD(model, params, T=2),
+    "SINGD, structured": lambda model, params: SINGD(
+        model, params, T=1, structures=("hierarchical(1, 1)", "lower_toeplitz")
+    ),
+    "INGD": lambda model, params: SINGD(
+        model, params, T=1, structures=("dense", "dense"), alpha1=0.5
+    ),
+    "IKFAC": lambda model, params: SINGD(model, params, T=1, kfac_like=True),
+    "SINGD, grafted": lambda model, params: SINGD(model, params, T=2, graft="adamw"),
+    "the paper's SINGD": lambda model, params: paper.SINGD(model, params, T=2, kl_clip=1e-2),
+    "KFAC": lambda model, params: KFAC(model, params, T=2),
+}
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_keep_the_laws(method: str, law: str) -> None:
+    check_method(METHODS[method], laws=[law])
+
+
+# Methods with one fault each ---------------------------------------------------------------------
+
+
+class Ascends(InverseFree):
+    """The sign of the direction is wrong."""
+
+    def precondition(self, factors: Any, G: Tensor, products: Products) -> Tensor:
+        return -super().precondition(factors, G, products)
+
+
+class Mixes(InverseFree):
+    """Curvature is averaged over the matrices that happen to be side by side."""
+
+    def update_all(self, jobs: Any, options: Options, step: int) -> Any:
+        return super().update_all((self._mixed(job) for job in jobs), options, step)
+
+    @staticmethod
+    def _mixed(job: Job) -> Job:
+        def mixed(U: Statistic) -> Statistic:
+            return U.with_tensors(
+                [t.mean(0, keepdim=True).expand_as(t).clone() for t in U.tensors()]
+            )
+
+        both = job.statistics
+        return replace(job, statistics=Averages(mixed(both.input), mixed(both.grad)))
+
+
+class CountsUses(InverseFree):
+    """Every use of a layer adds something, so that sums depend on how a batch was cut."""
+
+    def summarize(self, factors: Any, side: Side, columns: Columns, options: Options) -> Statistic:
+        sums = super().summarize(factors, side, columns, options)
+        return replace(sums, value=sums.value.add_scaled_identity(1.0))
+
+
+class WritesInPlace(InverseFree):
+    """An update writes to the factors that it is given."""
+
+    def update_all(self, jobs: Any, options: Options, step: int) -> Any:
+        for job in jobs:
+            for member in job.factors.members().values():
+                for t in member.tensors():
+                    t.mul_(0.9)
+            yield from super().update_all([job], options, step)
+
+
+class OtherShapes(InverseFree):
+    """More is stored than the meta device says."""
+
+    def init(self, shape: Sequence[int], *args: Any, **like: Any) -> InverseFreeFactors:
+        factors = super().init(shape, *args, **like)
+        if torch.device(like["device"]).type == "meta":
+            return factors
+        return replace(factors, m_K=factors.K * 0, m_C=factors.C * 0)
+
+
+class Remembers(InverseFree):
+    """Something that directions depend on is not in the state."""
+
+    first_step: int | None = None
+
+    def update_all(self, jobs: Any, options: Options, step: int) -> Any:
+        self.first_step = step if self.first_step is None else self.first_step
+        return super().update_all(jobs, options, step)
+
+    def precondition(self, factors: Any, G: Tensor, products: Products) -> Tensor:
+        return super().precondition(factors, G, products) + (1 + (self.first_step or 0)) * G
+
+
+class OverflowsInHalf(InverseFree):
+    """A number that bfloat16 can't hold is needed."""
+
+    def precondition(self, factors: Any, G: Tensor, products: Products) -> Tensor:
+        D = super().precondition(factors, G, products)
+        return D if G.dtype == torch.float64 else D * 3e38 * 3e38
+
+
+BROKEN = {
+    "descends": Ascends,
+    "stack": Mixes,
+    "micro_batches": CountsUses,
+    "pure": WritesInPlace,
+    "meta_shapes": OtherShapes,
+    "round_trip": Remembers,
+    "low_precision": OverflowsInHalf,
+}
+
+
+def broken(method: type[InverseFree]) -> Make:
+    def make(model: Any, params: Any) -> KroneckerOptimizer:
+        options = dict(SINGD(torch.nn.Linear(1, 1), T=2, structures=("dense", "dense")).defaults)
+        return KroneckerOptimizer(model, method(), params, options)
+
+    return make
+
+
+@pytest.mark.parametrize("law", BROKEN)
+def test_a_broken_method_fails_its_law_alone(law: str) -> None:
+    failed = []
+    for each in LAWS:
+        try:
+            check_method(broken(BROKEN[law]), laws=[each])
+        except AssertionError:
+            failed.append(each)
+    assert failed == [law]
+
+
+def test_an_unknown_law_is_named() -> None:
+    with pytest.raises(ValueError, match=r"descends.*got 'ascends'"):
+        check_method(METHODS["SINGD"], laws=["ascends"])
