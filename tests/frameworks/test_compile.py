@@ -20,9 +20,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    yield
+    """Graphs of tests before count no more: a process may have compiled others."""
     torch._dynamo.reset()
     counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 def net() -> nn.Sequential:
