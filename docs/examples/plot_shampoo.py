@@ -2,10 +2,10 @@ r"""
 A second method: inverse-free Shampoo
 =====================================
 
-:mod:`structured` knows nothing of SINGD. Here another optimizer is built on it, for parameters of
-any order and without hooks: root-free, inverse-free Shampoo (Lin et al., ICML 2024, arXiv
-2402.03496), derived and written out in :ref:`sphx_glr_auto_examples_shampoo.py`. We train a small
-convolutional network on digits, against AdamW and against Shampoo as it was, with roots.
+A method of your own is a :class:`singd.Method`. This one is for parameters of any order and needs
+no hooks: root-free, inverse-free Shampoo (Lin et al., ICML 2024, arXiv 2402.03496), derived and
+written out in :ref:`sphx_glr_auto_examples_shampoo.py`. We train a small convolutional network on
+digits, against AdamW and against Shampoo as it was, with roots.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from shampoo import InverseFreeShampoo
+from shampoo import Shampoo as InverseFreeShampoo
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -104,7 +104,7 @@ def run(method: Callable[..., Optimizer], seed: int) -> tuple[list[float], float
     """Training loss after every epoch, and the final accuracy on the test set."""
     torch.manual_seed(seed)
     net = network()
-    optimizer = method(net.parameters())
+    optimizer = method(net)
     steps = EPOCHS * len(train.split(BATCH))
     schedule = LinearLR(optimizer, start_factor=1.0, end_factor=1 / steps, total_iters=steps)
     losses = []
@@ -131,12 +131,12 @@ def blocks_beyond_32(n: int, **options: Any) -> StructuredMatrix:
 
 
 def inverse_free(structures: Any) -> Callable[..., Optimizer]:
-    return lambda params: InverseFreeShampoo(params, 2e-3, structures=structures, batch_size=BATCH)
+    return lambda net: InverseFreeShampoo(net, lr=2e-2, structures=structures)
 
 
 methods: dict[str, Callable[..., Optimizer]] = {
-    "AdamW": lambda params: AdamW(params, 4e-2),
-    "Shampoo, with roots": lambda params: Shampoo(params, 4e-3),
+    "AdamW": lambda net: AdamW(net.parameters(), 4e-2),
+    "Shampoo, with roots": lambda net: Shampoo(net.parameters(), 4e-3),
     "inverse-free, dense": inverse_free("dense"),
     "inverse-free, blocks beyond 32": inverse_free(blocks_beyond_32),
     "inverse-free, hierarchical(4, 4)": inverse_free("hierarchical(4, 4)"),
@@ -149,8 +149,7 @@ def numbers(optimizer: Optimizer) -> int:
     stored: list[Tensor] = []
     for state in optimizer.state.values():
         stored += [state[key] for key in ("exp_avg_sq", "v") if key in state]
-        stored += state.get("S", [])
-        stored += [t for K in state.get("factors", []) for t in K.tensors()]
+        stored += [t for value in state.values() if isinstance(value, list) for t in value]
     return sum(t.numel() for t in stored)
 
 
