@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -50,6 +50,7 @@ class KFAC(KroneckerOptimizer):
         telemetry: Callable[[dict[str, Any]], None] | None = None,
         adamw: Mapping[str, Any] | None = None,
         process_group: Any = None,
+        data: Sequence[str] | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -74,4 +75,5 @@ class KFAC(KroneckerOptimizer):
             max_skipped=max_skipped,
             telemetry=telemetry,
             process_group=process_group,
+            data=data,
         )

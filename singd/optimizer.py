@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -18,8 +18,7 @@ from singd.layers import OPTIONAL
 from singd.methods.base import Method
 from singd.methods.options import choice, integer
 from singd.ops import cuda_graph
-from singd.placement import Placement
-from singd.placement.replicated import find_placement, refuse_sharded, unwrapped
+from singd.placement import Placement, find_placement, unwrapped
 from singd.state import checkpoint
 from singd.state.initial import expected_values, make_state, wants_state
 from singd.state.plan import Plan, make_plan
@@ -65,6 +64,7 @@ class KroneckerOptimizer(Optimizer):
             looks for nothing. On a GPU it is known one step later, so that nothing waits.
         telemetry: Function that is called after every step with :func:`singd.diagnostics.describe`.
         process_group: Process group of the ranks that share the data, if not all do.
+        data: Names of the mesh dimensions over which samples differ, of a sharded model.
 
     Raises:
         TypeError: If ``model`` or ``params`` is of the wrong kind.
@@ -86,6 +86,7 @@ class KroneckerOptimizer(Optimizer):
         max_skipped: int | None = 10,
         telemetry: Callable[[dict[str, Any]], None] | None = None,
         process_group: Any = None,
+        data: Sequence[str] | None = None,
     ) -> None:
         model, is_reduced = unwrapped(model)
         _check_model(model)
@@ -102,7 +103,8 @@ class KroneckerOptimizer(Optimizer):
         method.check(options)
         self.model, self.telemetry = model, telemetry
         fallback = Fallback(adamw, options["lr"], self.adamw_ratio)
-        placement = find_placement(process_group, is_reduced=is_reduced)
+        self._data = None if data is None else tuple(data)
+        placement = find_placement(model, process_group, data, is_reduced=is_reduced)
         self._connect(method, placement, SkippedSteps(), fallback, max_skipped, tuple(types))
         self._parts.parameters.expected.update(
             parameter_of(p) for group in groups for p in group["params"]
@@ -139,6 +141,7 @@ class KroneckerOptimizer(Optimizer):
         Raises:
             ValueError: If an option is out of range; nothing is added then.
         """
+        self._parts.placement.prepare()
         (group,) = as_groups([param_group], self.model)
         parts, given = self._parts, [parameter_of(p) for p in group["params"]]
         whole = {**self.defaults, **group}
@@ -167,6 +170,7 @@ class KroneckerOptimizer(Optimizer):
         Nothing is allocated: the model may be on the meta device.
         """
         parts = self._parts
+        parts.placement.prepare()
         return make_plan(type(self).__name__, parts.parameters, parts.store, parts.fallback)
 
     # Statistics ---------------------------------------------------------------------------------
@@ -275,6 +279,7 @@ class KroneckerOptimizer(Optimizer):
         else:
             skipping.settle()
         scale = calling_scale() if scale is None else scale
+        parts.placement.prepare()
         parts.parameters.check(self.param_groups, self.state)
         if wants_state(parts, self.param_groups, self.state):
             self._ensure()
@@ -314,7 +319,7 @@ class KroneckerOptimizer(Optimizer):
             if accumulator is not None and total is not None:
                 kinds = total.input.kind, total.grad.kind
                 if is_restructured or "whitened" in kinds:
-                    accumulator.discard()  # it is of other factors
+                    accumulator.discard(held=True)  # it is of other factors
 
     def _loss_averages(self) -> set[str | None]:
         """What the groups say the loss is a mean over; nothing where the number is given."""
@@ -386,6 +391,7 @@ class KroneckerOptimizer(Optimizer):
     def _fitted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A state, checked to be one of this optimizer."""
         parts = self._parts
+        parts.placement.prepare()
         fitted = checkpoint.unpack(
             state_dict,
             self.param_groups,
@@ -444,7 +450,7 @@ class KroneckerOptimizer(Optimizer):
         if copied is None:  # a part of loading a checkpoint
             return
         method, skipping, fallback, max_skipped, layers = copied
-        placement = find_placement(None, is_reduced=False)
+        placement = find_placement(self.model, None, self._data, is_reduced=False)
         self._connect(method, placement, skipping, fallback, max_skipped, layers)
         parameters = self._parts.parameters
         given = [p for group in self.param_groups for p in group["params"]]
@@ -455,10 +461,9 @@ class KroneckerOptimizer(Optimizer):
 
 
 def _check_model(model: Any) -> None:
-    """Raise unless ``model`` is a module whose parameters are there, whole on every rank."""
+    """Raise unless ``model`` is a module whose parameters are there."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    refuse_sharded(model)
     for name, p in model.named_parameters():
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise ValueError(f"{name} is not initialised yet: run one forward pass first")

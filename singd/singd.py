@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -106,6 +106,8 @@ class SINGD(KroneckerOptimizer):
         process_group: Process group of the ranks that share the data, if not all do. Statistics are
             summed over it, and gradients averaged unless ``model`` is wrapped in
             DistributedDataParallel.
+        data: Names of the mesh dimensions over which samples differ, of a model with tensor
+            parallelism; ``()`` for none. FSDP2 and HSDP alone (``fully_shard``) need none.
 
         warn_unsupported: *Compatibility.* Accepted for scripts written for PyPI ``singd``; nothing
             is left untrained, so there is nothing to warn of.
@@ -150,6 +152,7 @@ class SINGD(KroneckerOptimizer):
         adamw: Mapping[str, Any] | None = None,
         layers: Collection[type[nn.Module]] | str = (),
         process_group: Any = None,
+        data: Sequence[str] | None = None,
         warn_unsupported: bool | None = None,
         init_grad_scale: float | None = None,
     ) -> None:
@@ -195,4 +198,5 @@ class SINGD(KroneckerOptimizer):
             max_skipped=max_skipped,
             telemetry=telemetry,
             process_group=process_group,
+            data=data,
         )

@@ -51,6 +51,10 @@ class Pass:
 class Accumulator:
     """What was seen of one weight since the last step.
 
+    What a pass saw is held once it has added to the gradient that autograd makes, and counts once
+    that gradient is in ``weight.grad``. Both are one, unless the weight is sharded: then its module
+    has another parameter during a pass, and gradients of several passes may be reduced together.
+
     Args:
         matrix: Weight that is watched.
     """
@@ -58,7 +62,10 @@ class Accumulator:
     def __init__(self, matrix: WeightMatrix) -> None:
         self.matrix = matrix
         self.verification = Verification()
-        self.total: KroneckerStatistics | None = None
+        self.met: nn.Parameter | None = None  # that other parameter
+        self._sum: KroneckerStatistics | None = None
+        self._held: KroneckerStatistics | None = None
+        self._is_reduced = False  # whether the gradient of what is held is in weight.grad
         self.last_call = -1  # number of the step before which the module was last called
         self.was_ignored = False  # a forward pass since the last step was not to be captured
         self._pending: dict[int, Pass] = {}
@@ -74,9 +81,10 @@ class Accumulator:
         current = torch._C._current_graph_task_id()
         if current not in self._pending:
             self._pending = {k: p for k, p in self._pending.items() if p.root == root}
-            if self.matrix.weight.grad is None:
-                self.total = None  # of gradients that were reset by other means than zero_grad
-            probes = Probes(self.matrix) if verify and self.verification.is_due() else None
+            if self.total is not None and self.matrix.weight.grad is None:
+                self._sum = None  # of gradients that were reset by other means than zero_grad
+            weight = self.matrix.weight if self.met is None else self.met
+            probes = Probes(self.matrix, weight) if verify and self.verification.is_due() else None
             self._pending[current] = Pass(root, probes)
         return self._pending[current]
 
@@ -94,7 +102,7 @@ class Accumulator:
         current.uses.append(use)
 
     def commit(self, step: int) -> None:
-        """The pass has added to ``weight.grad``: what it saw counts.
+        """The pass has added to the gradient that autograd makes: what it saw is held.
 
         Args:
             step: Number of steps so far.
@@ -114,10 +122,33 @@ class Accumulator:
         done.statistics.samples, done.statistics.loss_terms = (
             new - old for new, old in zip(after, before, strict=True)
         )
-        if self.total is None:
-            self.total = done.statistics
+        self._add_held()
+        if self._held is None:
+            self._held = done.statistics
         else:
-            self.total.add_(done.statistics)
+            self._held.add_(done.statistics)
+
+    def reduce(self) -> None:
+        """The gradient of all passes so far is in ``weight.grad``: what they saw counts.
+
+        It is added up later: this may be called on another stream of the device.
+        """
+        self._is_reduced = True
+
+    @property
+    def total(self) -> KroneckerStatistics | None:
+        """What counts."""
+        self._add_held()
+        return self._sum
+
+    def _add_held(self) -> None:
+        if self._is_reduced and self._held is not None:
+            if self._sum is None:
+                self._sum = self._held
+            else:
+                self._sum.add_(self._held)
+            self._held = None
+        self._is_reduced = False
 
     def _is_used_otherwise(self, step: int) -> bool:
         """Whether a pass without a trace shows that the weight is used in another way.
@@ -128,9 +159,16 @@ class Accumulator:
             return not self.was_ignored
         return step - self.last_call > 1
 
-    def discard(self) -> None:
-        """Forget what was seen since the last step."""
-        self.total = None
+    def discard(self, *, held: bool = False) -> None:
+        """Forget what counts, and passes under way.
+
+        Args:
+            held: Forget what is held too, though its gradients are yet to be reduced.
+        """
+        self._add_held()
+        if held:
+            self._held = None
+        self._sum = None
         self._pending.clear()
         self._counted.clear()
         self.was_ignored = False

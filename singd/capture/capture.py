@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from singd.capture import attention
 from singd.capture.accumulator import Accumulator, Use
 from singd.capture.hooks import AttentionHook, LayerHook, Listener
+from singd.capture.loss_count import LossCount
 from singd.capture.loss_terms import LossTerms
 from singd.capture.samples import Call, Calls
 from singd.capture.statistics import (
@@ -27,6 +27,7 @@ from singd.capture.statistics import (
 from singd.capture.weight_matrix import WeightMatrix
 from singd.layers.base import piece_size
 from singd.ops import cuda_graph
+from singd.ops.dtensor import is_distributed, whole
 
 
 class Observer(Protocol):
@@ -46,41 +47,6 @@ class Observer(Protocol):
 
     def approximation(self, matrix: WeightMatrix) -> str:
         """``"expand"`` or ``"reduce"``."""
-
-
-@dataclass
-class LossCount:
-    """How many terms the loss is a mean over, where the user says so.
-
-    A count may come before the pass that it is for, and ``zero_grad`` between the two.
-    """
-
-    past: float | Tensor = 0  # of passes so far
-    ahead: float | Tensor = 0  # of the pass to come
-    was_reset: bool = False  # since these were counted
-
-    @property
-    def terms(self) -> float | Tensor:
-        """What was counted for the coming step; 0 if nothing."""
-        return self.past + self.ahead
-
-    def add(self, terms: float | Tensor) -> None:
-        """Count terms of the pass to come."""
-        if self.was_reset:
-            self.ahead, self.was_reset = 0, False  # the pass that they were for never came
-        self.ahead = self.ahead + terms
-
-    def begin_pass(self) -> None:
-        """A pass is under way: it is the one that was counted for."""
-        self.past, self.ahead, self.was_reset = self.terms, 0, False
-
-    def reset(self) -> None:
-        """Forget the passes so far, but not the one to come."""
-        self.past, self.was_reset = 0, True
-
-    def end_step(self, terms: float | Tensor = 0) -> None:
-        """Begin again, or agree on the terms of all passes."""
-        self.past, self.ahead, self.was_reset = terms, 0, False
 
 
 class Capture:
@@ -146,6 +112,7 @@ class Capture:
         if isinstance(x, Tensor) and isinstance(module, nn.Linear):
             call.use(x)
         accumulator.last_call = self.step
+        self._meet(accumulator, module)
         if self.is_paused or self.is_sampled or not observer.is_captured(matrix):
             accumulator.was_ignored = True
             return None
@@ -155,6 +122,21 @@ class Capture:
             self._observe(matrix, module, x, g, call, self._root(made_in))
 
         return listener
+
+    def _meet(self, accumulator: Accumulator, module: nn.Module) -> None:
+        """Watch the parameter that ``module`` has in this pass, if the model's is sharded.
+
+        Gradients of a pass are of it, as long as they are not reduced. It is the same object in
+        every pass.
+        """
+        matrix = accumulator.matrix
+        weight = module._parameters.get(matrix.layer.weight)
+        if not is_distributed(matrix.weight) or weight is None:
+            return
+        if weight is not matrix.weight and weight is not accumulator.met:
+            accumulator.met = weight
+            hook = weight.register_post_accumulate_grad_hook(_Commit(self, matrix))
+            self._handles.append(hook)
 
     def refuse(self, matrix: WeightMatrix, reason: str) -> None:
         """Leave a weight to AdamW from the next step on."""
@@ -194,6 +176,7 @@ class Capture:
         root: int,
     ) -> None:
         accumulator = self.accumulators[matrix]
+        x, g = whole(x), whole(g)
         observer.prepare(matrix)
         accumulator.begin(root, verify=not cuda_graph.is_capturing())
         self.count.begin_pass()
@@ -252,11 +235,20 @@ class Capture:
         use.rows += samples * positions
         return KroneckerStatistics(of_inputs, of_grads, inputs.rows)
 
-    def commit(self, matrix: WeightMatrix) -> None:
-        """A backward pass has added to the gradient of ``matrix``."""
+    def commit(self, matrix: WeightMatrix, weight: Tensor) -> None:
+        """A backward pass has added to the gradient of ``matrix``.
+
+        Args:
+            matrix: Matrix that is watched.
+            weight: Parameter with the gradient: that of the model, or of its module in the pass.
+        """
+        accumulator = self.accumulators[matrix]
         with torch.profiler.record_function("singd::capture"):
-            self.accumulators[matrix].commit(self.step)
-            self._calls.end()
+            if weight is not matrix.weight or accumulator.met is None:
+                accumulator.commit(self.step)
+                self._calls.end()
+            if weight is matrix.weight:
+                accumulator.reduce()
 
     # Steps --------------------------------------------------------------------------------------
 
@@ -270,12 +262,12 @@ class Capture:
 
     def empty(self, matrix: WeightMatrix) -> KroneckerStatistics:
         """Statistics of no rows, for a rank that did not use a layer."""
-        observer, (*batch, d_out, d_in) = self._observer(), matrix.shape
+        observer, weight, (*batch, d_out, d_in) = self._observer(), matrix.weight, matrix.shape
         if observer is None:
             raise RuntimeError("the optimizer is gone")
         sides: list[Statistic] = []
         for side, n in (("input", d_in), ("grad", d_out)):
-            nothing = matrix.weight.new_zeros(*batch, n, 0)
+            nothing = torch.zeros(*batch, n, 0, dtype=weight.dtype, device=weight.device)
             sides.append(observer.summarize(matrix, cast(Side, side), NoColumns(nothing)))
         return KroneckerStatistics(sides[0], sides[1], 0)
 
@@ -304,5 +296,5 @@ class _Commit:
     def __init__(self, capture: Capture, matrix: WeightMatrix) -> None:
         self.capture, self.matrix = capture, matrix
 
-    def __call__(self, _: Tensor) -> None:
-        self.capture.commit(self.matrix)
+    def __call__(self, weight: Tensor) -> None:
+        self.capture.commit(self.matrix, weight)

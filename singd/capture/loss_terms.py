@@ -17,6 +17,7 @@ from singd.capture.hooks import is_batched, is_watching
 from singd.capture.samples import Call, Calls
 from singd.capture.transient import attach_after
 from singd.layers import Layer, find_layer
+from singd.ops.dtensor import is_distributed
 
 _ROWS = 64
 
@@ -114,7 +115,9 @@ class _OutputHook:
         terms, call = self.terms, self.terms.calls.current
         if not terms.handles or (terms.is_checked and call.sizes) or not is_watching():
             return
-        if not isinstance(output, Tensor) or not output.requires_grad or output.is_complex():
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        if output.is_complex() or is_distributed(output):
             return
         z, samples, rows = self._some(module, output)
 

@@ -96,8 +96,9 @@ class NoColumns(Columns):
         return self.nothing
 
     def squares(self) -> Tensor:
-        """Zeros ``[..., n]``."""
-        return self.nothing.float().square().sum(-1)
+        """Zeros ``[..., n]``, in float32 at least."""
+        wide = torch.promote_types(self.nothing.dtype, torch.float32)
+        return self.nothing.to(wide).square().sum(-1)
 
 
 def read(layer: Layer, function: Callable[..., Result], *args: Any) -> Result:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from singd.capture.statistics import read
 from singd.capture.weight_matrix import WeightMatrix
+from singd.ops.dtensor import whole
 
 _PROBES = 8
 _NOISE = 100.0  # what rounding may do, in units in the last place
@@ -57,10 +58,11 @@ class Probes:
 
     Args:
         matrix: Weight that is verified.
+        weight: Parameter whose gradient it is.
     """
 
-    def __init__(self, matrix: WeightMatrix) -> None:
-        self.matrix = matrix
+    def __init__(self, matrix: WeightMatrix, weight: nn.Parameter) -> None:
+        self.matrix, self.weight = matrix, weight
         *_, d_out, d_in = matrix.layer.shape(matrix.module)
         self.u, self.v = (_directions(d, matrix.weight.device) for d in (d_in, d_out))
         self.before = self._of_gradient()
@@ -91,7 +93,7 @@ class Probes:
         """
         gradient = (self._of_gradient() - self.before).flatten()
         sums = self.sums.flatten()
-        weight = self.matrix.weight
+        weight = self.weight
         dtype = weight.dtype if weight.grad is None else weight.grad.dtype
         rounding = _NOISE * (
             torch.finfo(sums.dtype).eps * self.scale
@@ -106,11 +108,11 @@ class Probes:
     def _of_gradient(self) -> Tensor:
         """Of the gradient of the weight, ``[..., probes]``."""
         matrix = self.matrix
-        grad: Any = matrix.weight.grad
+        grad: Any = self.weight.grad
         if grad is None:
             *batch, _, _ = matrix.layer.shape(matrix.module)
             return torch.zeros(*batch, _PROBES, device=matrix.weight.device)
-        G = matrix.to_matrix(matrix.part(grad))
+        G = matrix.to_matrix(matrix.part(whole(grad)))
         return ((G.to(self.u) @ self.u) * self.v).sum(-2)
 
 

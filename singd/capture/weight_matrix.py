@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from singd.layers import Layer, find_products
 from singd.layers.base import ParameterTensor
+from singd.ops.dtensor import whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +56,18 @@ class WeightMatrix:
         """The rows of this matrix in something shaped like the weight or the bias, a view."""
         return t if self.rows is None else t[self.rows]
 
+    def part_shape(self, p: Tensor) -> torch.Size:
+        """The shape of :meth:`part`, also of a sharded parameter."""
+        if self.rows is None:
+            return p.shape
+        return torch.Size([len(range(p.shape[0])[self.rows]), *p.shape[1:]])
+
     @functools.cached_property
     def _is_plain(self) -> bool:
         """Whether the weight is its own matrix: asking the layer takes longer."""
         own = type(self.layer)
         plain = (own.to_matrix, own.from_matrix) == (Layer.to_matrix, Layer.from_matrix)
-        return plain and self.layer.shape(self.module) == tuple(self.part(self.weight).shape)
+        return plain and self.layer.shape(self.module) == tuple(self.part_shape(self.weight))
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         """A :meth:`part` of the weight, or of its gradient, as ``[..., d_out, d_in]``."""
@@ -71,9 +78,11 @@ class WeightMatrix:
         return matrix if self._is_plain else self.layer.from_matrix(self.module, matrix)
 
     def gradients(self) -> list[Tensor]:
-        """The parts of the gradients of weight and bias; zero where there is none."""
+        """The parts of the whole gradients of weight and bias; zero where there is none."""
         return [
-            torch.zeros_like(self.part(p)) if p.grad is None else self.part(p.grad)
+            torch.zeros(self.part_shape(p), dtype=p.dtype, device=p.device)
+            if p.grad is None
+            else self.part(whole(p.grad))
             for p in self.parameters
         ]
 
@@ -81,7 +90,7 @@ class WeightMatrix:
         """``[..., d_out, d_in]`` as views shaped like the parts of :attr:`parameters`."""
         if self.bias is None:
             return [self.from_matrix(matrix)]
-        bias = matrix[..., -1].reshape(self.part(self.bias).shape)
+        bias = matrix[..., -1].reshape(self.part_shape(self.bias))
         return [self.from_matrix(matrix[..., :-1]), bias]
 
 

@@ -1,6 +1,15 @@
 """Placements: which ranks hold what. Nothing else in the package knows of ranks."""
 
-from singd.placement.base import Placement
-from singd.placement.replicated import DataParallel, OneProcess, find_placement
+from singd.placement.base import Holding, Placement, Slot
+from singd.placement.find import find_placement, unwrapped
+from singd.placement.replicated import DataParallel, OneProcess
 
-__all__ = ["DataParallel", "OneProcess", "Placement", "find_placement"]
+__all__ = [
+    "DataParallel",
+    "Holding",
+    "OneProcess",
+    "Placement",
+    "Slot",
+    "find_placement",
+    "unwrapped",
+]

@@ -4,13 +4,86 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from singd.capture.statistics import KroneckerStatistics
 from singd.capture.weight_matrix import WeightMatrix, stack_gradients
 
 Statistics = Mapping[WeightMatrix, KroneckerStatistics]
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """The numbers of one parameter of a matrix that this rank holds: here all of them."""
+
+    matrix: WeightMatrix
+    parameter: nn.Parameter
+
+    def of(self, t: Tensor) -> Tensor:
+        """These numbers of the parameter, or of what is stored like it, a view."""
+        return self.matrix.part(t.detach())
+
+
+class Holding:
+    """What this rank holds of equal matrices, in one tensor: here all of them, side by side.
+
+    Args:
+        matrices: Equal matrices.
+    """
+
+    def __init__(self, matrices: Sequence[WeightMatrix]) -> None:
+        self.matrices = list(matrices)
+        self._slots = [[Slot(m, p) for p in m.parameters] for m in self.matrices]
+
+    @property
+    def slots(self) -> Sequence[Sequence[Slot]]:
+        """Of every matrix those of its :attr:`~WeightMatrix.parameters`."""
+        return self._slots
+
+    def keep(self, whole: Tensor) -> Tensor:
+        """What is held of ``whole [matrices, ..., d_out, d_in]``; may share its memory."""
+        return whole
+
+    def parts(self, kept: Tensor) -> list[list[Tensor]]:
+        """What was kept as views, one for each slot and shaped like it."""
+        return [matrix.split(t) for matrix, t in zip(self.matrices, kept.unbind(), strict=True)]
+
+    def counted(self, kept: Tensor) -> Tensor:
+        """What this rank counts in sums over all ranks: every number is counted by one of them."""
+        return kept
+
+    def is_counted(self, slot: Slot) -> bool:
+        """Whether this rank counts the numbers of a slot."""
+        return True
+
+    def norms(self, parts: Sequence[Sequence[Tensor]]) -> Tensor:
+        """The norms of matrices, ``[matrices]``, of what this rank counts, in float32 at least.
+
+        Parameters without a gradient do not count.
+
+        Args:
+            parts: Tensors shaped like the slots.
+        """
+        tensors = [
+            t if slot.parameter.grad is not None and self.is_counted(slot) else t.new_zeros(1)
+            for slots, both in zip(self.slots, parts, strict=True)
+            for slot, t in zip(slots, both, strict=True)
+        ]
+        wide = torch.promote_types(tensors[0].dtype, torch.float32)
+        norms = torch.stack(torch._foreach_norm([t.to(wide) for t in tensors]))
+        return torch.linalg.vector_norm(norms.view(len(self.matrices), -1), dim=1)
+
+    def scale_(self, kept: Tensor, scale: Tensor) -> None:
+        """Multiply what is held of every matrix by a number.
+
+        Args:
+            kept: What :meth:`keep` gave, changed in place.
+            scale: A number for each matrix, ``[matrices]``.
+        """
+        kept.mul_(scale.view(-1, *[1] * (kept.ndim - 1)))
 
 
 class Placement(ABC):
@@ -22,6 +95,13 @@ class Placement(ABC):
 
     size = 1
     """Number of ranks that share the data."""
+
+    def __init__(self) -> None:
+        self._holdings: dict[tuple[WeightMatrix, ...], Holding] = {}
+
+    def prepare(self) -> None:
+        """Called before a step, or whenever the parameters of the model are looked up."""
+        return
 
     @abstractmethod
     def agree(self, numbers: Sequence[float | Tensor], like: Tensor) -> list[float]:
@@ -44,6 +124,21 @@ class Placement(ABC):
     def complete(self, sums: Tensor) -> Tensor:
         """The sums over all ranks of what a step has summed over the parts that a rank holds."""
 
+    def complete_norms(self, norms: Tensor) -> Tensor:
+        """The norms of what all ranks hold, from those of what a rank counts."""
+        return norms
+
     def gradients(self, matrices: Sequence[WeightMatrix]) -> Tensor:
         """Whole gradients of equal matrices, ``[matrices, ..., d_out, d_in]``."""
         return stack_gradients(matrices)
+
+    def holding(self, matrices: Sequence[WeightMatrix]) -> Holding:
+        """What this rank holds of equal matrices; made once."""
+        key = tuple(matrices)
+        if key not in self._holdings:
+            self._holdings[key] = self.make_holding(matrices)
+        return self._holdings[key]
+
+    def make_holding(self, matrices: Sequence[WeightMatrix]) -> Holding:
+        """What :meth:`holding` gives."""
+        return Holding(matrices)

@@ -5,18 +5,17 @@ Statistics are sums with counts, so ranks only have to add them up.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DataParallel as TorchDataParallel
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from singd.capture.statistics import KroneckerStatistics
+from singd.capture.weight_matrix import WeightMatrix
 from singd.placement.base import Placement, Statistics
 
 
@@ -43,14 +42,16 @@ class DataParallel(Placement):
     """Every rank holds the whole model and sees some of the samples.
 
     Args:
-        group: Process group of the ranks; all ranks if ``None``.
+        groups: Process groups of the ranks, one for each dimension of their mesh; ``None`` among
+            them is that of all ranks.
         averages_gradients: Whether gradients are still to be averaged, as they are not in a model
             wrapped in :class:`~torch.nn.parallel.DistributedDataParallel`.
     """
 
-    def __init__(self, group: Any, averages_gradients: bool) -> None:
-        self.group, self.averages_gradients = group, averages_gradients
-        self.size = dist.get_world_size(group)
+    def __init__(self, groups: Sequence[Any], averages_gradients: bool) -> None:
+        super().__init__()
+        self.groups, self.averages_gradients = list(groups), averages_gradients
+        self.size = math.prod(dist.get_world_size(group) for group in self.groups)
 
     def agree(self, numbers: Sequence[float | Tensor], like: Tensor) -> list[float]:
         """The sums over all ranks, in one reduction."""
@@ -58,78 +59,76 @@ class DataParallel(Placement):
         sums = torch.stack(
             [torch.as_tensor(n, dtype=torch.float64, device=device) for n in numbers]
         )
-        dist.all_reduce(sums, group=self.group)
+        sum_(sums, self.groups)
         return [float(n) for n in sums.tolist()]
 
     def reduce(self, statistics: Statistics) -> Statistics:
-        """The sums over all ranks, matrix by matrix."""
-        return {matrix: self._reduced(one) for matrix, one in statistics.items()}
+        """The sums over all ranks, in place, of matrices of which some rank saw rows."""
+        if not statistics:
+            return statistics
+        tensors = [
+            t
+            for one in statistics.values()
+            for side in (one.input, one.grad)
+            for t in side.tensors()
+        ]
+        sum_packed_(tensors, self.groups)
+        counts = [(one.rows, one.samples, one.loss_terms) for one in statistics.values()]
+        numbers = torch.tensor(counts, dtype=torch.float64, device=tensors[0].device)
+        found: dict[WeightMatrix, KroneckerStatistics] = {}
+        summed = sum_(numbers, self.groups).tolist()
+        for (matrix, one), own in zip(statistics.items(), summed, strict=True):
+            rows, samples, loss_terms = (int(n) for n in own)
+            if rows:
+                found[matrix] = replace(one, rows=rows, samples=samples, loss_terms=loss_terms)
+        return found
 
     def average_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Average gradients over the ranks; a parameter that some rank used has one on all."""
         for p in parameters if self.averages_gradients else ():
             if p.grad is not None:
-                dist.all_reduce(p.grad, group=self.group)
+                sum_(p.grad, self.groups)
                 p.grad.div_(self.size)
 
     def complete(self, sums: Tensor) -> Tensor:
         """The sums themselves: every rank holds everything."""
         return sums
 
-    def _reduced(self, one: KroneckerStatistics) -> KroneckerStatistics:
-        inputs = one.input.tensors()
-        tensors = [*inputs, *one.grad.tensors()]
-        counts = [one.rows, one.samples, one.loss_terms]
-        numbers = torch.tensor(counts, dtype=torch.float64, device=tensors[0].device)
-        flat = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(flat, group=self.group)
-        dist.all_reduce(numbers, group=self.group)
-        pieces = flat.split([t.numel() for t in tensors])
-        parts = [piece.view_as(t) for piece, t in zip(pieces, tensors, strict=True)]
-        rows, samples, loss_terms = (int(n) for n in numbers.tolist())
-        return replace(
-            one,
-            input=one.input.with_tensors(parts[: len(inputs)]),
-            grad=one.grad.with_tensors(parts[len(inputs) :]),
-            rows=rows,
-            samples=samples,
-            loss_terms=loss_terms,
+
+def sum_(t: Tensor, groups: Iterable[Any]) -> Tensor:
+    """The sum of ``t`` over all ranks of a mesh with these groups, in place; returns ``t``."""
+    for group in groups:
+        dist.all_reduce(t, group=group)
+    return t
+
+
+def sum_packed_(tensors: Sequence[Tensor], groups: Sequence[Any], size: int = 1 << 24) -> None:
+    """:func:`sum_` of many tensors, in few reductions.
+
+    Args:
+        tensors: Tensors, changed in place.
+        groups: Process groups of a mesh.
+        size: Numbers from which no more are reduced at a time: they are copied for it.
+    """
+    for pack in _packs(tensors, size):
+        flat = sum_(torch.cat([t.flatten() for t in pack]), groups)
+        pieces = flat.split([t.numel() for t in pack])
+        torch._foreach_copy_(
+            pack, [piece.view(t.shape) for piece, t in zip(pieces, pack, strict=True)]
         )
 
 
-def find_placement(group: Any, *, is_reduced: bool) -> Placement:
-    """The placement of a model that is whole on every rank.
-
-    Args:
-        group: Process group of the ranks that share the data; all ranks if ``None``.
-        is_reduced: Whether gradients are averaged in the backward pass.
-    """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
-        return DataParallel(group, averages_gradients=not is_reduced)
-    return OneProcess()
-
-
-def unwrapped(model: Any) -> tuple[Any, bool]:
-    """The model inside wrappers of PyTorch, and whether one of them averages gradients."""
-    is_reduced = False
-    while True:
-        if isinstance(model, TorchDataParallel | DistributedDataParallel):
-            model, is_reduced = model.module, True
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # by torch.compile
-            model = model._orig_mod
-        else:
-            return model, is_reduced
-
-
-def refuse_sharded(model: nn.Module) -> None:
-    """Raise ``ValueError`` if a rank holds only a part of some parameter."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    flat = fsdp is not None and any(
-        isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()
-    )
-    for name, p in model.named_parameters():
-        if flat or hasattr(p, "device_mesh"):
-            raise ValueError(
-                f"{name}: expected a whole parameter on every rank, got one that is sharded (by "
-                "FSDP or tensor parallelism): use DistributedDataParallel"
-            )
+def _packs(tensors: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Tensors of one data type and device, together ``size`` numbers or little more."""
+    alike: dict[Any, list[Tensor]] = {}
+    for t in tensors:
+        alike.setdefault((t.dtype, t.device), []).append(t)
+    for same in alike.values():
+        pack: list[Tensor] = []
+        for t in same:
+            pack.append(t)
+            if sum(u.numel() for u in pack) >= size:
+                yield pack
+                pack = []
+        if pack:
+            yield pack

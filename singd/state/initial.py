@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from singd.ops.dtensor import local
 from singd.step import grafting
 from singd.step.factor_store import State, state_key
 from singd.step.groups import Group
@@ -44,7 +45,7 @@ def wants_state(parts: Parts, groups: Sequence[Group], state: State) -> bool:
     if any(a.was_ignored or a.total for a in parts.capture.accumulators.values()):
         return False
     grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-    return bool(grads) and not any(bool(g.any()) for g in grads)
+    return bool(grads) and not any(bool(local(g).any()) for g in grads)
 
 
 def make_state(parts: Parts, state: State) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from singd.capture.weight_matrix import WeightMatrix, owners_of
+from singd.ops.dtensor import local
 from singd.step import grafting
 from singd.step.factor_store import FactorStore
 from singd.step.fallback import Fallback
@@ -97,7 +98,7 @@ def make_plan(rule: str, parameters: Parameters, store: FactorStore, fallback: F
 
 
 def nbytes(value: Any) -> int:
-    """Bytes of a tensor, or of all in a container."""
+    """Bytes on this rank of a tensor, or of all in a container."""
     if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
+        return local(value).numel() * value.element_size()
     return sum(nbytes(v) for v in (value.values() if isinstance(value, dict) else value))

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from singd.capture.weight_matrix import WeightMatrix
 from singd.methods.base import Method
+from singd.ops.dtensor import is_distributed, local
 from singd.ops.momentum_step import momentum_step_
 from singd.ops.reductions import inner_product, total
 from singd.ops.stochastic_rounding import Rounding
-from singd.placement import Placement
+from singd.placement import Holding, Placement, Slot
 from singd.step.factor_store import Proposal, State
 from singd.step.grafting import graft_
 from singd.step.groups import Group, graft_of, peak_lr
@@ -25,26 +26,36 @@ from singd.update import kl_scale
 
 @dataclass
 class Direction:
-    """Equal matrices with a gradient, and what their parameters move along."""
+    """Equal matrices with a gradient, and what their parameters move along.
+
+    Gradients and directions are what this rank holds of them: all, ``[matrices, ..., d_out, d_in]``
+    side by side, unless parameters are sharded.
+    """
 
     matrices: list[WeightMatrix]
     group: Group
-    gradient: Tensor  # [matrices, ..., d_out, d_in]
-    value: Tensor  # likewise
+    holding: Holding
+    gradient: Tensor
+    value: Tensor
     scale: Tensor | None = None  # what the step multiplies the value by
     averages: dict[Tensor, dict[str, Tensor]] = field(default_factory=dict)  # of grafting
 
-    def norms(self) -> dict[str, dict[str, Tensor]]:
+    def norms(self, placement: Placement) -> dict[str, dict[str, Tensor]]:
         """Frobenius norms of gradients and directions, by the key of the matrix."""
-        pairs = zip(self.matrices, self.gradient, self.value, strict=True)
-        return {m.key: {"gradient_norm": G.norm(), "direction_norm": d.norm()} for m, G, d in pairs}
+        pairs = (("gradient_norm", self.gradient), ("direction_norm", self.value))
+        norms = {name: self.holding.norms(self.holding.parts(t)) for name, t in pairs}
+        found = {name: placement.complete_norms(own) for name, own in norms.items()}
+        return {
+            matrix.key: {name: values[i] for name, values in found.items()}
+            for i, matrix in enumerate(self.matrices)
+        }
 
-    def moves(self) -> Iterator[tuple[WeightMatrix, nn.Parameter, Tensor]]:
+    def moves(self) -> Iterator[tuple[Slot, Tensor]]:
         """Every parameter that has a gradient, with its part of the directions."""
-        for matrix, value in zip(self.matrices, self.value.unbind(), strict=True):
-            for p, part in zip(matrix.parameters, matrix.split(value), strict=True):
-                if p.grad is not None:
-                    yield matrix, p, part
+        for slots, parts in zip(self.holding.slots, self.holding.parts(self.value), strict=True):
+            for slot, part in zip(slots, parts, strict=True):
+                if slot.parameter.grad is not None:
+                    yield slot, part
 
 
 def precondition(
@@ -59,22 +70,27 @@ def precondition(
             factors, products = batch.select(some, proposal.factors, proposal.products)
             G = placement.gradients(some)
             value = method.precondition(factors, G, products)
-            directions.append(Direction(some, batch.group, G, value))
+            holding = placement.holding(some)
+            kept = holding.keep(G), holding.keep(value)
+            directions.append(Direction(some, batch.group, holding, *kept))
     return directions
 
 
-def graft(directions: Sequence[Direction], state: State, adamw: Mapping[str, Any]) -> None:
+def graft(
+    directions: Sequence[Direction], placement: Placement, state: State, adamw: Mapping[str, Any]
+) -> None:
     """Give directions another length, where the group asks for it.
 
     Args:
         directions: Directions, changed in place.
+        placement: Completes norms.
         state: State of the optimizer.
         adamw: Options of AdamW.
     """
     for d in directions:
         wanted = graft_of(d.group)
         if wanted is not None:
-            d.averages = graft_(d.value, d.gradient, d.matrices, wanted, state, adamw)
+            d.averages = graft_(d.value, d.gradient, d.holding, placement, wanted, state, adamw)
 
 
 def scale_by_kl(directions: Sequence[Direction], placement: Placement) -> Tensor | None:
@@ -91,7 +107,8 @@ def scale_by_kl(directions: Sequence[Direction], placement: Placement) -> Tensor
         group = bounded[0].group
         same = [d for d in bounded if d.group is group]
         bounded = [d for d in bounded if d.group is not group]
-        products = [inner_product(d.value, d.gradient) for d in same]
+        pairs = [[d.holding.counted(t) for t in (d.value, d.gradient)] for d in same]
+        products = [inner_product(*pair) for pair in pairs]
         sums.append(peak_lr(group) ** 2 * total(products))
     q = placement.complete(total(sums))
     scales: list[tuple[Group, Tensor]] = []
@@ -113,17 +130,18 @@ def write_averages(directions: Sequence[Direction], state: State, unless: Tensor
         for p, averages in d.averages.items():
             for name, new in averages.items():
                 old = state[p].get(name)
-                target = torch.zeros_like(new) if old is None else old.to(new.device)
-                state[p][name] = write_(target, new, unless)
+                target = _like(p, new) if old is None else old.to(new.device)
+                write_(local(target), new, unless)
+                state[p][name] = target
 
 
 def replace_gradients(directions: Sequence[Direction], unless: Tensor | None) -> None:
     """Put scaled directions into ``.grad``, except where ``unless`` is true."""
     for d in directions:
-        for matrix, p, value in d.moves():
-            if p.grad is not None:
+        for slot, value in d.moves():
+            if slot.parameter.grad is not None:
                 value = value if d.scale is None else value * d.scale.to(value)
-                write_(matrix.part(p.grad), value, unless)
+                write_(slot.of(slot.parameter.grad), value, unless)
 
 
 def move_parameters(
@@ -140,11 +158,11 @@ def move_parameters(
         state: State of the optimizer, with the momenta.
         unless: Truth value on the device, or ``None``.
     """
-    alike: dict[Any, list[tuple[WeightMatrix, nn.Parameter, Tensor]]] = {}
+    alike: dict[Any, list[tuple[Slot, Tensor]]] = {}
     options: dict[Any, tuple[Group, Tensor | None]] = {}
     for d in directions:
         for move in d.moves():
-            p = move[1]
+            p = move[0].parameter
             group = parameters.group_of[p]
             key = (id(group), id(d.scale), p.device, p.dtype)
             options[key] = group, d.scale
@@ -153,20 +171,25 @@ def move_parameters(
         group, scale = options[key]
         buffers = []
         if group["momentum"]:
-            buffers = [matrix.part(_buffer(p, state)) for matrix, p, _ in moves]
+            buffers = [slot.of(_buffer(slot.parameter, state)) for slot, _ in moves]
         momentum_step_(
-            [matrix.part(p.detach()) for matrix, p, _ in moves],
-            [value for _, _, value in moves],
+            [slot.of(slot.parameter) for slot, _ in moves],
+            [value for _, value in moves],
             buffers,
             lr=group["lr"],
             momentum=group["momentum"],
             weight_decay=group["weight_decay"],
             decoupled=group["decoupled_weight_decay"],
             rounding=Rounding(group["seed"], group["step"]),
-            names=[f"{parameters.name(p)} {matrix.label}" for matrix, p, _ in moves],
+            names=[f"{parameters.name(s.parameter)} {s.matrix.label}" for s, _ in moves],
             scale=scale,
             unless=unless,
         )
+
+
+def _like(p: Tensor, new: Tensor) -> Tensor:
+    """Zeros for what is stored of ``p``, or for a counter of it."""
+    return torch.zeros_like(p if is_distributed(p) and new.ndim else new)
 
 
 def _buffer(p: Tensor, state: State) -> Tensor:

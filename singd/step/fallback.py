@@ -16,6 +16,7 @@ from torch.optim import AdamW
 from torch.optim.adamw import adamw
 
 from singd.methods.options import in_range
+from singd.ops.dtensor import local
 from singd.step.groups import Group, counter_device
 
 State = MutableMapping[Any, dict[str, Any]]
@@ -111,11 +112,11 @@ class Fallback:
             states = [state[p] for p in some]
             is_fused = self.is_fused(some)
             adamw(
-                some,
-                [_in_the_order_of(p, p.grad) for p in some if p.grad is not None],
-                [s["exp_avg"] for s in states],
-                [s["exp_avg_sq"] for s in states],
-                [s["max_exp_avg_sq"] for s in states if options["amsgrad"]],
+                [local(p) for p in some],
+                [_in_the_order_of(local(p), local(p.grad)) for p in some if p.grad is not None],
+                [local(s["exp_avg"]) for s in states],
+                [local(s["exp_avg_sq"]) for s in states],
+                [local(s["max_exp_avg_sq"]) for s in states if options["amsgrad"]],
                 [s["step"] for s in states],
                 foreach=options["foreach"] if not is_fused else None,
                 capturable=options["capturable"] or all(p.is_cuda for p in some),

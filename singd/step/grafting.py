@@ -9,13 +9,14 @@ Shampoo, arXiv 2309.06497, Section 3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from singd.capture.weight_matrix import WeightMatrix
+from singd.ops.dtensor import local
+from singd.placement import Holding, Placement
 from singd.step.fallback import adamw_directions
 from singd.step.groups import counter_device
 
@@ -40,7 +41,8 @@ def init(p: Tensor) -> dict[str, Tensor]:
 def graft_(
     directions: Tensor,
     gradients: Tensor,
-    matrices: Sequence[WeightMatrix],
+    holding: Holding,
+    placement: Placement,
     graft: str,
     state: Mapping[Any, Mapping[str, Any]],
     adamw: Mapping[str, Any],
@@ -48,9 +50,10 @@ def graft_(
     """Give directions another length, in place.
 
     Args:
-        directions: Directions of equal matrices, ``[matrices, ..., d_out, d_in]``.
+        directions: Directions of equal matrices, as far as they are held.
         gradients: Their gradients likewise.
-        matrices: The matrices; parameters without a gradient do not count.
+        holding: What is held; parameters without a gradient do not count.
+        placement: Completes norms.
         graft: ``"rms"``, a root mean square of :data:`RMS`; ``"sgd"``, the norm of the gradient;
             ``"adamw"``, that of AdamW's step at a rate of one without weight decay.
         state: State of the optimizer; not changed.
@@ -60,33 +63,36 @@ def graft_(
         New values for the state, by parameter.
     """
     averages: Averages = {}
-    wanted = [matrix.split(g) for matrix, g in zip(matrices, gradients, strict=True)]
+    wanted = holding.parts(gradients)
     if graft == "adamw":
-        used = {p: p.grad for m in matrices for p in m.parameters if p.grad is not None}
+        slots = [slot for own in holding.slots for slot in own]
+        used = {s.parameter: s.parameter.grad for s in slots if s.parameter.grad is not None}
         averages = {p: _copied(p, state[p]) for p in used}
         moving = [_without_prefix(average) for average in averages.values()]
-        grads = [grad.to(p.dtype) for p, grad in used.items()]
+        grads = [local(grad).to(p.dtype) for p, grad in used.items()]
         steps = dict(zip(used, adamw_directions(grads, moving, adamw), strict=True))
         wanted = [
             [
-                m.part(steps[p]) if p in steps else t
-                for p, t in zip(m.parameters, parts, strict=True)
+                slot.of(steps[slot.parameter]) if slot.parameter in steps else t
+                for slot, t in zip(own, parts, strict=True)
             ]
-            for m, parts in zip(matrices, wanted, strict=True)
+            for own, parts in zip(holding.slots, wanted, strict=True)
         ]
-    parts = [matrix.split(d) for matrix, d in zip(matrices, directions, strict=True)]
-    norms = _norms(parts, matrices)
-    lengths = _lengths(matrices, norms) if graft == "rms" else _norms(wanted, matrices)
+    norms = placement.complete_norms(holding.norms(holding.parts(directions)))
+    if graft == "rms":
+        lengths = _lengths(holding, norms)
+    else:
+        lengths = placement.complete_norms(holding.norms(wanted))
     scale = lengths / norms.clamp(min=torch.finfo(norms.dtype).tiny ** 0.5)
-    directions.mul_(scale.to(directions.dtype).view(-1, *[1] * (directions.ndim - 1)))
+    holding.scale_(directions, scale.to(directions.dtype))
     return averages
 
 
 def _copied(p: Tensor, entry: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The averages of a parameter, to be moved."""
+    """The averages of a parameter, as far as they are held, to be moved."""
     return {
-        name: entry[name].to(zero, copy=True) if name in entry else zero
-        for name, zero in init(p).items()
+        name: local(entry[name]).to(zero, copy=True) if name in entry else zero
+        for name, zero in init(local(p)).items()
     }
 
 
@@ -94,24 +100,12 @@ def _without_prefix(average: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("graft_"): t for name, t in average.items()}
 
 
-def _lengths(matrices: Sequence[WeightMatrix], like: Tensor) -> Tensor:
+def _lengths(holding: Holding, like: Tensor) -> Tensor:
     """Norms of directions whose numbers have the root mean square :data:`RMS`, ``[matrices]``."""
     counts = [
-        sum(matrix.part(p).numel() for p in matrix.parameters if p.grad is not None)
-        for matrix in matrices
+        sum(matrix.part_shape(p).numel() for p in matrix.parameters if p.grad is not None)
+        for matrix in holding.matrices
     ]
     if len(set(counts)) == 1:  # no copy to the device
         return torch.full_like(like, RMS * counts[0] ** 0.5)
     return like.new_tensor(counts).sqrt() * RMS
-
-
-def _norms(parts: Sequence[Sequence[Tensor]], matrices: Sequence[WeightMatrix]) -> Tensor:
-    """Joint norms of weight and bias where they count, ``[matrices]``, in float32 at least."""
-    tensors = [
-        t if p.grad is not None else t.new_zeros(1)
-        for matrix, both in zip(matrices, parts, strict=True)
-        for p, t in zip(matrix.parameters, both, strict=True)
-    ]
-    wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    norms = torch.stack(torch._foreach_norm([t.to(wide) for t in tensors]))
-    return torch.linalg.vector_norm(norms.view(len(matrices), -1), dim=1)

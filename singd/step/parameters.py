@@ -15,6 +15,7 @@ from singd.capture.weight_matrix import (
     find_weight_matrices,
     owners_of,
 )
+from singd.ops.dtensor import is_distributed
 from singd.step.groups import Group, counter_device
 
 State = MutableMapping[Any, dict[str, Any]]
@@ -91,9 +92,9 @@ class Parameters:
         if any(self.group_of[p] is not group for group in groups for p in group["params"][:1]):
             self.bind(groups)
         for name, p, slots, key, shape in self._owners:
-            if slots.get(key, p) is not p:
+            if slots.get(key, p) is not p and not _is_whole_of(slots[key], p):
                 raise ValueError(
-                    f"{name} was replaced after the optimizer was made (by "
+                    f"{name} was replaced after the optimizer was made (by fully_shard or "
                     "load_state_dict(assign=True)?): make the optimizer afterwards"
                 )
             if p.shape != shape:
@@ -153,10 +154,15 @@ class Parameters:
             )
 
 
+def _is_whole_of(held: Any, p: Any) -> bool:
+    """Whether a module holds the whole of a sharded parameter, as it does during a pass."""
+    return is_distributed(p) and getattr(held, "device_mesh", None) != p.device_mesh
+
+
 def _follow(p: Tensor, entry: dict[str, Any]) -> None:
     """Move what is stored like a parameter to its data type and device."""
     for name, value in entry.items():
         if name == "step":
             entry[name] = value.to(counter_device(p))
         elif isinstance(value, Tensor):
-            entry[name] = value.to(p)
+            entry[name] = value.to(device=p.device, dtype=p.dtype)

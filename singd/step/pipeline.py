@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from singd.capture.capture import Capture
 from singd.methods.base import Method
+from singd.ops.dtensor import local
 from singd.ops.reductions import all_finite
 from singd.placement import Placement
 from singd.step.directions import (
@@ -89,9 +90,9 @@ def take_step(
         proposed = update_factors(store, placement, statistics, norm, wanted)
     with scope("singd::directions"):
         directions = precondition(proposed, parts.method, placement)
-        graft(directions, state, parts.fallback.options)
+        graft(directions, placement, state, parts.fallback.options)
         quadratic = scale_by_kl(directions, placement)
-    norms = {k: v for d in directions for k, v in d.norms().items()} if observe else {}
+    norms = {k: v for d in directions for k, v in d.norms(placement).items()} if observe else {}
     report = Report(directions, norms, residuals, None, None)
     if parts.max_skipped is not None:
         made = _made(proposed, directions, quadratic, others)
@@ -134,7 +135,7 @@ def _made(
     """
     members = [m for p in proposed if p.updated for m in p.factors.members().values()]
     made = [t for member in members for t in member.tensors()]
-    made += [_values(p.grad) for _, some in others for p in some if p.grad is not None]
+    made += [_values(local(p.grad)) for _, some in others for p in some if p.grad is not None]
     made += [d.value for d in directions] if quadratic is None else [quadratic]
     return [t for t in made if t.numel()]
 
@@ -146,9 +147,8 @@ def _values(grad: Tensor) -> Tensor:
 
 def found_inf(made: list[Tensor], placement: Placement, order: float = torch.inf) -> Tensor:
     """Whether any number on any rank is not finite, a truth value on the device."""
-    if not made:
-        return torch.zeros((), dtype=torch.bool)
-    return placement.complete((~all_finite(made, order)).float()) > 0
+    found = ~all_finite(made, order) if made else torch.zeros((), dtype=torch.bool)
+    return placement.complete(found.float()) > 0
 
 
 def may_defer(parts: Parts, others: Iterable[tuple[Group, list[Tensor]]]) -> bool:
@@ -170,9 +170,11 @@ def find_cause(
     directions: Iterable[Direction],
 ) -> str | None:
     """The first parameter whose gradient, statistics, factors or direction are not finite."""
-    for p in parts.parameters.group_of:
-        if p.grad is not None and not bool(_values(p.grad).isfinite().all()):
-            return f"{parts.parameters.name(p)}: its gradient is not finite"
+    placement = parts.placement
+    used = [p for p in parts.parameters.group_of if p.grad is not None]
+    place = _first([[_values(local(p.grad))] for p in used if p.grad is not None], placement)
+    if place is not None:
+        return f"{parts.parameters.name(used[place])}: its gradient is not finite"
     for matrix, one in statistics.items():
         sums = (*one.input.tensors(), *one.grad.tensors())
         if not all(bool(t.isfinite().all()) for t in sums):
@@ -184,7 +186,7 @@ def find_cause(
                 if place is not None:
                     return f"{proposal.batch.matrices[place].name}: its factor {name} is not finite"
     for d in directions:
-        place = _not_finite(d.value)
+        place = _first(d.holding.parts(d.value), placement)
         if place is not None:
             return f"{d.matrices[place].name}: its direction is not finite"
     return None
@@ -194,6 +196,15 @@ def _not_finite(t: Tensor) -> int | None:
     """The first item of ``t [b, ...]`` that is not finite."""
     finite = t.isfinite().flatten(1).all(1).tolist()
     return None if all(finite) else finite.index(False)
+
+
+def _first(items: Sequence[Sequence[Tensor]], placement: Placement) -> int | None:
+    """The first item with a number that is not finite on some rank."""
+    if not items:
+        return None
+    bad = torch.stack([torch.stack([~t.isfinite().all() for t in item]).any() for item in items])
+    found: list[float] = placement.complete(bad.float()).tolist()
+    return next((i for i, count in enumerate(found) if count), None)
 
 
 # Ranks -------------------------------------------------------------------------------------------

@@ -1,16 +1,18 @@
-"""Sharded models: the optimizer needs whole weights, and says so."""
+"""Sharded models on one rank: what is refused, and with which words."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from tests.frameworks.data import by_hand, classifier, loader
 from tests.singd.paper import SINGD
@@ -23,21 +25,14 @@ def _one_rank(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-MESSAGE = r"0.weight: expected a whole parameter on every rank, .* use DistributedDataParallel"
-
-
-def test_fully_shard_is_refused() -> None:
-    model = classifier()
-    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    assert isinstance(model[0].weight, DTensor)
-    with pytest.raises(ValueError, match=MESSAGE):
-        SINGD(model)
+def mesh() -> DeviceMesh:
+    return init_device_mesh("cpu", (1,), mesh_dim_names=("data",))
 
 
 def test_fully_shard_afterwards_is_noticed() -> None:
     model = classifier()
     optimizer = SINGD(model)
-    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    fully_shard(model, mesh=mesh())
     with pytest.raises(ValueError, match=r"weight was replaced after the optimizer was made"):
         by_hand(model, optimizer, list(loader(1)))
 
@@ -49,5 +44,35 @@ def test_the_older_wrapper_is_refused(original: bool) -> None:
     model = FullyShardedDataParallel(
         classifier(), use_orig_params=original, device_id=torch.device("cpu")
     )
-    with pytest.raises(ValueError, match="expected a whole parameter"):
+    with pytest.raises(ValueError, match=r"use torch.distributed.fsdp.fully_shard"):
         SINGD(model)
+
+
+def test_options_of_whole_models_are_refused() -> None:
+    model = fully_shard(classifier(), mesh=mesh())
+    with pytest.raises(ValueError, match="process_group: expected None for a sharded model"):
+        SINGD(model, process_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match=r"data: expected names among \['data'\], got \['tp'\]"):
+        SINGD(model, data=["tp"])
+    with pytest.raises(ValueError, match="data: expected None for a model that is whole"):
+        SINGD(classifier(), data=["data"])
+
+
+def test_tensor_parallelism_needs_the_dimensions_of_the_data() -> None:
+    model = parallelize_module(classifier(), mesh(), {"0": ColwiseParallel()})
+    with pytest.raises(ValueError, match=r"0.weight is placed as .*: expected data, the names"):
+        SINGD(model)
+
+
+def test_offloaded_parameters_are_refused() -> None:
+    class Offloaded(nn.Module):
+        """Stands in for a parameter that is computed on a GPU, which is not here."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(2, 2))
+            self.weight.device_mesh = mock.Mock(device_type="cuda", ndim=1)
+            self.weight.to_local = lambda: self.weight.detach()
+
+    with pytest.raises(ValueError, match=r"weight is kept on cpu and computed on cuda"):
+        SINGD(Offloaded())

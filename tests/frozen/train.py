@@ -24,11 +24,17 @@ class Run:
         self.case, self.rank = case, rank
         self.model = make(case.net, case.dtype)
         self.start = copy.deepcopy(self.model)
-        self.called: nn.Module = self.model
-        if case.way == "wrapped":
-            self.called = DistributedDataParallel(self.model)
+        self.called = self.wrapped(self.model)
         self.scale = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=case.way == "scaled")
         self.optimizer = self.made(self.called)
+
+    def wrapped(self, model: nn.Module) -> nn.Module:
+        """What is called."""
+        return DistributedDataParallel(model) if self.case.way == "wrapped" else model
+
+    def spoil(self, gradient: Tensor) -> None:
+        """Make one number infinite."""
+        gradient.view(-1)[0] = float("inf")
 
     def made(self, model: nn.Module, params: Any = None) -> Any:
         return self.case.method(model, params, **{"lr": 0.05, "T": 2, **self.case.options})
@@ -74,7 +80,7 @@ def bad_gradients(run: Run) -> None:
         run.optimizer.zero_grad()
         run.backward(*run.data(step))
         if step == 1:
-            next(run.model.parameters()).grad.view(-1)[0] = float("inf")
+            run.spoil(next(run.model.parameters()).grad)
         run.optimizer.step()
     assert run.optimizer.skipped == 1
 
@@ -128,7 +134,7 @@ def resumed(run: Run) -> None:
             torch.save((run.model.state_dict(), run.optimizer.state_dict()), file)
             file.seek(0)
             weights, state = torch.load(file)
-            start, new = run.start, Run(run.case)
+            start, new = run.start, type(run)(run.case, run.rank)
             new.model.load_state_dict(weights)
             new.optimizer.load_state_dict(state)
             vars(run).update(vars(new) | {"start": start})

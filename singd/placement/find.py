@@ -1,0 +1,76 @@
+"""Which placement a model has, and what is refused."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DataParallel as TorchDataParallel
+from torch.nn.parallel import DistributedDataParallel
+
+from singd.ops.dtensor import is_distributed
+from singd.placement.base import Placement
+from singd.placement.replicated import DataParallel, OneProcess
+
+
+def find_placement(
+    model: nn.Module, group: Any, data: Sequence[str] | None, *, is_reduced: bool
+) -> Placement:
+    """The placement of a model.
+
+    Args:
+        model: Model that is trained.
+        group: Process group of the ranks that share the data, of a model that is whole on every
+            rank; all ranks if ``None``.
+        data: Names of the mesh dimensions over which samples differ, of a model that is sharded;
+            ``None`` for all dimensions under FSDP2 alone.
+        is_reduced: Whether a wrapper averages gradients in the backward pass.
+
+    Raises:
+        ValueError: If the options do not fit the model, or it is sharded in another way.
+    """
+    _refuse_flat(model)
+    if any(map(is_distributed, model.parameters())):
+        from singd.placement.sharded import Sharded, data_groups  # takes time to import
+
+        if group is not None:
+            raise ValueError(
+                "process_group: expected None for a sharded model, whose mesh is known; data names "
+                "the dimensions over which samples differ"
+            )
+        return Sharded(model, data_groups(model, data), averages_gradients=not is_reduced)
+    if data is not None:
+        raise ValueError(
+            f"data: expected None for a model that is whole on every rank, got {data!r}: use "
+            "process_group"
+        )
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
+        return DataParallel([group], averages_gradients=not is_reduced)
+    return OneProcess()
+
+
+def unwrapped(model: Any) -> tuple[Any, bool]:
+    """The model inside wrappers of PyTorch, and whether one of them averages gradients."""
+    is_reduced = False
+    while True:
+        if isinstance(model, TorchDataParallel | DistributedDataParallel):
+            model, is_reduced = model.module, True
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # by torch.compile
+            model = model._orig_mod
+        else:
+            return model, is_reduced
+
+
+def _refuse_flat(model: nn.Module) -> None:
+    """Raise ``ValueError`` for FSDP1, which puts parameters into flat ones."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(
+        isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()
+    ):
+        raise ValueError(
+            "model: FullyShardedDataParallel puts its parameters into flat ones, which have no "
+            "factors: use torch.distributed.fsdp.fully_shard"
+        )

@@ -1,0 +1,69 @@
+"""Configurations of ``tests/frozen``, trained by ranks with a share of every batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from singd.ops.dtensor import local
+from tests.frozen.cases import CASES, OPTIONS
+from tests.frozen.train import WAYS, Run
+from tests.sharded.layouts import NAMES, Layout
+from tests.sharded.world import snapshot
+
+#: Parameters that another module than their own reads: one group has them all.
+SHARED = ("net tied", "net unseen", "unseen, resumed")
+
+_STRUCTURES = ("hierarchical(1, 2)", "lower_toeplitz", "low_rank_upper(1)")
+_NETS = ("sequence", "conv2d", "grouped", "transposed2d", "attention", "attention, sizes", "heads")
+_WAYS = ("micro", "bad gradients", "bad inputs", "curvature", "precondition", "resumed",
+         "two groups", "added group", "closure", "paused", "new structures",
+         "frozen layer")  # fmt: skip
+_OTHERS = ("reduce", "norms by AdamW", "optional layers", "grafted to AdamW", "attention, micro")
+
+_CHOSEN = [
+    *SHARED,
+    *(name for name in CASES if name.startswith("method")),
+    *(f"option {name}" for name in OPTIONS),
+    *(f"structure {name}" for name in _STRUCTURES),
+    *(f"net {name}" for name in _NETS),
+    *(f"way {name}" for name in _WAYS),
+    *_OTHERS,
+]
+
+
+def sharded(layouts: dict[str, Layout], layout: str, name: str) -> dict[str, Tensor]:
+    """One configuration on the ranks of a layout."""
+    used = layouts[layout]
+
+    class Sharded(Run):
+        def wrapped(self, model: nn.Module) -> nn.Module:
+            return used.shard(model)
+
+        def spoil(self, gradient: Tensor) -> None:
+            if self.rank == 0:
+                super().spoil(local(gradient))
+
+    run = Sharded(replace(CASES[name], ranks=used.ranks), used.rank)
+    WAYS[CASES[name].way](run)
+    ended = snapshot(run.model, run.optimizer)
+    run.optimizer.close()
+    return ended
+
+
+def alone(name: str) -> dict[str, Tensor]:
+    """The same in one process."""
+    run = Run(replace(CASES[name], ranks=1))
+    WAYS[CASES[name].way](run)
+    return snapshot(run.model, run.optimizer)
+
+
+def cases() -> dict[str, Any]:
+    """Every configuration in one layout, in turn."""
+    found = {}
+    for number, name in enumerate(_CHOSEN):
+        layout = NAMES[1] if name in SHARED else NAMES[number % len(NAMES)]
+        found[f"{name}: {layout}"] = (sharded, layout, name)
+    return found

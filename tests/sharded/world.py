@@ -1,0 +1,81 @@
+"""Four processes that run the same function, once for many cases."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, multiprocessing, nn
+
+from singd.ops.dtensor import whole
+
+Ended = dict[str, Any]
+"""What the cases of a world end with, by name; a text for an error."""
+
+
+def snapshot(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
+    """Copies of all weights and of every tensor in the state of the optimizer, whole."""
+    found = {}
+    for name, p in model.named_parameters():
+        found[name] = whole(p).detach().clone()
+        for key, value in optimizer.state.get(p, {}).items():
+            for i, t in enumerate(value if isinstance(value, list) else [value]):
+                if isinstance(t, Tensor):
+                    found[f"{name} {key}[{i}]"] = whole(t).detach().clone()
+    return found
+
+
+def _rank(
+    rank: int, ranks: int, folder: str, begin: Callable[[], Any], cases: dict[str, Any]
+) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=20),
+    )
+    context, ended = begin(), {}
+    for name, (function, *args) in cases.items():
+        try:
+            ended[name] = function(context, *args)
+        except Exception:
+            ended[name] = traceback.format_exc()
+    torch.save(ended, Path(folder, f"{rank}.part"))
+    os.replace(Path(folder, f"{rank}.part"), Path(folder, str(rank)))
+    dist.barrier()
+    os._exit(0)  # FSDP2 on gloo does not always end by itself
+
+
+def run(
+    folder: Path, begin: Callable[[], Any], cases: dict[str, Any], ranks: int = 4, limit: int = 300
+) -> list[Ended]:
+    """What all cases end with, on every rank.
+
+    Args:
+        folder: An empty folder.
+        begin: Function that every rank calls first.
+        cases: By name a function and its further arguments; the first is what ``begin`` returned.
+        ranks: Number of processes.
+        limit: Seconds until the processes are ended.
+    """
+    spawned: Any = multiprocessing.spawn(
+        _rank, (ranks, str(folder), begin, cases), nprocs=ranks, join=False
+    )
+    deadline = time.monotonic() + limit
+    while not spawned.join(timeout=1):  # raises what a rank raised
+        if time.monotonic() > deadline:
+            for process in spawned.processes:
+                process.kill()
+            raise TimeoutError(f"{ranks} ranks were not done in {limit} s")
+    return [torch.load(folder / str(rank), weights_only=False) for rank in range(ranks)]
