@@ -19,7 +19,7 @@ from torch import Size, Tensor
 
 from structured._core.checks import check_pivots
 from structured._core.matrix import Scalar, StructuredMatrix, at_least_float32, largest
-from structured._core.numbers import above_rounding, tabulated
+from structured._core.numbers import above_rounding, largest_singular_value, tabulated
 from structured._transforms.fft import irfft, rfft
 from structured.dense import Dense
 
@@ -181,6 +181,17 @@ class BlockCirculant(StructuredMatrix):
         F = self._eigenblocks
         return self._with_eigenblocks(_as_factor(F).mT @ F)
 
+    def exp(self) -> Self:
+        """Block by block in the Fourier basis, k^2 n."""
+        if not self.n:
+            return self.clone()
+        return self._with_eigenblocks(torch.linalg.matrix_exp(self._factors)[..., : self._sizes[1]])
+
+    def diagonal(self) -> Tensor:
+        """That of ``A_0``, p times."""
+        first = self.blocks[..., :1, :, :].diagonal(dim1=-2, dim2=-1)
+        return first.expand(*first.shape[:-2], *self._sizes).flatten(-2).clone()
+
     def trace(self) -> Tensor:
         """``p tr A_0``."""
         first = self.blocks[..., :1, :, :].diagonal(dim1=-2, dim2=-1)
@@ -229,6 +240,10 @@ class BlockCirculant(StructuredMatrix):
     def max_abs(self) -> Tensor:
         """Largest absolute entry."""
         return largest(self.blocks, self.blocks.ndim - 3)
+
+    def spectral_norm(self) -> Tensor:
+        """The largest of the blocks' in the Fourier basis, k^2 n."""
+        return largest_singular_value(self._factors).amax(-1).to(self.dtype)
 
     def frobenius_norm(self) -> Tensor:
         """``sqrt(p)`` times that of the first column of blocks."""

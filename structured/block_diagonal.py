@@ -19,6 +19,7 @@ from torch import Size, Tensor
 
 from structured._core.dispatch import symmetric_product
 from structured._core.matrix import Scalar, StructuredMatrix, joint_norm, largest
+from structured._core.numbers import largest_singular_value
 from structured._products.in_place import add_product_, plain, write_product_
 from structured.dense import Dense
 
@@ -162,10 +163,14 @@ class BlockDiagonal(StructuredMatrix):
         """Block by block."""
         return self._build([symmetric_product(self.blocks.mT), symmetric_product(self.last.mT)])
 
-    def trace(self) -> Tensor:
-        """Sum of the traces of the blocks."""
-        blocks = self.blocks.diagonal(dim1=-2, dim2=-1).sum((-2, -1))
-        return blocks + self.last.diagonal(dim1=-2, dim2=-1).sum(-1)
+    def exp(self) -> Self:
+        """Block by block, k^2 n."""
+        return self._build([Dense(self.blocks).exp().M, Dense(self.last).exp().M])
+
+    def diagonal(self) -> Tensor:
+        """Those of the blocks."""
+        blocks, last = (t.diagonal(dim1=-2, dim2=-1) for t in self.tensors())
+        return torch.cat([blocks.flatten(-2), last], -1)
 
     def trace_product(self, other: Self) -> Tensor:
         """Sum over the blocks, k n."""
@@ -203,6 +208,11 @@ class BlockDiagonal(StructuredMatrix):
         """Largest absolute entry."""
         batch = self.last.ndim - 2
         return torch.maximum(largest(self.blocks, batch), largest(self.last, batch))
+
+    def spectral_norm(self) -> Tensor:
+        """The largest of the blocks', k^2 n."""
+        blocks, last = (largest_singular_value(t) for t in self.tensors())
+        return torch.cat([blocks, last[..., None]], -1).amax(-1)
 
     def frobenius_norm(self) -> Tensor:
         """Square root of the sum of all squared entries."""

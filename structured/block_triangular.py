@@ -50,6 +50,14 @@ class _BlockTriangular(StructuredMatrix):
         k = self.A.n
         return X[..., :k, :], X[..., k:, :]
 
+    def exp(self) -> Self:
+        """By products."""
+        return self._exp_by_products()
+
+    def diagonal(self) -> Tensor:
+        """Those of ``A`` and of ``C``."""
+        return torch.cat([self.A.diagonal(), self.C.diagonal()], -1)
+
     def trace(self) -> Tensor:
         """``tr A + tr C``."""
         return self.A.trace() + self.C.trace()

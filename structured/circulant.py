@@ -121,6 +121,14 @@ class Circulant(StructuredMatrix):
         """``C^T C``, which is circulant."""
         return self._with_spectrum(_power(self._spectrum))
 
+    def exp(self) -> Self:
+        """The exponential of the spectrum."""
+        return self._with_spectrum(self._spectrum.exp())
+
+    def diagonal(self) -> Tensor:
+        """``c_0``, n times."""
+        return self.c[..., :1].expand(self.c.shape).clone()
+
     def trace(self) -> Tensor:
         """``n c_0``."""
         return self.n * self.c[..., :1].sum(-1)
@@ -163,6 +171,10 @@ class Circulant(StructuredMatrix):
     def max_abs(self) -> Tensor:
         """Largest absolute entry."""
         return largest(self.c, self.c.ndim - 1)
+
+    def spectral_norm(self) -> Tensor:
+        """Largest absolute value in the spectrum."""
+        return self._spectrum.abs().amax(-1).to(self.dtype)
 
     def frobenius_norm(self) -> Tensor:
         """``sqrt(n) |c|``."""

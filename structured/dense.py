@@ -97,6 +97,11 @@ class Dense(StructuredMatrix):
         """``M^{-1} N``, by one factorization."""
         return self._build([self.solve(other.M)])
 
+    def exp(self) -> Self:
+        """By scaling and squaring, in float32 at least."""
+        wide = self.M.to(at_least_float32(self.dtype))
+        return self._build([torch.linalg.matrix_exp(wide).to(self.dtype)])
+
     def trace_product(self, other: Self) -> Tensor:
         """``sum_ij M_ij N_ji``, n^2."""
         return (self.M * other.M.mT).sum((-2, -1))

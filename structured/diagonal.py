@@ -88,6 +88,14 @@ class Diagonal(StructuredMatrix):
         """``diag(d^2)``."""
         return self._build([self.d * self.d])
 
+    def exp(self) -> Self:
+        """``diag(exp(d))``."""
+        return self._build([self.d.exp()])
+
+    def diagonal(self) -> Tensor:
+        """``d``."""
+        return self.d.clone()
+
     def trace(self) -> Tensor:
         """Sum of ``d``."""
         return self.d.sum(-1)
@@ -126,6 +134,10 @@ class Diagonal(StructuredMatrix):
     def max_abs(self) -> Tensor:
         """Largest absolute entry."""
         return largest(self.d, self.d.ndim - 1)
+
+    def spectral_norm(self) -> Tensor:
+        """As :meth:`max_abs`."""
+        return self.max_abs()
 
     def frobenius_norm(self) -> Tensor:
         """Euclidean norm of ``d``."""

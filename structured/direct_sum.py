@@ -101,6 +101,14 @@ class DirectSum(StructuredMatrix):
         """Part by part."""
         return self._build([self.A.gram(), self.C.gram()])
 
+    def exp(self) -> Self:
+        """Part by part."""
+        return self._build([self.A.exp(), self.C.exp()])
+
+    def diagonal(self) -> Tensor:
+        """Those of ``A`` and of ``C``."""
+        return torch.cat([self.A.diagonal(), self.C.diagonal()], -1)
+
     def trace(self) -> Tensor:
         """``tr A + tr C``."""
         return self.A.trace() + self.C.trace()
@@ -125,6 +133,10 @@ class DirectSum(StructuredMatrix):
     def max_abs(self) -> Tensor:
         """Largest absolute entry."""
         return torch.maximum(self.A.max_abs(), self.C.max_abs())
+
+    def spectral_norm(self) -> Tensor:
+        """The larger one."""
+        return torch.maximum(self.A.spectral_norm(), self.C.spectral_norm())
 
     def frobenius_norm(self) -> Tensor:
         """Square root of the sum of all squared entries."""

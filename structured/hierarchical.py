@@ -220,11 +220,15 @@ class Hierarchical(StructuredMatrix):
         """``A A^T``, applied at half the cost of ``A`` and ``A^T`` in turn."""
         return Arrow(pad(self.d.square(), self._sizes), self._outer_rows(), self._sizes[0])
 
-    def trace(self) -> Tensor:
-        """``tr(V J)`` and the sum of ``d``."""
+    def exp(self) -> Self:
+        """By products, k^2 n each."""
+        return self._exp_by_products()
+
+    def diagonal(self) -> Tensor:
+        """Those of the full rows about ``d``."""
         first = self.top.diagonal(dim1=-2, dim2=-1)
         last = self.bottom.diagonal(self.d.shape[-1], -2, -1)
-        return torch.cat([first, self.d, last], -1).sum(-1)
+        return torch.cat([first, self.d, last], -1)
 
     def add_scaled_identity(self, alpha: Scalar) -> Self:
         """Add to the diagonal."""

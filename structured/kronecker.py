@@ -13,7 +13,7 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Generator, Size, Tensor
+from torch import Size, Tensor
 
 from structured._core.checks import check_columns, check_scalar
 from structured._core.composite import Composite
@@ -121,11 +121,6 @@ class Kronecker(Composite):
     def __matmul__(self, other: Any) -> Any:
         """``P @ Q`` for a Kronecker product of as many factors, ``P @ X`` for a tensor."""
         return self.matmul(other) if isinstance(other, Kronecker) else super().__matmul__(other)
-
-    def sample(self, m: int, *, generator: Generator | None = None) -> Tensor:
-        """``m`` columns ``P z`` with standard normal ``z``, ``[..., n, m]``: covariance P P^T."""
-        z = torch.empty((*self.shape[:-1], m), dtype=self.dtype, device=self.device)
-        return self.apply(z.normal_(generator=generator))
 
     # Numbers ------------------------------------------------------------------------------------
 

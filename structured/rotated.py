@@ -192,6 +192,38 @@ class Rotated(StructuredMatrix):
         return self.A.shape
 
     @property
+    def _bases(self) -> Size:
+        """Batch shape of the basis, if members have one each."""
+        return Size() if isinstance(self.Q, str) else self.Q.shape[:-2]
+
+    def __getitem__(self, index: Any) -> Any:
+        """As of any member, each with its own basis.
+
+        Raises:
+            IndexError: As of any member.
+            TypeError: If members of a batch of operators ``Q`` would have to be picked.
+        """
+        picked = super().__getitem__(index)
+        if not isinstance(picked, Rotated) or not self._bases:
+            return picked
+        if not isinstance(self.Q, Tensor):
+            raise TypeError(f"Rotated[k]: expected a tensor Q, got {type(self.Q).__name__}")
+        return Rotated(picked.A, self.Q.expand(self.shape)[index])
+
+    def sum(self, dim: int | Sequence[int] | None = None) -> Self:
+        """As of any member.
+
+        Raises:
+            IndexError: As of any member.
+            ValueError: If the members have a basis each.
+        """
+        if self._bases:
+            raise ValueError(
+                f"Rotated.sum: expected one basis Q for all, got a batch {list(self._bases)}"
+            )
+        return super().sum(dim)
+
+    @property
     def mT(self) -> Rotated:
         """``Q A^T Q^T``."""
         return Rotated(self.A.mT, self.Q)
@@ -224,6 +256,10 @@ class Rotated(StructuredMatrix):
         """``Q Pi_A(A^T A) Q^T``."""
         return self._build([self.A.gram()])
 
+    def exp(self) -> Self:
+        """That of ``A`` in the basis ``Q``."""
+        return self._build([self.A.exp()])
+
     def trace(self) -> Tensor:
         """As ``A``."""
         return self.A.trace()
@@ -243,6 +279,10 @@ class Rotated(StructuredMatrix):
     def logdet(self) -> Tensor:
         """As ``A``."""
         return self.A.logdet()
+
+    def spectral_norm(self) -> Tensor:
+        """As ``A``."""
+        return self.A.spectral_norm()
 
     def frobenius_norm(self) -> Tensor:
         """As ``A``."""

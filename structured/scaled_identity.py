@@ -87,6 +87,14 @@ class ScaledIdentity(StructuredMatrix):
         """``c^2 I``."""
         return self._build([self.c * self.c])
 
+    def exp(self) -> Self:
+        """``exp(c) I``."""
+        return self._build([self.c.exp()])
+
+    def diagonal(self) -> Tensor:
+        """``c``, n times."""
+        return self.c[..., None].repeat(*[1] * self.c.ndim, self.size)
+
     def trace(self) -> Tensor:
         """``n c``."""
         return self.size * self.c
@@ -124,6 +132,10 @@ class ScaledIdentity(StructuredMatrix):
     def max_abs(self) -> Tensor:
         """``|c|``; zero for ``n = 0``."""
         return self.c.abs() if self.size else torch.zeros_like(self.c)
+
+    def spectral_norm(self) -> Tensor:
+        """``|c|``; zero for ``n = 0``."""
+        return self.max_abs()
 
     def frobenius_norm(self) -> Tensor:
         """``sqrt(n) |c|``."""

@@ -118,6 +118,14 @@ class Strided(StructuredMatrix):
         """Class by class."""
         return self._build([self.A.gram()])
 
+    def exp(self) -> Self:
+        """Class by class."""
+        return self._build([self.A.exp()])
+
+    def diagonal(self) -> Tensor:
+        """Those of the classes interleaved."""
+        return self.A.diagonal().mT.flatten(-2)
+
     def trace(self) -> Tensor:
         """Sum of the traces."""
         return self.A.trace().sum(-1)
@@ -143,6 +151,10 @@ class Strided(StructuredMatrix):
     def max_abs(self) -> Tensor:
         """Largest absolute entry."""
         return self.A.max_abs().amax(-1)
+
+    def spectral_norm(self) -> Tensor:
+        """The largest of the classes'."""
+        return self.A.spectral_norm().amax(-1)
 
     def frobenius_norm(self) -> Tensor:
         """Square root of the sum of all squared entries."""

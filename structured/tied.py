@@ -125,6 +125,15 @@ class Tied(StructuredMatrix):
         """``I_k (x) Pi(A^T A)``."""
         return self._build([self.A.gram()])
 
+    def exp(self) -> Self:
+        """That of ``A``, k times."""
+        return self._build([self.A.exp()])
+
+    def diagonal(self) -> Tensor:
+        """That of ``A``, k times."""
+        each = self.A.diagonal()
+        return each[..., None, :].expand(*each.shape[:-1], self.k, self.A.n).flatten(-2)
+
     def trace(self) -> Tensor:
         """``k tr A``."""
         return self.k * self.A.trace()
@@ -148,6 +157,10 @@ class Tied(StructuredMatrix):
     def max_abs(self) -> Tensor:
         """As ``A``."""
         return self.A.max_abs()
+
+    def spectral_norm(self) -> Tensor:
+        """As ``A``."""
+        return self.A.spectral_norm()
 
     def frobenius_norm(self) -> Tensor:
         """``sqrt(k)`` times that of ``A``."""

@@ -180,6 +180,14 @@ class _TriangularToeplitz(StructuredMatrix):
         """The inverse power series, by one solve."""
         return self.solve_member(self.zeros_like().add_scaled_identity(1.0))
 
+    def exp(self) -> Self:
+        """By products, n log n each."""
+        return self._exp_by_products()
+
+    def diagonal(self) -> Tensor:
+        """``t_0``, n times."""
+        return self.t[..., :1].expand(self.t.shape).clone()
+
     def trace(self) -> Tensor:
         """``n t_0``."""
         return self.n * self.t[..., :1].sum(-1)

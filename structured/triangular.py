@@ -155,9 +155,9 @@ class _Triangular(StructuredMatrix):
         _write_gram(U.mT, X[..., h:, :])
         return self._fold_twice(R, U)
 
-    def trace(self) -> Tensor:
-        """Sum of the diagonal."""
-        return torch.cat(self._diagonals(self.R), -1).sum(-1)
+    def diagonal(self) -> Tensor:
+        """Those of ``L1`` and of ``L2``."""
+        return torch.cat(self._diagonals(self.R), -1)
 
     def add_scaled_identity(self, alpha: Scalar) -> Self:
         """Add to the diagonal."""
@@ -173,7 +173,7 @@ class _Triangular(StructuredMatrix):
 
     def logdet(self) -> Tensor:
         """Sum of ``log |A_ii|``."""
-        return torch.cat(self._diagonals(self.R), -1).abs().log().sum(-1)
+        return self.diagonal().abs().log().sum(-1)
 
     def max_abs(self) -> Tensor:
         """Largest absolute entry."""

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from structured._core.checks import check_arguments
+from structured._core.exponential import exponential
 from structured._core.member import Member
-from structured._core.numbers import at_least_float32, largest
+from structured._core.numbers import at_least_float32, largest, largest_singular_value
 
 
 class Algebra(Member):
@@ -22,10 +23,6 @@ class Algebra(Member):
     @abstractmethod
     def to_dense(self) -> Tensor:
         """Write the member out, ``[..., n, n]``, linearly in the stored tensors."""
-
-    @abstractmethod
-    def orthogonal_project(self, M: Tensor) -> Self:
-        """``P(M)``, the member nearest to any ``M [..., n, n]`` in the Frobenius norm."""
 
     @abstractmethod
     def solve(self, X: Tensor) -> Tensor:
@@ -62,11 +59,29 @@ class Algebra(Member):
             return self.zeros_like().add_scaled_identity(1.0)
         return power.clone() if power is self else power
 
+    def exp(self) -> Self:
+        """``exp(A) = I + A + A^2 / 2 + ...``, a member; in float32 at least."""
+        dense = self.to_dense().to(at_least_float32(self.dtype))
+        return self.orthogonal_project(torch.linalg.matrix_exp(dense).to(self.dtype))
+
+    def _exp_by_products(self) -> Self:
+        """The same, for structures whose products cost less than those of dense matrices."""
+        if not self.n:
+            return self.clone()
+        wide = self.to(at_least_float32(self.dtype))
+        mean = wide.trace() / self.n
+        norm = wide.add_scaled_identity(-mean).frobenius_norm()
+        return exponential(wide, mean, norm).to(self.dtype)
+
     # Numbers ------------------------------------------------------------------------------------
+
+    def diagonal(self) -> Tensor:
+        """The diagonal, ``[..., n]``."""
+        return self.to_dense().diagonal(dim1=-2, dim2=-1).clone()
 
     def trace(self) -> Tensor:
         """Sum of the diagonal, ``[...]``."""
-        return self.to_dense().diagonal(dim1=-2, dim2=-1).sum(-1)
+        return self.diagonal().sum(-1)
 
     def trace_product(self, other: Self) -> Tensor:
         """``tr(A B)`` of two members of one structure, ``[...]``."""
@@ -80,6 +95,10 @@ class Algebra(Member):
     def max_abs(self) -> Tensor:
         """Largest absolute entry, ``[...]``; zero for ``n = 0``."""
         return largest(self.to_dense(), len(self.batch_shape))
+
+    def spectral_norm(self) -> Tensor:
+        """Largest singular value, ``[...]``, in float32 at least; zero for ``n = 0``."""
+        return largest_singular_value(self.to_dense())
 
     def frobenius_norm(self) -> Tensor:
         """Square root of the sum of all squared entries, ``[...]``."""

@@ -9,10 +9,11 @@ import torch
 from torch import Size, Tensor
 from torch.utils import _pytree as pytree
 
+from structured._core.conversions import Convertible
 from structured._core.operator import Operator
 
 
-class Composite(Operator):
+class Composite(Convertible, Operator):
     """An operator made of others of one dtype, on one device, whose batch shapes broadcast.
 
     A pytree whose children are the parts: what is registered as a pytree itself, such as every

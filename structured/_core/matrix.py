@@ -67,17 +67,19 @@ class StructuredMatrix(Algebra):
     **You may** write fast versions of ``shape``, ``mT``, ``matmul``, ``apply``,
     ``apply_transpose``, ``orthogonal_project``, ``project``, ``project_gram``, ``gram``, ``trace``,
     ``trace_product``, ``congruence``, ``add_scaled_identity``, ``solve``, ``solve_member``,
-    ``inverse``, ``logdet``, ``max_abs`` and ``frobenius_norm``. Each has a correct default through
-    :meth:`to_dense`. Arguments are checked before your method sees them; that of ``solve`` is a
-    matrix.
+    ``inverse``, ``exp``, ``diagonal``, ``logdet``, ``max_abs``, ``spectral_norm`` and
+    ``frobenius_norm``. Each has a correct default through :meth:`to_dense`. Arguments are checked
+    before your method sees them; that of ``solve`` is a matrix.
 
     You may also say ``dimensions = ("n",)``, the trailing dimensions of each field: then the
     constructor checks shapes.
 
     **You get** ``A @ B``, ``A @ X``, ``X @ A``, ``A + B``, ``A - B``, ``c * A``, ``A / c``, ``-A``,
-    ``A ** k``, ``shape``, ``dtype``, ``device``, ``batch_shape``, ``identity``, ``zeros_like``,
-    ``to``, ``clone``, ``detach``, ``expand``, ``tensors``, ``with_tensors``, a ``repr``, autograd
-    through every operation, ``torch.compile`` and pytrees. Batch shapes broadcast.
+    ``A ** k``, ``A[..., i, j]``, ``shape``, ``dtype``, ``device``, ``batch_shape``, ``identity``,
+    ``randn``, ``from_dense``, ``sample``, ``zeros_like``, ``randn_like``, ``to``, ``float``,
+    ``double``, ``half``, ``numel``, ``clone``, ``detach``, ``expand``, ``sum`` over the batch,
+    ``tensors``, ``with_tensors``, a ``repr``, autograd through every operation, ``torch.compile``
+    and pytrees. Batch shapes broadcast.
 
     ``closed_under_transpose`` says that the transpose of every member is a member (dense, diagonal,
     block-diagonal). Then ``Pi(K^T S K) = K^T Pi(S) K``: curvature may be collected before K is
@@ -258,6 +260,18 @@ class Transposed(StructuredMatrix):
     def inverse(self) -> Self:
         """``(A^{-1})^T``."""
         return self._build([self.A.inverse()])
+
+    def exp(self) -> Self:
+        """``exp(A)^T``."""
+        return self._build([self.A.exp()])
+
+    def diagonal(self) -> Tensor:
+        """As ``A``."""
+        return self.A.diagonal()
+
+    def spectral_norm(self) -> Tensor:
+        """As ``A``."""
+        return self.A.spectral_norm()
 
     def trace(self) -> Tensor:
         """As ``A``."""

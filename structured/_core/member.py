@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any, Self, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from structured._core.checks import check_member, check_scalar
+from structured._core.entries import places
 from structured._core.numbers import trailing
 from structured._core.operator import Operator
 from structured._core.stored import Stored
@@ -41,9 +43,79 @@ class Member(Stored, Operator):
         first = len(self.batch_shape)
         return self._map(lambda t: t.expand(*batch_shape, *t.shape[first:]))
 
+    def sum(self, dim: int | Sequence[int] | None = None) -> Self:
+        """The sum over some of the batch dimensions, over all by default.
+
+        Args:
+            dim: Of :attr:`batch_shape`; negative ones count from its end.
+
+        Raises:
+            IndexError: If there is no such batch dimension.
+        """
+        count = len(self.batch_shape)
+        given = range(count) if dim is None else (dim,) if isinstance(dim, int) else dim
+        for each in given:
+            if not -count <= each < count:
+                raise IndexError(
+                    f"{type(self).__name__}.sum: expected one of {count} batch dimensions, "
+                    f"got {each}"
+                )
+        dims = tuple(each % count for each in given)
+        return self._map(lambda t: t.sum(dims) if dims else t.clone())
+
+    def __getitem__(self, index: Any) -> Any:
+        """``A[k]``, members of the batch, views as of tensors; ``A[..., i, j]``, entries.
+
+        The same as of ``A.to_dense()``, but that a matrix which is left whole stays a member.
+
+        Raises:
+            IndexError: If an index is out of range, or there are too many.
+        """
+        where = places(index, len(self.shape))
+        if where is not None and where[-2:] == [slice(None)] * 2:
+            return self._map(lambda t: t[tuple(where[:-2])])
+        if isinstance(index, Tensor):
+            taken = index.ndim if index.dtype == torch.bool else 1
+            if taken <= len(self.batch_shape):
+                return self._map(lambda t: t[index])
+        return super().__getitem__(index)
+
     @abstractmethod
     def matmul(self, other: Self) -> Self:
         """The product ``A B`` of two members of one structure."""
+
+    @classmethod
+    def from_dense(cls, M: Tensor, *options: Any) -> Self:
+        """The member nearest to ``M [..., n, n]``: ``M`` itself, where it is a member.
+
+        Args:
+            M: Any matrix; its dtype and device are those of the member.
+            options: As for :meth:`zeros`.
+        """
+        zero = cls.zeros(M.shape[-1], *options, dtype=M.dtype, device=M.device)
+        return zero.orthogonal_project(M)
+
+    @classmethod
+    def randn(
+        cls, n: int, *options: Any, generator: Generator | None = None, **kwargs: Any
+    ) -> Self:
+        """A member whose stored numbers are independent, standard normal.
+
+        Args:
+            n: The size.
+            options: As for :meth:`zeros`.
+            generator: Where the numbers come from.
+            kwargs: As for :meth:`zeros`.
+        """
+        return cls.zeros(n, *options, **kwargs).randn_like(generator=generator)
+
+    def randn_like(self, *, generator: Generator | None = None) -> Self:
+        """A member like this whose stored numbers are independent, standard normal."""
+        return self._map(lambda t: torch.empty_like(t).normal_(generator=generator))
+
+    @abstractmethod
+    def orthogonal_project(self, M: Tensor) -> Self:
+        """``P(M)``, the member nearest to any ``M [..., n, n]`` in the Frobenius norm."""
 
     @abstractmethod
     def add_scaled_identity(self, alpha: Scalar) -> Self:

@@ -42,6 +42,13 @@ def largest(t: Tensor, batch_ndim: int) -> Tensor:
     return flat.abs().amax(-1) if flat.shape[-1] else flat.sum(-1)
 
 
+def largest_singular_value(M: Tensor) -> Tensor:
+    """Spectral norm of ``M [..., p, q]``, computed in float32 at least; 0 if ``M`` is empty."""
+    if not M.shape[-1] * M.shape[-2]:
+        return M.sum((-2, -1))
+    return torch.linalg.matrix_norm(M.to(at_least_float32(M.dtype)), 2).to(M.dtype)
+
+
 def above_rounding(sizes: Tensor) -> Tensor:
     """``sizes [..., k]``, zero where below the rounding of the largest in its row."""
     if not sizes.shape[-1]:

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Size, Tensor
+from torch import Generator, Size, Tensor
 
 from structured._core.autocast import compute_without_autocast
+from structured._core.entries import entries, places
 
 # PyTorch's names for our operators, and whether their arguments are swapped.
 _OPERATORS = {
@@ -101,6 +102,20 @@ class Operator(ABC):
         if other.ndim == 1:
             return self.apply_transpose(other[:, None])[..., 0]
         return self.apply_transpose(other.mT).mT
+
+    def __getitem__(self, index: Any) -> Any:
+        """``A[..., i, j]``, as of ``A.to_dense()``; integers and slices take a product at most.
+
+        Raises:
+            IndexError: If an index is out of range, or there are too many.
+        """
+        where = places(index, len(self.shape))
+        return self.to_dense()[index] if where is None else entries(self, where)
+
+    def sample(self, m: int, *, generator: Generator | None = None) -> Tensor:
+        """``m`` columns ``A z`` with standard normal ``z``, ``[..., n, m]``: covariance A A^T."""
+        z = torch.empty((*self.shape[:-1], m), dtype=self.dtype, device=self.device)
+        return self.apply(z.normal_(generator=generator))
 
     @classmethod
     def __torch_function__(

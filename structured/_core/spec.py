@@ -78,6 +78,16 @@ class Structure:
         """The identity of size ``n``; keywords as for the call."""
         return self(n, **kwargs).add_scaled_identity(1.0)
 
+    def randn(
+        self, n: int, *, generator: torch.Generator | None = None, **kwargs: Any
+    ) -> StructuredMatrix:
+        """A member of size ``n`` with standard normal stored numbers; keywords as for the call."""
+        return self(n, **kwargs).randn_like(generator=generator)
+
+    def from_dense(self, M: torch.Tensor) -> StructuredMatrix:
+        """The member nearest to ``M [..., n, n]``: ``M`` itself, where it is a member."""
+        return self(M.shape[-1], dtype=M.dtype, device=M.device).orthogonal_project(M)
+
     def __str__(self) -> str:
         if self.label is not None:
             return self.label

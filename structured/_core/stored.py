@@ -10,6 +10,7 @@ import torch
 from torch import Size, Tensor
 from torch.utils import _pytree as pytree
 
+from structured._core.conversions import Convertible
 from structured._core.statics import Shared, convert, has_numbers, map_value
 
 
@@ -27,7 +28,7 @@ def static(**kwargs: Any) -> Any:
 @dataclass_transform(
     frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field, static)
 )
-class Stored:
+class Stored(Convertible):
     """An immutable dataclass of tensors, or of further records; subclassing is all it takes.
 
     Everything here is about the tensors as such, in the order of the fields, and blind to what

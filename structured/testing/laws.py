@@ -48,6 +48,8 @@ def linear(A: StructuredMatrix, B: StructuredMatrix) -> None:
 
 def tensors(A: StructuredMatrix) -> None:
     """``with_tensors(tensors())`` is the same member."""
+    stored = sum(t.numel() for t in A.tensors())
+    assert A.numel() == stored, f"numel: {A.numel()}, expected {stored}"
     again = A.with_tensors(A.tensors())
     assert again.layout == A.layout, f"with_tensors: {again!r}, expected {A!r}"
     for mine, theirs in zip(A.tensors(), again.tensors(), strict=True):
@@ -188,6 +190,11 @@ def stationarity(K: StructuredMatrix, B: StructuredMatrix, M: Tensor) -> None:
     assert_close(slope, ((r + r.mT) * (N + N.mT)).sum() / 2, "slope of f along N")
 
 
+def diagonal(A: StructuredMatrix) -> None:
+    """The entries ``A_ii``."""
+    assert_close(A.diagonal(), A.to_dense().diagonal(dim1=-2, dim2=-1), "diagonal")
+
+
 def trace(A: StructuredMatrix) -> None:
     """Sum of the diagonal."""
     assert_close(A.trace(), A.to_dense().diagonal(dim1=-2, dim2=-1).sum(-1), "trace")
@@ -268,6 +275,12 @@ def max_abs(A: StructuredMatrix) -> None:
     assert_close(A.max_abs(), padded.abs().amax((-2, -1)), "max_abs")
 
 
+def spectral_norm(A: StructuredMatrix) -> None:
+    """Largest singular value; zero if there is none."""
+    padded = torch.nn.functional.pad(A.to_dense(), (0, 1, 0, 1))
+    assert_close(A.spectral_norm(), torch.linalg.svdvals(padded).amax(-1), "spectral_norm")
+
+
 def frobenius_norm(A: StructuredMatrix) -> None:
     """Square root of the sum of all squared entries."""
     assert_close(A.frobenius_norm(), A.to_dense().square().sum((-2, -1)).sqrt(), "frobenius_norm")
@@ -312,6 +325,7 @@ ALGEBRA = (
     gram,
     outer,
     stationarity,
+    diagonal,
     trace,
     trace_product,
     add_scaled_identity,
@@ -320,6 +334,7 @@ ALGEBRA = (
     stable_solve,
     logdet,
     max_abs,
+    spectral_norm,
     frobenius_norm,
     transpose_closure,
     congruence,

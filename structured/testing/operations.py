@@ -21,6 +21,9 @@ class Operation(NamedTuple):
     magnitude: Callable[[Any], Tensor]
 
 
+# No derivative where two entries, or two singular values, tie.
+KINKED = ("max_abs", "spectral_norm")
+
 OPERATIONS = {
     "matmul": Operation(lambda o: o.A.matmul(o.B), lambda o: o.A @ o.B),
     "A + B": Operation(lambda o: o.A + o.B, lambda o: o.A + o.B),
@@ -37,6 +40,7 @@ OPERATIONS = {
     "congruence": Operation(
         lambda o: _congruence(o.A, o.B), lambda o: 2 * o.A.mT @ (o.B + o.B.mT) @ o.A + o.A
     ),
+    "diagonal": Operation(lambda o: o.A.diagonal(), lambda o: o.A.diagonal(dim1=-2, dim2=-1)),
     "trace": Operation(lambda o: o.A.trace(), lambda o: o.A.diagonal(dim1=-2, dim2=-1).sum(-1)),
     "trace_product": Operation(
         lambda o: o.A.trace_product(o.B), lambda o: (o.A * o.B.mT).sum((-2, -1))
@@ -50,10 +54,14 @@ OPERATIONS = {
         lambda o: o.K.inverse(),
         lambda o: torch.linalg.inv(o.K).abs() @ o.K @ torch.linalg.inv(o.K).abs(),
     ),
+    "exp": Operation(lambda o: (o.A / 8).exp(), lambda o: torch.linalg.matrix_exp(o.A / 8)),
     "logdet": Operation(
         lambda o: o.K.logdet(), lambda o: torch.linalg.slogdet(o.K).logabsdet.abs() + o.K.shape[-1]
     ),
     "max_abs": Operation(lambda o: o.K.max_abs(), lambda o: o.K),
+    "spectral_norm": Operation(
+        lambda o: o.K.spectral_norm(), lambda o: torch.linalg.matrix_norm(o.K)
+    ),
     "frobenius_norm": Operation(
         lambda o: o.K.frobenius_norm(), lambda o: torch.linalg.matrix_norm(o.K)
     ),

@@ -56,7 +56,7 @@ class OtherLeaves(Diagonal):
         return [self.d + 1], ()
 
 
-@fails("zeros")
+@fails("zeros", "random")
 class UnflattensToItsBase(Diagonal):
     @classmethod
     def _unflatten(cls, parts, statics):
@@ -278,7 +278,7 @@ class _Nameless(Diagonal):
     """No name that a spec could use."""
 
 
-@fails("zeros", "spec")
+@fails("zeros", "spec", "from_dense", "random")
 class AnotherEveryTime(StructuredMatrix):
     """In a basis drawn anew with each zero: its name does not say which."""
 
@@ -297,7 +297,7 @@ class AnotherEveryTime(StructuredMatrix):
         return self.Q @ (self.d[..., None] * self.Q.mT)
 
 
-@fails("zeros", "spec")
+@fails("zeros", "spec", "from_dense", "random")
 class NumbersItsZeros(Diagonal):
     """The same numbers, in a structure of its own each time."""
 

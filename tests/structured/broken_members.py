@@ -1,6 +1,8 @@
 """Structures broken in what follows from products: noted in ``BROKEN`` as well."""
 
-from structured import Dense, Diagonal
+import torch
+
+from structured import Dense, Diagonal, LowerTriangular
 from tests.structured.broken import fails
 from tests.structured.broken_conduct import BROKEN
 
@@ -35,3 +37,82 @@ class DividesFromTheRight(Dense):
 class ForgetsTheSign(Diagonal):
     def __pow__(self, k):
         return super().__pow__(abs(k))
+
+
+@fails("exponential")
+class SeriesOfThreeTerms(Diagonal):
+    def exp(self):
+        return (self @ self / 2 + self).add_scaled_identity(1.0)
+
+
+@fails("diagonal")
+class ReadsFromTheEnd(Diagonal):
+    def diagonal(self):
+        return self.d.flip(-1)
+
+
+@fails("spectral_norm")
+class SpectralRadius(LowerTriangular):
+    def spectral_norm(self):
+        return Diagonal(self.diagonal()).max_abs()
+
+
+@fails("entries")
+class ColumnsFirst(LowerTriangular):
+    def __getitem__(self, index):
+        return (
+            self.mT[index]
+            if isinstance(index, tuple) and len(index) > 2
+            else super().__getitem__(index)
+        )
+
+
+@fails("entries")
+class WritesItsBatchOut(Diagonal):
+    def __getitem__(self, index):
+        return self.to_dense()[index]
+
+
+@fails("batch_shapes")
+class SumsTheFirst(Diagonal):
+    def sum(self, dim=None):
+        return super().sum(0 if dim is None and self.batch_shape else dim)
+
+
+@fails("batch_shapes")
+class AddsLikeShapes(Diagonal):
+    def __add__(self, other):
+        if self.batch_shape != getattr(other, "batch_shape", None):
+            raise ValueError(f"expected {self.batch_shape}, got another")
+        return super().__add__(other)
+
+
+@fails("tensors")
+class CountsPlaces(Diagonal):
+    def numel(self):
+        return self.to_dense().numel()
+
+
+@fails("copies")
+class HalvesTheExponent(Diagonal):
+    def half(self):
+        return self.bfloat16()
+
+
+@fails("from_dense")
+class ReadsTheTranspose(Dense):
+    @classmethod
+    def from_dense(cls, M, *options):
+        return super().from_dense(M.mT, *options)
+
+
+@fails("random")
+class Uniform(Diagonal):
+    def randn_like(self, *, generator=None):
+        return self.map(lambda t: torch.empty_like(t).uniform_(-1, 1, generator=generator))
+
+
+@fails("random")
+class SamplesTheTranspose(LowerTriangular):
+    def sample(self, m, *, generator=None):
+        return self.mT.sample(m, generator=generator)

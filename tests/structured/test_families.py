@@ -384,7 +384,7 @@ def test_unknown_bases():
         Rotated(A, rotation(3))
     with pytest.raises(TypeError, match="expected a tensor or a structured matrix, got int"):
         Rotated(4, "cosine")
-    with pytest.raises(TypeError, match="expected a name or a tensor, got int"):
+    with pytest.raises(TypeError, match="expected a name, a tensor or an operator, got int"):
         Rotated(A, 3)
     with pytest.raises(ValueError, match="got 'cosine'"):
         parse("cosine")

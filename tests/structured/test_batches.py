@@ -1,0 +1,52 @@
+"""Members as batches: what the laws of entries and of batch shapes do not draw."""
+
+import pytest
+import torch
+
+from structured import Dense, Diagonal, Kronecker, Rotated, parse
+from structured.testing import assert_close
+
+
+def normal(*shape):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+def test_rotated_members_with_a_basis_each():
+    Q = torch.linalg.qr(normal(2, 4, 4)).Q
+    A = Rotated(Diagonal(normal(3, 2, 4)), Q)
+    for index in ((), 1, (..., 1, slice(None)), (0, 1), slice(1, None), torch.tensor([2, 0])):
+        assert_close(A[index], A.to_dense()[index], f"A[{index}]")
+    for index in (1, (0, 1), (slice(None), 1)):
+        assert isinstance(A[index], Rotated)
+    with pytest.raises(ValueError, match="expected one basis Q for all, got"):
+        A.sum(0)
+    with pytest.raises(TypeError, match="expected a tensor Q, got Kronecker"):
+        Rotated(A.A, Kronecker(Dense(Q[:, :2, :2]), Dense(Q[:, 2:, 2:])))[0]
+
+
+def test_entries_of_a_kronecker_product():
+    P = Kronecker(Dense(normal(2, 3, 3)), Diagonal(normal(2)))
+    dense = P.to_dense()
+    for index in ((..., 4, 5), (0, 1), (1, ..., slice(1, 3), 0), (..., slice(None, None, 2), 1)):
+        assert_close(P[index], dense[index], f"P[{index}]")
+    assert P.numel() == 20
+    assert P.half().dtype == torch.float16
+
+
+def test_one_entry_of_a_large_member():
+    """A dense matrix of this size would not fit."""
+    A = parse("hierarchical(2, 2)").randn(1 << 20, generator=torch.Generator().manual_seed(0))
+    assert A[..., 7, 7] == A.diagonal()[7]
+    assert A[0, -1] == A.top[0, -1]
+    assert A[..., -1, :].shape == (1 << 20,)
+
+
+def test_the_exponential_where_its_norm_cannot_be_looked_up():
+    A = parse("lower_toeplitz")(3, batch_shape=(3,), dtype=torch.float64)
+    A = A.with_tensors([torch.tensor([[-3.0, 1, 2], [-3e6, 1, 2], [-4e7, 0, 9e6]]).double()])
+    found = torch.vmap(lambda A: A.exp())(A)
+    assert torch.equal(found.t[:2], A.exp().t[:2])
+    assert found.t[2].isnan().all()  # beyond a norm of 2^23
+    assert_close(A[0].exp(), torch.linalg.matrix_exp(A[0].to_dense()), "exp")
+    assert torch.equal(A[1:].exp().t, torch.zeros(2, 3).double())  # exp(-3e6) is nothing
