@@ -47,7 +47,10 @@ OTHERS: dict[str, list[Any]] = {
     "adamw": [{"lr": -1.0}, {"betas": (0.9, 1.0)}],
     "telemetry": [1],
 }
-ANYTHING: set[str] = {"model", "params", "warn_unsupported", "init_grad_scale", "process_group"}
+ANYTHING: set[str] = {"model", "params", "warn_unsupported", "init_grad_scale"} | {
+    "process_group",  # see tests/frameworks/test_fsdp.py
+    "data",
+}
 NO_NUMBERS = st.sampled_from(["1", (), [0.1], {}, True, 1j])
 OPTIONAL = {"kl_clip", "factor_clip", "max_dim", "max_skipped"}
 
