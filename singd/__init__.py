@@ -1,6 +1,7 @@
 """Structured inverse-free natural gradient descent for PyTorch.
 
-:class:`SINGD` trains any model; :class:`KFAC` is the baseline it improves on. A second-order method
+:class:`SINGD` trains any model; :class:`KFAC` is the baseline it improves on, and
+:class:`KLShampoo` needs gradients alone. A second-order method
 of your own is a :class:`Method` in a :class:`KroneckerOptimizer`, a type of layer a :class:`Layer`.
 The paper's step as pure functions is in :mod:`singd.update`.
 """
@@ -11,6 +12,7 @@ from singd.kfac import KFAC
 from singd.layers import Layer, register_layer
 from singd.methods import Averages, Factors, Method
 from singd.optimizer import KroneckerOptimizer
+from singd.shampoo import KLShampoo
 from singd.singd import SINGD
 
 __version__ = version("structured-singd")
@@ -20,6 +22,7 @@ __all__ = [
     "SINGD",
     "Averages",
     "Factors",
+    "KLShampoo",
     "KroneckerOptimizer",
     "Layer",
     "Method",

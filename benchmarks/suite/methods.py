@@ -30,6 +30,12 @@ def kfac(model: nn.Module, **options: Any) -> Any:
     return KFAC(model, **options)
 
 
+def kl_shampoo(model: nn.Module, **options: Any) -> Any:
+    from singd import KLShampoo
+
+    return KLShampoo(model, **options)
+
+
 def soap(model: nn.Module, lr: float = 3e-3, **options: Any) -> Any:
     import pytorch_optimizer
 
@@ -45,6 +51,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "adamw": adamw,
     "singd": singd,
     "kfac": kfac,
+    "kl_shampoo": kl_shampoo,
     "soap": soap,
     "muon": muon,
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from singd import KFAC, SINGD
+from singd import KFAC, SINGD, KLShampoo
 from singd.testing.conformance import ROWS, check_optimizer
 from tests.singd.broken import BROKEN, PLAIN, SHARES
 
@@ -15,6 +15,7 @@ METHODS: dict[str, Any] = {
     "SINGD": SINGD,
     "SINGD every step": partial(SINGD, T=1),
     "KFAC": KFAC,
+    "KLShampoo": KLShampoo,
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from singd import KFAC, SINGD, Averages, KroneckerOptimizer
+from singd import KFAC, SINGD, Averages, KLShampoo, KroneckerOptimizer
 from singd.capture.statistics import Columns, Side, Statistic
 from singd.methods.base import Job, Options, Products
 from singd.methods.inverse_free import InverseFree, InverseFreeFactors
@@ -31,6 +31,13 @@ METHODS: dict[str, Make] = {
     "SINGD, grafted": lambda model, params: SINGD(model, params, T=2, graft="adamw"),
     "the paper's SINGD": lambda model, params: paper.SINGD(model, params, T=2, kl_clip=1e-2),
     "KFAC": lambda model, params: KFAC(model, params, T=2),
+    "KL-Shampoo": lambda model, params: KLShampoo(model, params, T=2),
+    "KL-Shampoo, blocks": lambda model, params: KLShampoo(
+        model, params, T=1, structures=("dense", "block_diagonal(2)")
+    ),
+    "root-free Shampoo": lambda model, params: KLShampoo(
+        model, params, T=1, structures="hierarchical(1, 1)", power=1
+    ),
 }
 
 
