@@ -175,7 +175,7 @@ def find_tensors(
     return [
         WeightMatrix(name, (module,), ParameterTensor(key), p, None)
         for name, p, module, key in owners_of(model)
-        if p in given and p not in taken and p.ndim >= 2 and p.is_floating_point()
+        if p in given and p not in taken and p.ndim >= 2 and p.numel() and p.is_floating_point()
     ]
 
 
