@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from singd.ops import reference
-from singd.ops.reference import EXACT
-from singd.ops.stochastic_rounding import Rounding, load_kernels, name_keys
+from singd.ops.reference import EXACT, Indices
+from singd.ops.stochastic_rounding import WHOLE, Rounding, load_kernels, name_keys
 
 
 def momentum_step_(
@@ -29,7 +29,7 @@ def momentum_step_(
     decoupled: bool,
     rounding: Rounding,
     names: Sequence[str],
-    starts: Sequence[int] | None = None,
+    indices: Sequence[Indices] | None = None,
     scale: Tensor | None = None,
     unless: Tensor | None = None,
 ) -> None:
@@ -47,19 +47,24 @@ def momentum_step_(
         decoupled: Decay as above (AdamW's); otherwise ``weight_decay p`` is added to ``s d``.
         rounding: Stochastic rounding of this step.
         names: Names of the parameters, which the rounding depends on.
-        starts: Index of the first number of every ``p`` within the tensor of that name; 0 if
-            ``None``.
+        indices: Places of the numbers of every ``p`` within the tensor of that name, of which it
+            may be a part; all in order if ``None``.
         scale: Factor ``s`` of the directions, a scalar; 1 if ``None``.
         unless: Truth value on the device of ``params``: if it is true, nothing changes.
     """
     if not params:
         return
-    fast = None if isinstance(lr, Tensor) or starts else _kernels(params, directions, buffers)
+    fast = None if isinstance(lr, Tensor) else _kernels(params, directions, buffers)
     if unless is not None and fast is None:
         places = [*params, *buffers]
         before = [place.clone() for place in places]
         options: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        options |= {"decoupled": decoupled, "rounding": rounding, "names": names, "starts": starts}
+        options |= {
+            "decoupled": decoupled,
+            "rounding": rounding,
+            "names": names,
+            "indices": indices,
+        }
         momentum_step_(params, directions, buffers, **options, scale=scale)
         for place, old in zip(places, before, strict=True):
             torch.where(unless, old, place, out=place)
@@ -72,7 +77,11 @@ def momentum_step_(
     if fast is not None:
         keys = name_keys(tuple(names), params[0].device), rounding.word(params[0].device)
         numbers = lr, momentum, weight_decay, decoupled
-        fast.momentum_step_(list(params), list(directions), list(buffers), *numbers, *keys, unless)
+        are_parts = indices is not None and any(each != WHOLE for each in indices)
+        boxes = [number for each in indices or () for number in each] if are_parts else None
+        fast.momentum_step_(
+            list(params), list(directions), list(buffers), *numbers, *keys, unless, boxes
+        )
         return
     if fused:
         if decoupled and weight_decay:
@@ -86,7 +95,7 @@ def momentum_step_(
         return
 
     def rounded(x: Tensor, dtype: torch.dtype, index: int) -> Tensor:
-        return rounding(x[None], dtype, [names[index]], starts[index] if starts else 0)[0]
+        return rounding(x[None], dtype, [names[index]], indices[index] if indices else WHOLE)[0]
 
     numbers = lr, momentum, weight_decay, decoupled
     reference.momentum_step_(params, directions, buffers, *numbers, rounded)

@@ -6,6 +6,7 @@ The kernels of :mod:`singd.ops.kernels` and the fused paths of this package are 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,24 @@ _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
 
 Rounded = Callable[[Tensor, torch.dtype, int], Tensor]
 """``(x, dtype, index)``: the ``index``-th tensor in a narrower data type."""
+
+
+class Indices(NamedTuple):
+    """Where the numbers of a box lie in a whole tensor: index of the ``k``-th in order.
+
+    It is ``start + k // width * stride + k % width``: runs of ``width`` numbers, ``stride`` from
+    one to the next. If both are equal there is one run.
+    """
+
+    start: int = 0
+    width: int = 1
+    stride: int = 1
+
+    def of(self, k: Tensor) -> Tensor:
+        """The indices of some numbers of the box."""
+        if self.width == self.stride:
+            return k + self.start
+        return k // self.width * self.stride + k % self.width + self.start
 
 
 def mix_(z: Tensor) -> Tensor:
@@ -46,6 +65,12 @@ def noise(keys: Tensor, start: int, count: int) -> Tensor:
     words = mix_(index * _GOLDEN + keys[:, None])
     quarters = words.view(torch.int16)[:, skip : skip + count]
     return quarters.to(torch.int32).bitwise_and_(0xFFFF)
+
+
+def noise_at(keys: Tensor, index: Tensor) -> Tensor:
+    """The same numbers, those of indices ``[count]`` in any order."""
+    words = mix_((index >> 2) * _GOLDEN + keys[:, None])
+    return ((words >> ((index & 3) * 16)) & 0xFFFF).to(torch.int32)
 
 
 def round_with_noise(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:

@@ -19,7 +19,17 @@ import torch
 from torch import Tensor
 
 from singd.ops import cuda_graph
-from singd.ops.reference import MANTISSA_BITS, mix_, noise, round_with_noise
+from singd.ops.reference import (
+    MANTISSA_BITS,
+    Indices,
+    mix_,
+    noise,
+    noise_at,
+    round_with_noise,
+)
+
+WHOLE = Indices()
+"""Those of a whole tensor."""
 
 _PIECE = 1 << 17  # numbers at a time on a CPU: in its caches
 
@@ -60,7 +70,7 @@ class Rounding:
         return mix_(name_keys(tuple(names), device) + self.word(device))
 
     def __call__(
-        self, x: Tensor, dtype: torch.dtype, names: Sequence[str], start: int = 0
+        self, x: Tensor, dtype: torch.dtype, names: Sequence[str], indices: Indices = WHOLE
     ) -> Tensor:
         """``x`` in ``dtype``, rounded to one of its two neighbours without bias.
 
@@ -68,22 +78,29 @@ class Rounding:
             x: Numbers ``[b, ...]``, one item for each name.
             dtype: bfloat16 or float16 for stochastic rounding; a conversion as usual for any other.
             names: Names of the items, which the noise depends on.
-            start: Index of the first number of every item, if this is a part of a larger tensor.
+            indices: Places of the numbers of every item, if it is a part of a larger tensor.
         """
         if dtype not in MANTISSA_BITS:
             return x.to(dtype)
         flat = x.float().reshape(len(names), -1)
-        if x.is_cuda and (kernels := load_kernels()) is not None:
+        is_run = indices.width == indices.stride
+        if x.is_cuda and is_run and (kernels := load_kernels()) is not None:
             key = name_keys(tuple(names), x.device), self.word(x.device)
-            return kernels.stochastic_round(flat, dtype, *key, start).view(x.shape)
-        return self.plain(flat, dtype, names, start).view(x.shape)
+            return kernels.stochastic_round(flat, dtype, *key, indices.start).view(x.shape)
+        return self.plain(flat, dtype, names, indices).view(x.shape)
 
-    def plain(self, x: Tensor, dtype: torch.dtype, names: Sequence[str], start: int = 0) -> Tensor:
+    def plain(
+        self, x: Tensor, dtype: torch.dtype, names: Sequence[str], indices: Indices = WHOLE
+    ) -> Tensor:
         """The same for ``x [b, n]`` in float32, by PyTorch's operators."""
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
         keys = self.keys(names, x.device)
         for rows, first, last in _pieces(len(x), x.shape[1], x.device):
-            piece = noise(keys[rows], start + first, last - first)
+            if indices.width == indices.stride:
+                piece = noise(keys[rows], indices.start + first, last - first)
+            else:
+                places = indices.of(torch.arange(first, last, device=x.device))
+                piece = noise_at(keys[rows], places)
             out[rows, first:last] = round_with_noise(x[rows, first:last], dtype, piece)
         return out
 

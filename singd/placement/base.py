@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from singd.capture.statistics import KroneckerStatistics
 from singd.capture.weight_matrix import WeightMatrix, stack_gradients
+from singd.ops.stochastic_rounding import WHOLE
 
 Statistics = Mapping[WeightMatrix, KroneckerStatistics]
 
@@ -21,6 +22,8 @@ class Slot:
 
     matrix: WeightMatrix
     parameter: nn.Parameter
+    indices = WHOLE
+    """The places of these numbers in the parameter's part of the matrix."""
 
     def of(self, t: Tensor) -> Tensor:
         """These numbers of the parameter, or of what is stored like it, a view."""

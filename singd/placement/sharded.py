@@ -20,6 +20,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from singd.capture.weight_matrix import WeightMatrix
 from singd.ops.dtensor import is_distributed, local
+from singd.ops.reference import Indices
 from singd.placement.base import Holding, Slot
 from singd.placement.replicated import DataParallel, sum_
 
@@ -48,6 +49,7 @@ class LocalSlot(Slot):
             box[0] = slice(low - first, high - first)
         object.__setattr__(self, "within", tuple(within))
         object.__setattr__(self, "box", tuple(box))
+        object.__setattr__(self, "indices", _indices(matrix.part_shape(parameter), box))
 
     @property
     def shape(self) -> torch.Size:
@@ -57,6 +59,16 @@ class LocalSlot(Slot):
     def of(self, t: Tensor) -> Tensor:
         """These numbers of the parameter, or of what is stored like it, a view."""
         return local(t).detach()[self.within]
+
+
+def _indices(shape: torch.Size, box: Sequence[slice]) -> Indices:
+    """The places of the numbers of a box, cut along the first dimension and one other at most."""
+    strides = [shape[d + 1 :].numel() for d in range(len(shape))]
+    start = sum(side.start * stride for side, stride in zip(box, strides, strict=True))
+    for side, n, stride in list(zip(box, shape, strides, strict=True))[:0:-1]:
+        if 0 < side.stop - side.start < n:
+            return Indices(start, (side.stop - side.start) * stride, n * stride)
+    return Indices(start)
 
 
 def _local_box(p: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -182,6 +182,7 @@ def move_parameters(
             decoupled=group["decoupled_weight_decay"],
             rounding=Rounding(group["seed"], group["step"]),
             names=[f"{parameters.name(s.parameter)} {s.matrix.label}" for s, _ in moves],
+            indices=[slot.indices for slot, _ in moves],
             scale=scale,
             unless=unless,
         )

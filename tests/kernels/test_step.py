@@ -13,6 +13,7 @@ from torch import Tensor
 from singd.ops import reference
 from singd.ops.momentum_step import momentum_step_
 from singd.ops.reductions import inner_product
+from singd.ops.reference import Indices
 from singd.ops.stochastic_rounding import Rounding, name_keys, stochastic_round
 
 pytest.importorskip("triton")
@@ -43,7 +44,7 @@ def test_rounding_is_its_reference_to_the_bit(dtype: torch.dtype, n: int, start:
     x = torch.randn(3, n, device=DEVICE) * torch.logspace(-6, 3, n, device=DEVICE)
     names = ("a", "b", "c")
     found = rounding_kernel.launch(x.mT.contiguous().mT, dtype, *keys(*names), start)
-    assert torch.equal(found, Rounding(3, 0).plain(x, dtype, names, start))
+    assert torch.equal(found, Rounding(3, 0).plain(x, dtype, names, Indices(start)))
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -142,6 +143,26 @@ def test_what_guards_a_step_keeps_all_or_nothing(dtype: torch.dtype, momentum: f
         torch.testing.assert_close(taken, step(directions, of=of), rtol=0, atol=0)
         torch.testing.assert_close(step(bad, yes, of=of), params + buffers, rtol=0, atol=0)
         assert not torch.equal(taken[1], params[1])
+
+
+@pytest.mark.parametrize("indices", [Indices(5), Indices(3, 40, 70), Indices(0, 1, 3)])
+@pytest.mark.parametrize("dtype", LOW)
+def test_a_part_of_a_parameter_has_the_noise_of_its_places(
+    dtype: torch.dtype, indices: Indices
+) -> None:
+    torch.manual_seed(0)
+    p, d = (torch.randn(3000, device=DEVICE) for _ in range(2))
+    whole = [torch.zeros(9000, device=DEVICE), torch.zeros(9000, device=DEVICE)]
+    at = indices.of(torch.arange(3000, device=DEVICE))
+    whole[0][at], whole[1][at] = p, d
+    numbers = 0.1, 0.0, 0.0, False
+    parts, operated = [p.to(dtype)], [p.to(dtype)]
+    wholes = [whole[0].to(dtype)]
+    momentum_step_kernel.launch(wholes, whole[1:], [], *numbers, *keys("p"))
+    momentum_step_kernel.launch(parts, [d], [], *numbers, *keys("p"), None, list(indices))
+    kernels.momentum_step_(operated, [d], [], *numbers, *keys("p"), None, list(indices))
+    assert torch.equal(parts[0], wholes[0][at])
+    assert (operated[0] == parts[0]).double().mean() > 0.99
 
 
 def test_small_steps_add_up() -> None:

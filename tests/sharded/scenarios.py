@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint
 
 from singd import KFAC, SINGD
@@ -244,6 +245,37 @@ def compiled(setting: Setting) -> Ends:
     return snapshot(model, optimizer)
 
 
+def mixed(setting: Setting) -> Ends:
+    """Passes in bfloat16, everything else in float32."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model: Any = setting.shard_low(net().float(), policy)
+    optimizer = SINGD(model, **OPTIONS)
+    for X, y in data():
+        optimizer.zero_grad()
+        shares = setting.shares()
+        for share in shares:
+            model.set_requires_gradient_sync(share is shares[-1])
+            setting.loss(model(X[share].float()), y[share]).backward()
+        optimizer.step()
+    return snapshot(model, optimizer)
+
+
+def rounded(setting: Setting, **options: Any) -> Ends:
+    """Weights in bfloat16, rounded stochastically, of ranks that all have the same samples.
+
+    Sums over ranks are exact then, and everything else is the arithmetic of one process.
+    """
+    model = setting.shard(net().bfloat16())
+    low = {"preconditioner_dtype": (torch.bfloat16, torch.float32), "kl_clip": None, "lr": 0.02}
+    optimizer = SINGD(model, **OPTIONS | low | options)
+    for X, y in data():
+        optimizer.zero_grad()
+        loss = 0.5 * (model(X.bfloat16()).float() - y.float()).square().sum() / len(X)
+        loss.backward()
+        optimizer.step()
+    return snapshot(model, optimizer)
+
+
 class Functional(nn.Module):
     """A layer that is never called: its weight is used."""
 
@@ -274,6 +306,9 @@ DROPS: dict[str, Callable[[Any, Any], None]] = {
     "by the optimizer": lambda model, optimizer: optimizer.zero_grad(),
     "by the model": lambda model, optimizer: model.zero_grad(),
 }
+#: By how much scenarios differ from one process, where it is not rounding in float64.
+TOLERANCES: dict[str, float] = {"mixed precision": 1e-5, "bfloat16": 0.0}
+
 SCENARIOS: dict[str, Callable[[Setting], Ends]] = (
     {
         "uneven shares": plain,
@@ -291,6 +326,8 @@ SCENARIOS: dict[str, Callable[[Setting], Ends]] = (
         "counted terms": counted,
         "compiled": compiled,
         "never called": functional,
+        "mixed precision": mixed,
+        "bfloat16": rounded,
     }
     | {
         f"dropped {name}": functools.partial(dropped_passes, drop=drop)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from tests.sharded.layouts import Layout
 from tests.singd.runs import F64, batches
@@ -65,6 +66,11 @@ class Setting:
 
     def shard(self, model: nn.Module, **options: Any) -> nn.Module:
         return model if self.layout is None else self.layout.shard(model, **options)
+
+    def shard_low(self, model: nn.Module, policy: Any) -> nn.Module:
+        """Shard a model with mixed precision; one process does so over a mesh of one rank."""
+        layout = self.layout or Layout(init_device_mesh("cpu", (1,)))
+        return layout.shard(model, mp_policy=policy)
 
     def synchronise(self, model: Any, on: bool) -> None:
         """Whether gradients of the passes to come are reduced."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from singd.ops import reference
 from singd.ops.momentum_step import momentum_step_
+from singd.ops.reference import Indices
 from singd.ops.stochastic_rounding import Rounding
 
 NAMES = ("matrix", "vector")
@@ -93,10 +94,25 @@ def test_parts_of_a_tensor_move_as_the_whole(start: int, momentum: float) -> Non
     momentum_step_([whole[0]], [d], whole[1], **options, names=["p"])
     cut = [t.clone() for t in (p[:start], p[start:])]
     buffers = [t.clone() for t in (b[:start], b[start:])] if momentum else []
-    along, starts = [d[:start], d[start:]], [0, start]
-    momentum_step_(cut, along, buffers, **options, names=["p", "p"], starts=starts)
+    along, indices = [d[:start], d[start:]], [Indices(0), Indices(start)]
+    momentum_step_(cut, along, buffers, **options, names=["p", "p"], indices=indices)
     assert torch.equal(torch.cat(cut), whole[0])
     assert all(torch.equal(torch.cat(buffers), t) for t in whole[1])
+
+
+@pytest.mark.parametrize("box", [(slice(1, 4), slice(2, 7)), (slice(0, 5), slice(3, 4))])
+def test_a_box_of_a_matrix_moves_as_the_whole(box: tuple[slice, slice]) -> None:
+    """So does a part of rows and columns, as of tensor parallelism."""
+    torch.manual_seed(0)
+    p, d = torch.randn(5, 7).bfloat16(), torch.randn(5, 7).bfloat16()
+    rows, columns = box
+    places = Indices(7 * rows.start + columns.start, columns.stop - columns.start, 7)
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.01}
+    options |= {"decoupled": False, "rounding": Rounding(3, 5), "names": ["p"]}
+    part = p[box].clone()
+    momentum_step_([p], [d], [], **options)
+    momentum_step_([part], [d[box]], [], **options, indices=[places])
+    assert torch.equal(part, p[box])
 
 
 def test_in_float32_it_is_that_of_sgd() -> None:

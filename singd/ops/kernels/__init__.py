@@ -13,6 +13,8 @@ from torch import Tensor
 
 from singd.ops import reference
 
+WHOLE = reference.Indices()
+
 if importlib.util.find_spec("triton") is None:
     raise ImportError("the kernels need Triton")
 
@@ -57,16 +59,20 @@ def momentum_step_(
     names: Tensor,
     word: Tensor,
     unless: Tensor | None = None,
+    boxes: list[int] | None = None,
 ) -> None:
     """Weight decay, momentum and the step of many parameters.
 
     Reference: :func:`singd.ops.reference.momentum_step_`. Nothing changes if ``unless`` is true.
+    ``boxes`` has the three numbers of :class:`~singd.ops.reference.Indices` for every parameter.
     """
     if unless is not None and bool(unless):
         return
 
     def rounded(x: Tensor, dtype: torch.dtype, index: int) -> Tensor:
-        noise = _noise(names[index : index + 1], word, 0, x.numel())
+        places = reference.Indices(*boxes[3 * index : 3 * index + 3]) if boxes else WHOLE
+        keys = reference.mix_(names[index : index + 1] + word)
+        noise = reference.noise_at(keys, places.of(torch.arange(x.numel(), device=x.device)))
         return reference.round_with_noise(x, dtype, noise.view(x.shape))
 
     numbers = lr, momentum, weight_decay, decoupled
@@ -85,11 +91,12 @@ def _(
     names: Tensor,
     word: Tensor,
     unless: Tensor | None = None,
+    boxes: list[int] | None = None,
 ) -> None:
     from singd.ops.kernels.momentum_step import launch
 
     numbers = lr, momentum, weight_decay, decoupled
-    launch(params, directions, buffers, *numbers, names, word, unless)
+    launch(params, directions, buffers, *numbers, names, word, unless, boxes)
 
 
 @torch.library.custom_op("singd::inner_product", mutates_args=())

@@ -22,8 +22,9 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 
 _CAPTURED: list[Tensor] = []  # host memory that captured graphs copy from
 
-Row = tuple[int, int, int, int, int, int, int]
-"""Three addresses; size, length and stride of the rows of the direction; index of the name."""
+Row = tuple[int, int, int, int, int, int, int, int, int, int]
+"""Three addresses; size, length and stride of the rows of the direction; index of the name; start,
+width and stride of the indices of the numbers within the tensor of that name."""
 
 
 @triton.jit
@@ -36,12 +37,16 @@ def _one(
     length,
     stride,
     key,
+    start,
+    width,
+    step,
     lr,
     momentum,
     weight_decay,
     DECOUPLED: tl.constexpr,
     MOMENTUM: tl.constexpr,
     STRIDED: tl.constexpr,
+    BOXES: tl.constexpr,
     BITS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
@@ -58,7 +63,8 @@ def _one(
     if MOMENTUM:
         d += momentum * tl.load(buffer + i, mask=mask, other=0.0).to(tl.float32)
         tl.store(buffer + i, d.to(buffer.dtype.element_ty), mask=mask)
-    moved = rounded(p - lr * d, noise(key, i), BITS)
+    index = start + i // width * step + i % width if BOXES else start + i
+    moved = rounded(p - lr * d, noise(key, index), BITS)
     tl.store(param + i, moved.to(param.dtype.element_ty), mask=mask)
 
 
@@ -77,17 +83,19 @@ def _kernel(
     MOMENTUM: tl.constexpr,
     GUARDED: tl.constexpr,
     STRIDED: tl.constexpr,
+    BOXES: tl.constexpr,
     ALIGNED: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Every ``num_programs(0)``-th block of one tensor."""
-    table += tl.program_id(1) * 7
+    table += tl.program_id(1) * 10
     param = tl.load(table).to(tl.pointer_type(TYPE))
     direction = tl.load(table + 1).to(tl.pointer_type(DIRECTION))
     buffer = tl.load(table + 2).to(tl.pointer_type(TYPE))
     size, length, stride = tl.load(table + 3), tl.load(table + 4), tl.load(table + 5)
     key = mix(tl.load(names + tl.load(table + 6)) + tl.load(word))
+    start, width, step = tl.load(table + 7), tl.load(table + 8), tl.load(table + 9)
     if GUARDED:
         size = tl.where(tl.load(unless), 0, size)
     if ALIGNED:
@@ -99,11 +107,11 @@ def _kernel(
         whole = (block + 1) * BLOCK <= size
         # fmt: off
         if whole:
-            _one(param, direction, buffer, i, size, length, stride, key, lr, momentum,
-                 weight_decay, DECOUPLED, MOMENTUM, STRIDED, BITS, True)
+            _one(param, direction, buffer, i, size, length, stride, key, start, width, step, lr,
+                 momentum, weight_decay, DECOUPLED, MOMENTUM, STRIDED, BOXES, BITS, True)
         else:
-            _one(param, direction, buffer, i, size, length, stride, key, lr, momentum,
-                 weight_decay, DECOUPLED, MOMENTUM, STRIDED, BITS, False)
+            _one(param, direction, buffer, i, size, length, stride, key, start, width, step, lr,
+                 momentum, weight_decay, DECOUPLED, MOMENTUM, STRIDED, BOXES, BITS, False)
         # fmt: on
 
 
@@ -118,9 +126,10 @@ def launch(
     names: Tensor,
     word: Tensor,
     unless: Tensor | None = None,
+    boxes: Sequence[int] | None = None,
 ) -> None:
     """One launch for each pair of dtypes and kind of memory; parameters are contiguous."""
-    sorted_: dict[tuple[torch.dtype, torch.dtype, bool, bool], list[Row]] = {}
+    sorted_: dict[tuple[torch.dtype, torch.dtype, bool, bool, bool], list[Row]] = {}
     alive = []  # copies of directions, until the kernel is launched
     triples = zip(params, directions, buffers or params, strict=True)
     for index, (p, direction, b) in enumerate(triples):
@@ -130,9 +139,11 @@ def launch(
         alive.append(d)
         addresses = (p.data_ptr(), d.data_ptr(), b.data_ptr())
         aligned = all(address % 16 == 0 for address in addresses)
-        kind = (p.dtype, d.dtype, stride != length, aligned)
-        sorted_.setdefault(kind, []).append((*addresses, p.numel(), length, stride, index))
-    for (dtype, other, strided, aligned), rows in sorted_.items():
+        start, width, step = boxes[3 * index : 3 * index + 3] if boxes else (0, 1, 1)
+        kind = (p.dtype, d.dtype, stride != length, width != step, aligned)
+        row = (*addresses, p.numel(), length, stride, index, start, width, step)
+        sorted_.setdefault(kind, []).append(row)
+    for (dtype, other, strided, is_box, aligned), rows in sorted_.items():
         blocks = triton.cdiv(max(row[3] for row in rows), BLOCK)
         _kernel[(min(blocks, PROGRAMS), len(rows))](
             _table(tuple(rows), params[0].device),
@@ -148,6 +159,7 @@ def launch(
             MOMENTUM=bool(buffers),
             GUARDED=unless is not None,
             STRIDED=strided,
+            BOXES=is_box,
             ALIGNED=aligned,
             BITS=DROPPED[dtype],
             BLOCK=BLOCK,
