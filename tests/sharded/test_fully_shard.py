@@ -30,8 +30,9 @@ def faults(name: str, ended: list[Ended], expected: Any, tolerance: float) -> st
     for rank, each in enumerate(ended):
         if isinstance(each[name], str):
             return f"{name}, rank {rank}: {each[name]}"
-        if each[name].keys() != expected.keys():
-            return f"{name}, rank {rank}: other keys, {sorted(each[name].keys() ^ expected.keys())[:4]}"
+        others = sorted(each[name].keys() ^ expected.keys())
+        if others:
+            return f"{name}, rank {rank}: {len(others)} other tensors, {others[:4]}"
         if distance(each[name], ended[0][name]) != 0.0:
             return f"{name}: ranks 0 and {rank} ended differently"
     error = distance(ended[0][name], expected)
