@@ -173,7 +173,7 @@ def backward(
         if name not in unused and optimizer._observer.is_captured(matrix):
             x, g = (torch.empty(shape, device=DEVICE, dtype=dtype) for shape in seen[name])
             capture._observe(matrix, matrix.module, x, g, call, -1)
-            capture.commit(matrix)
+            capture.commit(matrix, matrix.weight)
     for module, name in names.items():
         for p in module.parameters(recurse=False):
             p.grad = None if name in unused else torch.empty_like(p)
