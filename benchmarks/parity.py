@@ -34,6 +34,10 @@ STRUCTURES = ("dense", "diagonal", "hierarchical15_15", "triltoeplitz", "triutoe
 NAMES = {"hierarchical15_15": "hierarchical", "triltoeplitz": "lower Toeplitz"}
 NAMES |= {"triutoeplitz": "upper Toeplitz", "block30diagonal": "block-diagonal"}
 QUANTITIES = ("K", "C", "m_K", "m_C", "weights")
+PAPER = {  # our options for the bare rule of the paper
+    **{"structures": ("dense", "dense"), "graft": None, "factor_clip": None},
+    **dict.fromkeys(("relative_damping", "scale_init", "decoupled_weight_decay"), False),
+}
 
 Case = dict[str, Any]
 Result = dict[str, list[Tensor]]  # every quantity, layer by layer
@@ -64,12 +68,12 @@ def loss(output: Tensor, target: Tensor, average: str | None) -> Tensor:
     return errors.sum() if average is None else errors.mean()
 
 
-def train(optimizer_class: Any, case: Case, **extra: Any) -> tuple[nn.Module, Any]:
+def train(optimizer_class: Any, case: Case) -> tuple[nn.Module, Any]:
     """Train on the batches of a case, each split into micro-batches of the sizes ``split``."""
     model = network(case["net"]).to(case["dtype"])
     model.load_state_dict(case["init"])
     model.to(case["dtype"])
-    optimizer = optimizer_class(model, **case["options"], **extra)
+    optimizer = optimizer_class(model, **case["options"])
     for X, y in case["batches"]:
         sizes = case.get("split") or [len(X)]
         optimizer.zero_grad()
@@ -292,7 +296,7 @@ def judge(case: Case, theirs: Result) -> tuple[list[str], bool]:
 def run_ours(case: Case) -> Result:
     from singd import SINGD
 
-    return read_ours(*train(SINGD, case, kl_clip=None, factor_clip=None))
+    return read_ours(*train(SINGD, {**case, "options": PAPER | case["options"]}))
 
 
 def run_peer(cases: list[Case], peer: Path) -> list[Result]:

@@ -113,8 +113,9 @@ def from_pypi(
 ) -> dict[str, Any]:
     """The state of PyPI ``singd``, for ``optimizer.load_state_dict``.
 
-    Factors, momenta, options and the number of steps are taken over. It knows no ``kl_clip`` and
-    ``factor_clip``: those of ``optimizer`` count, and ``None`` goes on as it would.
+    Factors, momenta, options and the number of steps are taken over. Options that it does not know
+    are those of ``optimizer``; with those of the paper's bare rule, see :class:`singd.SINGD`, a run
+    goes on as it would.
 
     Args:
         optimizer: Made for the same model, with the same structures and ``kfac_like``.
