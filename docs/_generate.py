@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import re
 from importlib import resources
@@ -16,10 +15,9 @@ from types import ModuleType
 
 from sphinx.ext.napoleon import Config, GoogleDocstring
 
-import singd
-import structured
-from docs import catalogue, clock, costs, gpu, pictures, stages, steps
+from docs import catalogue, clock, costs, gpu, pictures, reference, stages, steps
 from docs import readme as face
+from docs.reference import heading
 
 DOCS = Path(__file__).parent
 OUT = DOCS / "_generated"
@@ -54,15 +52,11 @@ def build() -> None:
     write(OUT / "stages.md", stages.markdown() + "\n")
     write(OUT / "structures.svg", pictures.overview())
     write(DOCS / "structured" / "catalogue.rst", catalogue_page(rows))
-    for package in (structured, singd):
-        write(DOCS / "api" / f"{package.__name__}.rst", reference(package))
+    for package in reference.PACKAGES:
+        write(DOCS / "api" / f"{package.__name__}.rst", reference.page(package))
 
 
 # The catalogue -----------------------------------------------------------------------------------
-
-
-def heading(text: str, line: str) -> str:
-    return f"{text}\n{line * len(text)}\n"
 
 
 def docstring(thing: object) -> str:
@@ -104,31 +98,6 @@ def entry(name: str, cells: list[str]) -> str:
         for place, cell in enumerate(line):
             out.append(f"   {' ' if place else '*'} - {cell.replace('`', '``').replace('*', '★')}")
     return "\n".join(out) + "\n"
-
-
-# The reference -----------------------------------------------------------------------------------
-
-
-# Modules with more to use than what the packages export.
-MODULES = {
-    "structured": ("testing", "interop", "kernels"),
-    "singd": ("update", "layers", "testing", "plan", "convert", "rounding"),
-}
-
-
-def reference(package: ModuleType) -> str:
-    """What a package exports, and the modules listed above, as far as they exist."""
-    name = package.__name__
-    out = [heading(f"``{name}``", "="), f".. automodule:: {name}", "   :members:"]
-    out += ["   :imported-members:", "   :show-inheritance:"]
-    if package is structured:  # what every member has, once
-        out += ["   :exclude-members: StructuredMatrix", ""]
-        out += [f".. autoclass:: {name}.StructuredMatrix", "   :members:", "   :inherited-members:"]
-    out += [""]
-    for module in (f"{name}.{last}" for last in MODULES[name]):
-        if importlib.util.find_spec(module):
-            out += [heading(f"``{module}``", "-"), f".. automodule:: {module}", "   :members:", ""]
-    return "\n".join(out)
 
 
 # The README --------------------------------------------------------------------------------------

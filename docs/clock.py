@@ -10,16 +10,17 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "ops.csv"
 
 
 def markdown() -> str:
-    """One line for each dtype and size, one column for each operation."""
-    ratios: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """One line for each operation, one column for each dtype and size."""
+    ratios: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    cases: dict[str, None] = {}
     with RESULTS.open(newline="") as file:
         for row in csv.DictReader(file):
-            ratios[row["dtype"], row["n"]][row["operation"]].append(float(row["ratio"]))
-    operations = list(next(iter(ratios.values())))
-    lines = [["dtype", "n", *(f"`{name}`" for name in operations)]]
-    lines.append(["---", *["--:"] * (len(operations) + 1)])
-    for (dtype, n), found in ratios.items():
-        lines.append([dtype, n, *(share(found[name]) for name in operations)])
+            case = f"{row['dtype']}, n = {row['n']}"
+            cases[case] = None
+            ratios[row["operation"]][case].append(float(row["ratio"]))
+    lines = [["", *cases], ["---", *["--:"] * len(cases)]]
+    for name, found in ratios.items():
+        lines.append([f"`{name}`", *(share(found[case]) for case in cases)])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 

@@ -38,6 +38,7 @@ mathjax_path = "tex-svg.js"  # in the built site: formulas need no network
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 90
 napoleon_numpy_docstring = False
 
 sphinx_gallery_conf = {

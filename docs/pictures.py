@@ -158,5 +158,5 @@ def overview(n: int = 12, columns: int = 5) -> str:
         body.append(label(text, x + 13, top + 8))
         x += 13 + 6.3 * len(text) + 22
     body.append(label("one shade: one number in several places", x, top + 8))
-    width = columns * (side + PANEL) - PANEL
+    width = columns * (side + PANEL)
     return document(width, top + 14, body, f"The structures at n = {n}")

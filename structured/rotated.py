@@ -103,7 +103,7 @@ class Rotated(StructuredMatrix):
     """
 
     A: StructuredMatrix  # [..., n, n]
-    Q: Tensor | Operator | str = static()
+    Q: Tensor | Operator | str = static()  # [..., n, n], orthogonal
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -24,7 +24,7 @@ class ScaledIdentity(StructuredMatrix):
     """``c I``. Stores one number; ``A X`` costs n a column."""
 
     c: Tensor  # [...]
-    size: int = static()
+    size: int = static()  # n
 
     dimensions = ("",)
 

@@ -42,7 +42,7 @@ class Tied(StructuredMatrix):
     """
 
     A: StructuredMatrix  # [..., n / k, n / k]
-    k: int = static()
+    k: int = static()  # number of blocks
 
     dimensions = ("q q",)
 

@@ -88,6 +88,7 @@ class StructuredMatrix(Algebra):
     """
 
     closed_under_transpose = False
+    """Whether the transpose of every member is a member."""
 
     # You must write, beside zeros ----------------------------------------------------------------
 
@@ -192,7 +193,7 @@ class StructuredMatrix(Algebra):
 class Transposed(StructuredMatrix):
     """``A^T`` for a member ``A`` of any structure."""
 
-    A: StructuredMatrix
+    A: StructuredMatrix  # [..., n, n]
 
     @property
     def closed_under_transpose(self) -> bool:  # type: ignore[override]  # depends on the part

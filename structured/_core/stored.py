@@ -163,7 +163,7 @@ class Stored(Convertible):
 
     @property
     def layout(self) -> tuple[Any, ...]:
-        """What makes two members addable: class, static fields and shapes, as a hashable tuple."""
+        """Class, static fields and shapes, which addable members share, as a hashable tuple."""
         return self.layout_without(0)
 
     def layout_without(self, batch_ndim: int) -> tuple[Any, ...]:
