@@ -49,7 +49,7 @@ MODULES: Groups = {
     "singd.convert": (),
 }
 ALIASES = {
-    "StructureLike": "What :func:`structured.parse` takes: a spec, a class, a structure, a callable.",
+    "StructureLike": "What :func:`structured.parse` takes: specs, classes, structures, callables.",
 }
 # What a member can do; all else is in a last group.
 MEMBERS: Groups = {
