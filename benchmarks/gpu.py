@@ -245,8 +245,8 @@ def _tilings() -> list[Any]:
 
 
 def _step_kernels(run: Run) -> Iterator[Row]:
-    from singd.ops import reference
-    from singd.ops.kernels import inner_products, momentum_step, rounding
+    from singd.ops import kernels, reference
+    from singd.ops.kernels import inner_products, rounding
     from singd.ops.stochastic_rounding import Rounding, name_keys
 
     noise = Rounding(0, 0)
@@ -289,7 +289,7 @@ def _step_kernels(run: Run) -> Iterator[Row]:
             run,
             f"{len(p)} parameters, momentum, decay",
             p[0],
-            lambda p=p, d=d, b=b, k=keys: momentum_step.launch(p, d, b, *numbers, *k),
+            lambda p=p, d=d, b=b, k=keys: kernels.momentum_step_(p, d, b, *numbers, *k),
             lambda p=p, d=d, b=b, r=rounded: reference.momentum_step_(p, d, b, *numbers, r),
             moved=5 * total,
         )

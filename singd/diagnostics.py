@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from singd.ops.dispatch import load_kernels
 from singd.step.pipeline import Report
 
 
@@ -26,3 +27,19 @@ def describe(report: Report, skipped: int) -> dict[str, Any]:
         entry |= {f"residual_{name}": value for name, value in residuals.items()}
     scales = [d.scale for d in report.directions if d.scale is not None]
     return found | ({"trust_region": scales[-1]} if scales else {})
+
+
+def kernels() -> list[Any]:
+    """Which Triton kernels serve, on which device and data types; which fell back, and why.
+
+    A kernel is listed once for each device and data types that it was used with, and as not used
+    yet before. Each row prints as a line, and has the attributes of
+    :class:`structured.kernels.KernelStatus`: ``kernel``, ``device``, ``dtypes``, ``serves`` and
+    ``reason``. The list is empty where the folders of the kernels are not there.
+    """
+    ours = load_kernels()
+    if ours is None:
+        return []
+    from structured.kernels import status
+
+    return [*ours.status(), *status()]

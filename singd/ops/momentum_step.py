@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singd.ops import reference
+from singd.ops import dispatch, reference
 from singd.ops.reference import EXACT, Indices
-from singd.ops.stochastic_rounding import WHOLE, Rounding, load_kernels, name_keys
+from singd.ops.stochastic_rounding import WHOLE, Rounding, name_keys
 
 
 def momentum_step_(
@@ -139,6 +139,6 @@ def _kernels(
 ) -> ModuleType | None:
     """Our kernels, where they can take the tensors."""
     narrow = all(t.dtype != torch.float64 for t in (*params, *directions))
-    if params[0].is_cuda and narrow and all(t.is_contiguous() for t in (*params, *buffers)):
-        return load_kernels()
+    if narrow and all(t.is_contiguous() for t in (*params, *buffers)):
+        return dispatch.kernels_for(params[0])
     return None

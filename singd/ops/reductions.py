@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from singd.ops import reference
-from singd.ops.stochastic_rounding import load_kernels
+from singd.ops import dispatch, reference
 
 _PIECE = 1 << 18  # numbers of low precision that are made wide at a time
 
@@ -22,7 +21,7 @@ def inner_product(X: Tensor, Y: Tensor) -> Tensor:
     x, y = X.flatten(), Y.flatten()
     if x.dtype.itemsize >= 4:
         return torch.dot(x, y).view(1)
-    if x.is_cuda and (kernels := load_kernels()) is not None:
+    if (kernels := dispatch.kernels_for(x)) is not None:
         sums: Tensor = kernels.inner_product(x, y)
         return sums
     size = _PIECE if x.is_cpu else max(1, len(x))

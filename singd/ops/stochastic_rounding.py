@@ -13,12 +13,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from singd.ops import cuda_graph
+from singd.ops import cuda_graph, dispatch
 from singd.ops.reference import (
     MANTISSA_BITS,
     Indices,
@@ -84,7 +83,7 @@ class Rounding:
             return x.to(dtype)
         flat = x.float().reshape(len(names), -1)
         is_run = indices.width == indices.stride
-        if x.is_cuda and is_run and (kernels := load_kernels()) is not None:
+        if is_run and (kernels := dispatch.kernels_for(x)) is not None:
             key = name_keys(tuple(names), x.device), self.word(x.device)
             return kernels.stochastic_round(flat, dtype, *key, indices.start).view(x.shape)
         return self.plain(flat, dtype, names, indices).view(x.shape)
@@ -132,13 +131,3 @@ def _pieces(b: int, n: int, device: torch.device) -> Iterator[tuple[slice, int, 
     for row in range(0, b, rows):
         for first in range(0, n, _PIECE):
             yield slice(row, row + rows), first, min(first + _PIECE, n)
-
-
-@functools.cache
-def load_kernels() -> ModuleType | None:
-    """:mod:`singd.ops.kernels`, if they and Triton are there."""
-    try:
-        from singd.ops import kernels
-    except ImportError:
-        return None
-    return kernels

@@ -1,15 +1,13 @@
-"""Triton kernels behind PyTorch operators, each beside its plain twin.
+"""Triton kernels behind PyTorch operators, each with a reference in plain PyTorch.
 
-The twins are the functions of ``structured/_products/gram.py``. An operator runs its kernel on CUDA
-where that can serve; anywhere else, and wherever something is differentiated, its twin. Deleting
-this folder leaves a correct library.
+The references are the functions of :mod:`structured._products.gram`. An operator runs its kernel on
+CUDA where that can serve, once :class:`Guarded` has checked it; anywhere else, and wherever
+something is differentiated, its reference. Deleting this folder leaves a correct library.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,11 +15,19 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from structured._products import gram
+from structured.kernels.guard import Guarded, KernelStatus, integers
+
+__all__ = ["Guarded", "KernelStatus", "integers", "status"]
 
 _LIBRARY = torch.library.Library("structured", "DEF")
 
 # In 16 bits and float32; float64 is left to PyTorch.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def status() -> list[KernelStatus]:
+    """Which kernels of this package serve, on which device and data types; those used so far."""
+    return [row for kernel in GUARDED for row in kernel.status()]
 
 
 def _sums_of_squares(X: Tensor) -> Tensor:
@@ -47,47 +53,47 @@ def _add_symmetric_product_(out: Tensor, X: Tensor, beta: float, alpha: float) -
 
 
 def define(
-    library: torch.library.Library,
     schema: str,
     kernel: Callable[..., Any],
-    twin: Callable[..., Any],
+    reference: Callable[..., Any],
     fake: Callable[..., Any],
     serves: Callable[..., bool],
-) -> None:
+    samples: Callable[..., Iterable[tuple[Any, ...]]],
+) -> Guarded:
     """Define an operator.
 
     Args:
-        library: Where.
-        schema: As of :meth:`torch.library.Library.define`.
-        kernel: Run on CUDA where ``serves(*arguments)`` and Triton is installed.
-        twin: Run anywhere else, and differentiated in its stead.
+        schema: Schema as of :meth:`torch.library.Library.define`.
+        kernel: Run on CUDA where ``serves(*arguments)``, once it is checked.
+        reference: Run anywhere else, and differentiated in its stead.
         fake: What tensors come out, for ``torch.compile``.
         serves: Whether the kernel can take the arguments, and should.
+        samples: Arguments for the check of the kernel, see :class:`Guarded`.
     """
     name = schema.partition("(")[0]
-    qualified = f"{library.ns}::{name}"
+    qualified = f"{_LIBRARY.ns}::{name}"
+    guarded = Guarded(qualified, kernel, reference, samples)
 
-    def on_cuda(*args: Any) -> Any:
-        if _triton_is_installed() and serves(*args):
-            return kernel(*args)
-        return twin(*args)
+    def run(*args: Any) -> Any:
+        return guarded(*args) if serves(*args) else reference(*args)
 
     def differentiable(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
         if any(isinstance(a, Tensor) and _is_differentiated(a) for a in args):
-            return twin(*args)
-        operator = getattr(getattr(torch.ops, library.ns), name).default
+            return reference(*args)
+        operator = getattr(getattr(torch.ops, _LIBRARY.ns), name).default
         return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
     def batched(info: Any, dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         moved = [a if d is None else a.movedim(d, 0) for a, d in zip(args, dims, strict=True)]
-        return getattr(getattr(torch.ops, library.ns), name)(*moved), 0
+        return getattr(getattr(torch.ops, _LIBRARY.ns), name)(*moved), 0
 
-    library.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
-    library.impl(name, twin, "CPU")
-    library.impl(name, on_cuda, "CUDA")
-    library.impl(name, differentiable, "Autograd", with_keyset=True)
-    torch.library.register_fake(qualified, fake, lib=library)
-    torch.library.register_vmap(qualified, batched, lib=library)
+    _LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    for device in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, device)
+    _LIBRARY.impl(name, differentiable, "Autograd", with_keyset=True)
+    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    torch.library.register_vmap(qualified, batched, lib=_LIBRARY)
+    return guarded
 
 
 def _is_differentiated(t: Tensor) -> bool:
@@ -97,37 +103,50 @@ def _is_differentiated(t: Tensor) -> bool:
     return forward_ad.unpack_dual(t).tangent is not None
 
 
-@functools.cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _is_served(X: Tensor) -> bool:
     """Whether there is something to multiply, in a precision of the kernels."""
     return X.dtype in DTYPES and X.numel() > 0
 
 
-define(
-    _LIBRARY,
-    "sums_of_squares(Tensor X) -> Tensor",
-    _sums_of_squares,
-    gram.sums_of_squares,
-    lambda X: X.new_empty(X.shape[:-1]),
-    _is_served,
-)
-define(
-    _LIBRARY,
-    "symmetric_product(Tensor X) -> Tensor",
-    _symmetric_product,
-    gram.symmetric_product,
-    lambda X: X.new_empty(*X.shape[:-1], X.shape[-2]),
-    _is_served,
-)
-define(
-    _LIBRARY,
-    "add_symmetric_product_(Tensor(a!) out, Tensor X, float beta, float alpha) -> ()",
-    _add_symmetric_product_,
-    gram.add_symmetric_product_,
-    lambda out, X, beta, alpha: None,
-    lambda out, X, beta, alpha: _is_served(X) and out.dtype == torch.float32 and out.ndim <= 4,
+def _samples(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[Tensor]]:
+    """By rows and by columns, small blocks and a matrix of several tiles; sums below 256."""
+    options: dict[str, Any] = {"bound": 2, "dtype": dtypes[-1], "device": device}
+    yield (integers(3, 20, 50, **options),)
+    yield (integers(50, 140, **options).mT,)
+
+
+def _samples_with_sums(
+    device: torch.device, dtypes: tuple[torch.dtype, ...]
+) -> Iterator[tuple[Tensor, Tensor, float, float]]:
+    for (X,) in _samples(device, dtypes):
+        n = X.shape[-2]
+        out = integers(n, n, bound=9, dtype=dtypes[0], device=device)
+        yield (out + out.mT).expand(*X.shape[:-1], n).clone(), X, 0.5, 2.0
+
+
+GUARDED = (
+    define(
+        "sums_of_squares(Tensor X) -> Tensor",
+        _sums_of_squares,
+        gram.sums_of_squares,
+        lambda X: X.new_empty(X.shape[:-1]),
+        _is_served,
+        _samples,
+    ),
+    define(
+        "symmetric_product(Tensor X) -> Tensor",
+        _symmetric_product,
+        gram.symmetric_product,
+        lambda X: X.new_empty(*X.shape[:-1], X.shape[-2]),
+        _is_served,
+        _samples,
+    ),
+    define(
+        "add_symmetric_product_(Tensor(a!) out, Tensor X, float beta, float alpha) -> ()",
+        _add_symmetric_product_,
+        gram.add_symmetric_product_,
+        lambda out, X, beta, alpha: None,
+        lambda out, X, beta, alpha: _is_served(X) and out.dtype == torch.float32 and out.ndim <= 4,
+        _samples_with_sums,
+    ),
 )

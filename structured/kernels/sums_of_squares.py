@@ -1,4 +1,6 @@
-"""Sums of squares along rows, the diagonal of a Gram matrix. Twin: ``torch.linalg.vecdot(X, X)``.
+"""Sums of squares along rows, the diagonal of a Gram matrix.
+
+Reference: ``torch.linalg.vecdot(X, X)``.
 
 ``X`` is read once, along whichever dimension is contiguous, and summed in float32. Where rows are
 few and columns many, several programs share the columns; their sums are added afterwards in a fixed

@@ -1,4 +1,4 @@
-"""Symmetric products ``X X^T`` by half their tiles. Twin: ``X @ X.mT``.
+"""Symmetric products ``X X^T`` by half their tiles. Reference: ``X @ X.mT``.
 
 Only tiles on and below the diagonal are computed; each is stored twice. They are numbered down the
 columns of bands of rows, so that programs that run side by side share what they read. Diagonal

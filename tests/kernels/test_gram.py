@@ -1,4 +1,4 @@
-"""The kernels of ``structured`` against their twins: interpreted on the CPU, or on a GPU."""
+"""The kernels of ``structured`` against their references: interpreted on the CPU, or on a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from structured.kernels import _layout
+from structured.kernels import _layout, guard
 from structured.kernels import sums_of_squares as squares
 from structured.kernels import symmetric_product as product
 
@@ -97,9 +97,9 @@ def test_sums_of_symmetric_products_in_place(shape, beta):
     product.launch_add(out, X, beta, 2.0)
     exact = beta * before.double() + 2 * X.double() @ X.double().mT
     torch.testing.assert_close(out, exact.float(), rtol=0, atol=0)
-    twin = before.clone()
-    gram.add_symmetric_product_(twin, X, beta, 2.0)
-    torch.testing.assert_close(twin, exact.float(), rtol=0, atol=0)
+    plain = before.clone()
+    gram.add_symmetric_product_(plain, X, beta, 2.0)
+    torch.testing.assert_close(plain, exact.float(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 7, 8, 9, 16, 20])
@@ -186,7 +186,7 @@ def test_parts_fill_the_device_and_cover_the_columns(monkeypatch):
 
 @pytest.mark.parametrize("name", ["sums_of_squares", "symmetric_product"])
 class TestOperator:
-    """What PyTorch does with the operators, twin and kernel alike."""
+    """What PyTorch does with the operators, reference and kernel alike."""
 
     @pytest.mark.parametrize("shape", [(3, 7, 5), (0, 4), (4, 0), (0, 3, 4)])
     @pytest.mark.parametrize("trained", [False, True])
@@ -202,13 +202,13 @@ class TestOperator:
 
     def test_transforms(self, name):
         X = torch.randn(2, 4, 3, device=DEVICE)
-        operator, twin = getattr(OPERATORS, name), getattr(gram, name)
+        operator, plain = getattr(OPERATORS, name), getattr(gram, name)
         each = torch.func.vmap(operator, in_dims=2)(X)
-        torch.testing.assert_close(each, torch.func.vmap(twin, in_dims=2)(X))
+        torch.testing.assert_close(each, torch.func.vmap(plain, in_dims=2)(X))
         tangents = torch.func.jvp(operator, (X,), (X,))[1]
-        torch.testing.assert_close(tangents, 2 * twin(X))
+        torch.testing.assert_close(tangents, 2 * plain(X))
         slopes = torch.func.vmap(torch.func.grad(lambda x: operator(x).sum()))(X)
-        expected = torch.func.vmap(torch.func.grad(lambda x: twin(x).sum()))(X)
+        expected = torch.func.vmap(torch.func.grad(lambda x: plain(x).sum()))(X)
         torch.testing.assert_close(slopes, expected)
 
     def test_compiles_whole(self, name):
@@ -251,7 +251,7 @@ def test_what_the_kernels_serve():
     assert kernels._is_served(torch.ones(1, 1))
     assert not kernels._is_served(torch.ones(3, 0))
     assert not kernels._is_served(torch.ones(1, 1, dtype=torch.float64))
-    assert kernels._triton_is_installed()
+    assert guard.triton_is_installed()
 
 
 def test_on_the_cpu_no_operator_is_called():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,11 +20,19 @@ from singd.ops.stochastic_rounding import Rounding, name_keys, stochastic_round
 pytest.importorskip("triton")
 from singd.ops import kernels
 from singd.ops.kernels import inner_products as inner_product_kernel
-from singd.ops.kernels import momentum_step as momentum_step_kernel
 from singd.ops.kernels import rounding as rounding_kernel
+from structured.kernels import guard
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LOW = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Behind operators, on the CPU too; and none may fall back."""
+    monkeypatch.setattr(guard, "DEVICES", {"cpu", "cuda"})
+    yield
+    assert all(row.serves or not row.device for row in kernels.status()), kernels.status()
 
 
 def keys(*names: str, seed: int = 3, step: int = 0) -> tuple[Tensor, Tensor]:
@@ -111,7 +120,7 @@ def test_a_step_of_many_parameters(dtype: torch.dtype, momentum: float, decouple
         flat = Rounding(3, 0).plain(x.reshape(1, -1), dtype, names[index : index + 1])
         return flat.view(x.shape)
 
-    momentum_step_kernel.launch(mine[0], directions, mine[1], *numbers, *keys(*names))
+    kernels.momentum_step_(mine[0], directions, mine[1], *numbers, *keys(*names))
     reference.momentum_step_(params, directions, buffers, *numbers, plainly)
     eps = torch.finfo(dtype).eps
     for found, expected in zip(mine[0] + mine[1], params + buffers, strict=True):
@@ -124,31 +133,33 @@ def test_a_step_of_many_parameters(dtype: torch.dtype, momentum: float, decouple
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
-def test_what_guards_a_step_keeps_all_or_nothing(dtype: torch.dtype, momentum: float) -> None:
-    """As for the reference behind the operator."""
+@pytest.mark.parametrize("devices", [{"cpu", "cuda"}, {}], ids=["kernel", "reference"])
+def test_what_guards_a_step_keeps_all_or_nothing(
+    dtype: torch.dtype, momentum: float, devices: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "DEVICES", devices)
     torch.manual_seed(0)
     params = [torch.randn(n, device=DEVICE).to(dtype) for n in (9000, 3)]
     buffers = [torch.randn_like(p) for p in params] if momentum else []
     directions = [torch.randn(p.shape, device=DEVICE) for p in params]
     bad = [torch.full_like(d, torch.nan) for d in directions]
 
-    def step(along: list[Tensor], *unless: Tensor, of: Any) -> list[Tensor]:
+    def step(along: list[Tensor], *unless: Tensor) -> list[Tensor]:
         moved = [p.clone() for p in params], along, [b.clone() for b in buffers]
-        of(*moved, 0.1, momentum, 0.01, False, *keys("p", "q"), *unless)
+        kernels.momentum_step_(*moved, 0.1, momentum, 0.01, False, *keys("p", "q"), *unless)
         return moved[0] + moved[2]
 
     no, yes = (torch.tensor(value, device=DEVICE) for value in (False, True))
-    for of in (momentum_step_kernel.launch, kernels.momentum_step_):
-        taken = step(directions, no, of=of)
-        torch.testing.assert_close(taken, step(directions, of=of), rtol=0, atol=0)
-        torch.testing.assert_close(step(bad, yes, of=of), params + buffers, rtol=0, atol=0)
-        assert not torch.equal(taken[1], params[1])
+    taken = step(directions, no)
+    torch.testing.assert_close(taken, step(directions), rtol=0, atol=0)
+    torch.testing.assert_close(step(bad, yes), params + buffers, rtol=0, atol=0)
+    assert not torch.equal(taken[1], params[1])
 
 
 @pytest.mark.parametrize("indices", [Indices(5), Indices(3, 40, 70), Indices(0, 1, 3)])
 @pytest.mark.parametrize("dtype", LOW)
 def test_a_part_of_a_parameter_has_the_noise_of_its_places(
-    dtype: torch.dtype, indices: Indices
+    dtype: torch.dtype, indices: Indices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     p, d = (torch.randn(3000, device=DEVICE) for _ in range(2))
@@ -156,13 +167,14 @@ def test_a_part_of_a_parameter_has_the_noise_of_its_places(
     at = indices.of(torch.arange(3000, device=DEVICE))
     whole[0][at], whole[1][at] = p, d
     numbers = 0.1, 0.0, 0.0, False
-    parts, operated = [p.to(dtype)], [p.to(dtype)]
+    parts, referred = [p.to(dtype)], [p.to(dtype)]
     wholes = [whole[0].to(dtype)]
-    momentum_step_kernel.launch(wholes, whole[1:], [], *numbers, *keys("p"))
-    momentum_step_kernel.launch(parts, [d], [], *numbers, *keys("p"), None, list(indices))
-    kernels.momentum_step_(operated, [d], [], *numbers, *keys("p"), None, list(indices))
+    kernels.momentum_step_(wholes, whole[1:], [], *numbers, *keys("p"))
+    kernels.momentum_step_(parts, [d], [], *numbers, *keys("p"), None, list(indices))
+    monkeypatch.setattr(guard, "DEVICES", {})
+    kernels.momentum_step_(referred, [d], [], *numbers, *keys("p"), None, list(indices))
     assert torch.equal(parts[0], wholes[0][at])
-    assert (operated[0] == parts[0]).double().mean() > 0.99
+    assert (referred[0] == parts[0]).double().mean() > 0.99
 
 
 def test_small_steps_add_up() -> None:
@@ -170,7 +182,7 @@ def test_small_steps_add_up() -> None:
     p, d = torch.ones(4000, device=DEVICE).bfloat16(), torch.ones(4000, device=DEVICE)
     for step in range(20):
         numbers = 1e-4, 0.0, 0.0, False
-        momentum_step_kernel.launch([p], [d], [], *numbers, *keys("p", step=step))
+        kernels.momentum_step_([p], [d], [], *numbers, *keys("p", step=step))
     assert abs(float(p.double().mean()) - 0.998) < 2e-4
 
 
@@ -180,7 +192,7 @@ def test_the_step_is_that_of_the_optimizer(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     p, d, b = (torch.randn(300, device=DEVICE).to(dtype) for _ in range(3))
     mine, buffer, options = p.clone(), b.clone(), {"lr": 0.1, "momentum": 0.9}
-    momentum_step_kernel.launch([mine], [d], [buffer], 0.1, 0.9, 0.01, True, *keys("p"))
+    kernels.momentum_step_([mine], [d], [buffer], 0.1, 0.9, 0.01, True, *keys("p"))
     common: dict[str, Any] = {"rounding": Rounding(3, 0), "names": ["p"], "weight_decay": 0.01}
     momentum_step_([p], [d], [b], **options, **common, decoupled=True)
     eps = torch.finfo(dtype).eps

@@ -17,7 +17,7 @@ import torch
 {before}
 import structured, singd
 from structured._core import dispatch
-from singd.ops import stochastic_rounding
+from singd.ops import dispatch as ours
 assert structured.__file__.startswith({root!r}), structured.__file__
 assert {expected}
 X = torch.randint(-3, 4, (6, 9)).double()
@@ -46,15 +46,14 @@ def test_without_their_folders(tmp_path: Path) -> None:
     for package in ("structured", "singd"):
         skipped = shutil.ignore_patterns("kernels", "__pycache__")
         shutil.copytree(ROOT / package, tmp_path / package, ignore=skipped)
-    run(tmp_path, "", "dispatch.kernels is None and stochastic_rounding.load_kernels() is None")
+    run(tmp_path, "", "dispatch.kernels is None and ours.load_kernels() is None")
 
 
 def test_without_triton() -> None:
-    expected = "dispatch.kernels is not None and stochastic_rounding.load_kernels() is None"
-
+    expected = "dispatch.kernels is not None and ours.load_kernels() is not None"
     hide = "import importlib.util as u; f = u.find_spec; "
     hide += "u.find_spec = lambda n, *a: None if n == 'triton' else f(n, *a)"
-    run(ROOT, hide, expected + " and not dispatch.kernels._triton_is_installed()")
+    run(ROOT, hide, expected + " and not dispatch.kernels.guard.triton_is_installed()")
 
 
 @pytest.mark.parametrize(

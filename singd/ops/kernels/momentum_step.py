@@ -119,6 +119,7 @@ def launch(
     params: Sequence[Tensor],
     directions: Sequence[Tensor],
     buffers: Sequence[Tensor],
+    places: Sequence[int],
     lr: float,
     momentum: float,
     weight_decay: float,
@@ -128,42 +129,51 @@ def launch(
     unless: Tensor | None = None,
     boxes: Sequence[int] | None = None,
 ) -> None:
-    """One launch for each pair of dtypes and kind of memory; parameters are contiguous."""
-    sorted_: dict[tuple[torch.dtype, torch.dtype, bool, bool, bool], list[Row]] = {}
+    """One launch, for tensors that are alike in data types and layout and are not empty.
+
+    Args:
+        params: Contiguous parameters.
+        directions: Directions; rows may be apart.
+        buffers: Contiguous momenta, or none.
+        places: Place in ``names`` of each parameter.
+        lr: Step size.
+        momentum: Momentum.
+        weight_decay: Weight decay.
+        decoupled: Whether the decay is AdamW's.
+        names: Hashes of names, int64.
+        word: Seed of the step, int64 ``[1]``.
+        unless: Truth value: if it is true, nothing changes.
+        boxes: For every name the numbers of :class:`singd.ops.reference.Indices`.
+    """
+    rows: list[Row] = []
     alive = []  # copies of directions, until the kernel is launched
-    triples = zip(params, directions, buffers or params, strict=True)
-    for index, (p, direction, b) in enumerate(triples):
-        if not p.numel():
-            continue
+    for p, direction, b, place in zip(params, directions, buffers or params, places, strict=True):
         d, length, stride = _in_rows(direction)
         alive.append(d)
-        addresses = (p.data_ptr(), d.data_ptr(), b.data_ptr())
-        aligned = all(address % 16 == 0 for address in addresses)
-        start, width, step = boxes[3 * index : 3 * index + 3] if boxes else (0, 1, 1)
-        kind = (p.dtype, d.dtype, stride != length, width != step, aligned)
-        row = (*addresses, p.numel(), length, stride, index, start, width, step)
-        sorted_.setdefault(kind, []).append(row)
-    for (dtype, other, strided, is_box, aligned), rows in sorted_.items():
-        blocks = triton.cdiv(max(row[3] for row in rows), BLOCK)
-        _kernel[(min(blocks, PROGRAMS), len(rows))](
-            _table(tuple(rows), params[0].device),
-            names,
-            word,
-            word if unless is None else unless,
-            lr,
-            momentum,
-            weight_decay,
-            TYPE=TYPES[dtype],
-            DIRECTION=TYPES[other],
-            DECOUPLED=decoupled,
-            MOMENTUM=bool(buffers),
-            GUARDED=unless is not None,
-            STRIDED=strided,
-            BOXES=is_box,
-            ALIGNED=aligned,
-            BITS=DROPPED[dtype],
-            BLOCK=BLOCK,
-        )
+        addresses = p.data_ptr(), d.data_ptr(), b.data_ptr()
+        start, width, step = boxes[3 * place : 3 * place + 3] if boxes else (0, 1, 1)
+        rows.append((*addresses, p.numel(), length, stride, place, start, width, step))
+    dtype = params[0].dtype
+    blocks = triton.cdiv(max(row[3] for row in rows), BLOCK)
+    _kernel[(min(blocks, PROGRAMS), len(rows))](
+        _table(tuple(rows), params[0].device),
+        names,
+        word,
+        word if unless is None else unless,
+        lr,
+        momentum,
+        weight_decay,
+        TYPE=TYPES[dtype],
+        DIRECTION=TYPES[alive[0].dtype],
+        DECOUPLED=decoupled,
+        MOMENTUM=bool(buffers),
+        GUARDED=unless is not None,
+        STRIDED=any(row[5] != row[4] for row in rows),
+        BOXES=any(row[8] != row[9] for row in rows),
+        ALIGNED=all(address % 16 == 0 for row in rows for address in row[:3]),
+        BITS=DROPPED[dtype],
+        BLOCK=BLOCK,
+    )
 
 
 def _in_rows(d: Tensor) -> tuple[Tensor, int, int]:
