@@ -76,7 +76,7 @@ def main() -> None:
             momentum_step._kernel,
             move,
             {"TYPE": tl.bfloat16, "DIRECTION": tl.bfloat16, "MOMENTUM": True, "STRIDED": False}
-            | {"DECOUPLED": True, "GUARDED": True, "ALIGNED": True, "BITS": 16}
+            | {"DECOUPLED": True, "GUARDED": True, "ALIGNED": True, "BITS": 16, "BOXES": False}
             | {"BLOCK": momentum_step.BLOCK},
         ),
     }
