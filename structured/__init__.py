@@ -6,6 +6,7 @@ few tensors. See :class:`StructuredMatrix` for what a member can do and how to a
 """
 
 from structured._core.dispatch import add_symmetric_product_
+from structured._core.lazy import Outer, Product, Sum
 from structured._core.matrix import Operator, StructuredMatrix, static
 from structured._core.spec import Structure, StructureLike, parse
 from structured._core.version import version
@@ -49,6 +50,8 @@ __all__ = [
     "LowerToeplitz",
     "LowerTriangular",
     "Operator",
+    "Outer",
+    "Product",
     "Rotated",
     "ScaledIdentity",
     "Strided",
@@ -56,6 +59,7 @@ __all__ = [
     "StructureLike",
     "StructuredMatrix",
     "StructuredParameter",
+    "Sum",
     "Tied",
     "Transposed",
     "UpperToeplitz",

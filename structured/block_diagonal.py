@@ -172,6 +172,11 @@ class BlockDiagonal(StructuredMatrix):
         blocks, last = (t.diagonal(dim1=-2, dim2=-1) for t in self.tensors())
         return torch.cat([blocks.flatten(-2), last], -1)
 
+    def trace(self) -> Tensor:
+        """Sum of the traces of the blocks."""
+        blocks = self.blocks.diagonal(dim1=-2, dim2=-1).sum((-2, -1))
+        return blocks + self.last.diagonal(dim1=-2, dim2=-1).sum(-1)
+
     def trace_product(self, other: Self) -> Tensor:
         """Sum over the blocks, k n."""
         blocks = Dense(self.blocks).trace_product(Dense(other.blocks)).sum(-1)

@@ -161,6 +161,11 @@ class BlockUpper(_BlockTriangular):
         x2 = self.C.solve(y2)
         return torch.cat([self.A.solve(y1 - self.B @ x2), x2], -2)
 
+    def squared_rows(self) -> Tensor:
+        """Those of ``A`` and of ``B``, then those of ``C``."""
+        first = self.A.squared_rows() + self.B.square().sum(-1)
+        return torch.cat([first, self.C.squared_rows()], -1)
+
     def inverse(self) -> Self:
         """``[[A^-1, -A^-1 B C^-1], [0, C^-1]]``."""
         B = self.C.mT.solve(self.A.solve(-self.B).mT).mT
@@ -245,6 +250,11 @@ class BlockLower(_BlockTriangular):
         y1, y2 = self._split(X)
         x1 = self.A.solve(y1)
         return torch.cat([x1, self.C.solve(y2 - self.B @ x1)], -2)
+
+    def squared_rows(self) -> Tensor:
+        """Those of ``A``, then those of ``B`` and of ``C``."""
+        last = self.B.square().sum(-1) + self.C.squared_rows()
+        return torch.cat([self.A.squared_rows(), last], -1)
 
     def inverse(self) -> Self:
         """``[[A^-1, 0], [-C^-1 B A^-1, C^-1]]``."""

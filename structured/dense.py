@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Size, Tensor
 
-from structured._core.dispatch import symmetric_product
+from structured._core.dispatch import sums_of_squares, symmetric_product
 from structured._core.matrix import (
     Scalar,
     StructuredMatrix,
@@ -101,6 +101,14 @@ class Dense(StructuredMatrix):
         """By scaling and squaring, in float32 at least."""
         wide = self.M.to(at_least_float32(self.dtype))
         return self._build([torch.linalg.matrix_exp(wide).to(self.dtype)])
+
+    def squared_rows(self) -> Tensor:
+        """Row by row, n^2."""
+        return sums_of_squares(self.M)
+
+    def trace(self) -> Tensor:
+        """``sum_i M_ii``."""
+        return self.M.diagonal(dim1=-2, dim2=-1).sum(-1)
 
     def trace_product(self, other: Self) -> Tensor:
         """``sum_ij M_ij N_ji``, n^2."""

@@ -96,6 +96,10 @@ class Diagonal(StructuredMatrix):
         """``d``."""
         return self.d.clone()
 
+    def squared_rows(self) -> Tensor:
+        """``d^2``."""
+        return self.d.square()
+
     def trace(self) -> Tensor:
         """Sum of ``d``."""
         return self.d.sum(-1)

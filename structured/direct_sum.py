@@ -109,6 +109,10 @@ class DirectSum(StructuredMatrix):
         """Those of ``A`` and of ``C``."""
         return torch.cat([self.A.diagonal(), self.C.diagonal()], -1)
 
+    def squared_rows(self) -> Tensor:
+        """Those of ``A`` and of ``C``."""
+        return torch.cat([self.A.squared_rows(), self.C.squared_rows()], -1)
+
     def trace(self) -> Tensor:
         """``tr A + tr C``."""
         return self.A.trace() + self.C.trace()

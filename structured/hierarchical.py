@@ -26,26 +26,19 @@ import torch
 from torch import Size, Tensor
 from torch.nn.functional import pad
 
+from structured._core.arrow import Arrow, at_ends
 from structured._core.checks import check_pivots
 from structured._core.dispatch import sums_of_squares
 from structured._core.matrix import (
-    Operator,
     Scalar,
     StructuredMatrix,
     add_to_diagonal,
     at_least_float32,
     joint_norm,
     largest,
-    static,
 )
-from structured._core.stored import Stored
-from structured._products.in_place import add_product_, plain, plus_product
+from structured._products.in_place import plain, plus_product
 from structured.dense import Dense
-
-
-def _ends(t: Tensor, first: int, last: int, dim: int = -2) -> Tensor:
-    """The first and the last places along a dimension: ``J^T t``, or ``t J`` for ``dim = -1``."""
-    return torch.cat([t.narrow(dim, 0, first), t.narrow(dim, t.shape[dim] - last, last)], dim)
 
 
 class Hierarchical(StructuredMatrix):
@@ -140,7 +133,7 @@ class Hierarchical(StructuredMatrix):
         """``D_A D_B + J (V_A D_B + (V_A J) V_B)``."""
         V = self._rows
         scaled = V * other._diagonal[..., None, :]
-        product = plus_product(scaled, _ends(V, *self._sizes, -1), other._rows)
+        product = plus_product(scaled, at_ends(V, *self._sizes, -1), other._rows)
         return self._with(self.d * other.d, product)
 
     def apply(self, X: Tensor) -> Tensor:
@@ -157,28 +150,28 @@ class Hierarchical(StructuredMatrix):
 
     def apply_transpose(self, X: Tensor) -> Tensor:
         """``D X + V^T (J^T X)``."""
-        return plus_product(self._diagonal[..., None] * X, self._rows.mT, _ends(X, *self._sizes))
+        return plus_product(self._diagonal[..., None] * X, self._rows.mT, at_ends(X, *self._sizes))
 
     def orthogonal_project(self, M: Tensor) -> Self:
         """The rows and the diagonal of ``M [..., n, n]``."""
         d = self._middle(M.diagonal(dim1=-2, dim2=-1))
-        return self._with(d.clone(), _ends(M, *self._sizes))
+        return self._with(d.clone(), at_ends(M, *self._sizes))
 
     def project(self, S: Tensor) -> Self:
         """The rows and the diagonal of ``S [..., n, n]``, twice what has no mirror image."""
         d = self._middle(S.diagonal(dim1=-2, dim2=-1))
-        return self._projected(d.clone(), _ends(S, *self._sizes))
+        return self._projected(d.clone(), at_ends(S, *self._sizes))
 
     def project_gram(self, X: Tensor) -> Self:
         """``J^T X X^T`` and sums of squares, (k1 + k2 + 1) n a column."""
         middle = X.narrow(-2, self.top.shape[-2], self.d.shape[-1])
-        return self._projected(sums_of_squares(middle), _ends(X, *self._sizes) @ X.mT)
+        return self._projected(sums_of_squares(middle), at_ends(X, *self._sizes) @ X.mT)
 
     def gram(self) -> Self:
         """``Pi(D^2 + V^T V)``."""
         V = self._rows
         d = self.d.square() + self._middle(V.square().sum(-2))
-        return self._projected(d, _ends(V, *self._sizes, -1).mT @ V)
+        return self._projected(d, at_ends(V, *self._sizes, -1).mT @ V)
 
     closed_under_congruence = True
 
@@ -188,10 +181,10 @@ class Hierarchical(StructuredMatrix):
         And on the diagonal, ``D S D + 2 D V^T Q + V^T Q J V``.
         """
         V, Q, D = self._rows, U._symmetric_rows(), self._diagonal
-        QJV = _ends(Q, *self._sizes, -1) @ V
+        QJV = at_ends(Q, *self._sizes, -1) @ V
         mixed, own = self._middle((V * Q).sum(-2)), self._middle((V * QJV).sum(-2))
         d = self.d * (self.d * U.d + 2 * mixed) + own
-        corner = _ends(V, *self._sizes, -1)
+        corner = at_ends(V, *self._sizes, -1)
         return self._projected(d, corner.mT @ torch.addcmul(QJV, Q, D[..., None, :]))
 
     def _symmetric_rows(self) -> Tensor:
@@ -215,6 +208,15 @@ class Hierarchical(StructuredMatrix):
     def _outer(self) -> Self:
         """``Pi(A A^T)``."""
         return self._projected(self.d.square(), self._outer_rows())
+
+    def squared_rows(self) -> Tensor:
+        """Those of the full rows about ``d^2``."""
+        first, last = (t.square().sum(-1) for t in (self.top, self.bottom))
+        return torch.cat([first, self.d.square(), last], -1)
+
+    def _squared_columns(self) -> Tensor:
+        """``D^2`` and those of ``V``."""
+        return self._diagonal.square() + self._rows.square().sum(-2)
 
     def outer(self) -> Arrow:
         """``A A^T``, applied at half the cost of ``A`` and ``A^T`` in turn."""
@@ -252,8 +254,8 @@ class Hierarchical(StructuredMatrix):
     def _solve(self, Y: Tensor, *, transpose: bool) -> Tensor:
         check_pivots(self.d)
         k1, V, d = self._sizes[0], self._rows, self.d[..., None]
-        corner, across = Dense(_ends(V, *self._sizes, -1)), self._middle(V)
-        y, ends = Y.narrow(-2, k1, d.shape[-2]), _ends(Y, *self._sizes)
+        corner, across = Dense(at_ends(V, *self._sizes, -1)), self._middle(V)
+        y, ends = Y.narrow(-2, k1, d.shape[-2]), at_ends(Y, *self._sizes)
         if transpose:
             ends = corner.mT.solve(ends)
             x = (y - across.mT @ ends) / d
@@ -271,14 +273,14 @@ class Hierarchical(StructuredMatrix):
         check_pivots(self.d)
         k1, k2 = self._sizes
         wide = self.to(at_least_float32(self.dtype))
-        corner = torch.linalg.inv(_ends(wide._rows, k1, k2, -1))
+        corner = torch.linalg.inv(at_ends(wide._rows, k1, k2, -1))
         across = corner @ (wide._middle(wide._rows) / -wide.d[..., None, :])
         rows = torch.cat([corner[..., :k1], across, corner[..., k1:]], -1)
         return self._with(1 / self.d, rows.to(self.dtype))
 
     def logdet(self) -> Tensor:
         """``log|det(V J)|`` and the sum of ``log |d|``."""
-        corner = Dense(_ends(self._rows, *self._sizes, -1))
+        corner = Dense(at_ends(self._rows, *self._sizes, -1))
         return corner.logdet() + self.d.abs().log().sum(-1)
 
     def max_abs(self) -> Tensor:
@@ -291,71 +293,3 @@ class Hierarchical(StructuredMatrix):
         """Square root of the sum of all squared entries."""
         norms = (torch.linalg.vector_norm(t, dim=(-2, -1)) for t in (self.top, self.bottom))
         return joint_norm(*norms, torch.linalg.vector_norm(self.d, dim=-1))
-
-
-class Arrow(Stored, Operator):
-    """A symmetric matrix with full rows and columns in front and at the end, else diagonal.
-
-    What ``A A^T`` is for a hierarchical ``A``. No structure: products fill the middle.
-    """
-
-    d: Tensor  # [..., n], zero at the full rows
-    W: Tensor  # [..., k, n], the full rows
-    first: int = static()  # how many of them are in front
-
-    @property
-    def shape(self) -> Size:
-        """``[..., n, n]``."""
-        n = self.d.shape[-1]
-        return Size((*self.d.shape[:-1], n, n))
-
-    @property
-    def mT(self) -> Arrow:
-        """Symmetric: its own transpose."""
-        return self
-
-    def apply(self, X: Tensor) -> Tensor:
-        """Rows by one product of width k, columns by another."""
-        return self._apply(X, own=False)
-
-    def apply_overwriting(self, X: Tensor) -> Tensor:
-        """As :meth:`apply`, the rows that are not full in place."""
-        return self._apply(X, own=True)
-
-    def _apply(self, X: Tensor, *, own: bool) -> Tensor:
-        k1, k = self.first, self.W.shape[-2]
-        return self._write(X, self.W @ X, _ends(X, k1, k - k1), own=own)
-
-    rows_apart = True
-
-    def apply_rows(self, X: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Without joining the parts, if the second holds full rows alone."""
-        k1, (k, n), s = self.first, self.W.shape[-2:], X.shape[-2]
-        if s < n - k + k1:  # rows that are not full come second
-            return super().apply_rows(X, x)
-        Z = plus_product(self.W[..., :s] @ X, self.W[..., s:], x)
-        ends = torch.cat([X[..., :k1, :], X[..., n - k + k1 :, :], x], -2)
-        return self._write(X, Z, ends, own=False), Z[..., k - n + s :, :]
-
-    def _write(self, X: Tensor, Z: Tensor, ends: Tensor, *, own: bool) -> Tensor:
-        """The first rows of the product, as many as ``X`` has, from the full ones ``Z``."""
-        k1, (k, n), s = self.first, self.W.shape[-2:], X.shape[-2]
-        if not plain(X, Z, ends, self.d, self.W):
-            middle = self.d[..., k1 : n - k + k1, None] * X.narrow(-2, k1, n - k)
-            middle = middle + self.W.narrow(-1, k1, n - k).mT @ ends
-            return torch.cat([Z[..., :k1, :], middle, Z[..., k1 : k - n + s, :]], -2)
-        d = self.d[..., :s, None]
-        Y = X.mul_(d) if own else d * X
-        add_product_(Y.narrow(-2, k1, n - k), self.W.narrow(-1, k1, n - k).mT, ends)
-        Y[..., :k1, :] = Z[..., :k1, :]
-        Y[..., n - k + k1 :, :] = Z[..., k1 : k - n + s, :]
-        return Y
-
-    def apply_transpose(self, X: Tensor) -> Tensor:
-        """The same as :meth:`apply`."""
-        return self.apply(X)
-
-    def to_dense(self) -> Tensor:
-        """``A I``."""
-        eye = torch.eye(self.n, dtype=self.dtype, device=self.device)
-        return self.apply(eye)

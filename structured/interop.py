@@ -18,10 +18,12 @@ import torch
 from linear_operator.operators import DenseLinearOperator, LinearOperator, RootLinearOperator
 from torch import Size, Tensor
 
+from structured._core.composite import Composite
 from structured._core.matrix import StructuredMatrix, at_least_float32
 from structured.kronecker import Kronecker
 
 AnyMember: TypeAlias = StructuredMatrix | Kronecker
+AnyOperator: TypeAlias = StructuredMatrix | Composite
 
 __all__ = ["to_linear_operator", "to_root_linear_operator", "to_scipy"]
 
@@ -50,7 +52,7 @@ def to_root_linear_operator(K: AnyMember) -> LinearOperator:
     return _Root(to_linear_operator(K))
 
 
-def to_scipy(A: AnyMember) -> scipy.sparse.linalg.LinearOperator:
+def to_scipy(A: AnyOperator) -> scipy.sparse.linalg.LinearOperator:
     """``A [n, n]`` as a ``scipy.sparse.linalg.LinearOperator``, with its adjoint.
 
     Products run in the dtype of ``A``, bfloat16 and float16 raised to float32, on its device.

@@ -7,16 +7,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Size, Tensor
 
-from structured._core.checks import check_columns, check_scalar
-from structured._core.composite import Composite
+from structured._core.checks import check_scalar
+from structured._core.lazy import Lazy
 from structured._core.matrix import Operator, Scalar, StructuredMatrix, at_least_float32, trailing
 from structured._products.kronecker import kron, kron_vectors, one_by_one
 from structured.dense import Dense
@@ -24,7 +25,7 @@ from structured.diagonal import Diagonal
 from structured.rotated import Rotated
 
 
-class Kronecker(Composite):
+class Kronecker(Lazy):
     """``A_1 (x) ... (x) A_k``, of any operators, whose batch shapes broadcast.
 
     With two factors, its product with ``vec(G)``, the rows of ``G`` in turn, is ``C G K^T``. Most
@@ -71,12 +72,10 @@ class Kronecker(Composite):
 
     def apply(self, X: Tensor) -> Tensor:
         """``P X`` for ``X [..., n, m]``: by each ``A_i`` with ``m n / n_i`` columns."""
-        check_columns(self, X, "apply")
         return one_by_one(X, self._sizes, [A.apply for A in self.factors])
 
     def apply_transpose(self, X: Tensor) -> Tensor:
         """``P^T X`` for ``X [..., n, m]``."""
-        check_columns(self, X, "apply_transpose")
         return one_by_one(X, self._sizes, [A.apply_transpose for A in self.factors])
 
     def apply_matrix(self, G: Tensor) -> Tensor:
@@ -97,14 +96,15 @@ class Kronecker(Composite):
 
     def solve(self, X: Tensor) -> Tensor:
         """``P^{-1} X`` for ``X [..., n, m]`` or ``[n]``, by the solves of the factors."""
-        if isinstance(X, Tensor) and X.ndim == 1:
-            return self.solve(X[:, None])[..., 0]
-        check_columns(self, X, "solve")
-        return one_by_one(X, self._sizes, [A.solve for A in self._members()])
+        return one_by_one(X, self._sizes, [A.solve for A in self.factors])
 
     def inverse(self) -> Kronecker:
         """``A_1^{-1} (x) ... (x) A_k^{-1}``, each a member of the structure of its factor."""
         return Kronecker(*(A.inverse() for A in self._members()))
+
+    def outer(self) -> Kronecker:
+        """``A_1 A_1^T (x) ... (x) A_k A_k^T``."""
+        return Kronecker(*(A.outer() for A in self._members()))
 
     def matmul(self, other: Kronecker) -> Kronecker:
         """``A_1 B_1 (x) ... (x) A_k B_k``; factors of unlike structures give a dense one.
@@ -126,25 +126,34 @@ class Kronecker(Composite):
 
     def trace(self) -> Tensor:
         """Product of the traces, ``[...]``."""
-        return math.prod(A.trace() for A in self._members())
+        return _product_of(A.trace() for A in self.factors)
 
     def logdet(self) -> Tensor:
         """``sum_i (n / n_i) log|det A_i|``, ``[...]``."""
         sizes = self._sizes
         others = (math.prod(sizes[:i] + sizes[i + 1 :]) for i in range(len(sizes)))
-        return sum(k * A.logdet() for k, A in zip(others, self._members(), strict=True))
+        terms = (k * A.logdet() for k, A in zip(others, self.factors, strict=True))
+        return functools.reduce(torch.add, terms)
 
     def frobenius_norm(self) -> Tensor:
         """Product of the norms, ``[...]``."""
-        return math.prod(A.frobenius_norm() for A in self._members())
+        return _product_of(A.frobenius_norm() for A in self.factors)
+
+    def spectral_norm(self) -> Tensor:
+        """Product of the norms, ``[...]``."""
+        return _product_of(A.spectral_norm() for A in self.factors)
 
     def max_abs(self) -> Tensor:
         """Largest absolute entry, ``[...]``: the product of those of the factors."""
-        return math.prod(A.max_abs() for A in self._members())
+        return _product_of(A.max_abs() for A in self.factors)
 
     def diagonal(self) -> Tensor:
         """``[..., n]``, the Kronecker product of the diagonals."""
-        return kron_vectors(_diagonal(A) for A in self.factors)
+        return kron_vectors(A.diagonal() for A in self.factors)
+
+    def squared_rows(self) -> Tensor:
+        """``[..., n]``, the Kronecker product of those of the factors."""
+        return kron_vectors(A.squared_rows() for A in self.factors)
 
     # Scaling and shifting -----------------------------------------------------------------------
 
@@ -203,8 +212,8 @@ class Kronecker(Composite):
         return " (x) ".join(map(repr, self.factors))
 
 
-def _diagonal(A: Operator) -> Tensor:
-    return A.diagonal() if isinstance(A, Kronecker) else A.to_dense().diagonal(dim1=-2, dim2=-1)
+def _product_of(numbers: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.mul, numbers)
 
 
 def _product(A: Operator, B: Operator) -> Operator:

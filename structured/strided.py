@@ -126,6 +126,10 @@ class Strided(StructuredMatrix):
         """Those of the classes interleaved."""
         return self.A.diagonal().mT.flatten(-2)
 
+    def squared_rows(self) -> Tensor:
+        """Those of the classes interleaved."""
+        return self.A.squared_rows().mT.flatten(-2)
+
     def trace(self) -> Tensor:
         """Sum of the traces."""
         return self.A.trace().sum(-1)

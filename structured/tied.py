@@ -131,7 +131,14 @@ class Tied(StructuredMatrix):
 
     def diagonal(self) -> Tensor:
         """That of ``A``, k times."""
-        each = self.A.diagonal()
+        return self._repeat(self.A.diagonal())
+
+    def squared_rows(self) -> Tensor:
+        """Those of ``A``, k times."""
+        return self._repeat(self.A.squared_rows())
+
+    def _repeat(self, each: Tensor) -> Tensor:
+        """``[..., n]`` from one block's ``[..., n / k]``."""
         return each[..., None, :].expand(*each.shape[:-1], self.k, self.A.n).flatten(-2)
 
     def trace(self) -> Tensor:

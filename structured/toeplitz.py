@@ -113,6 +113,11 @@ def _substitute(t: Tensor, Y: Tensor) -> Tensor:
     return torch.cat([first, _substitute(t[..., : n - h], rest)], -2)
 
 
+def _cumulative(t: Tensor) -> Tensor:
+    """Sums of the first 1 to n numbers, in float32 at least."""
+    return t.cumsum(-1, dtype=at_least_float32(t.dtype)).to(t.dtype)
+
+
 def _counts(t: Tensor) -> Tensor:
     """``[n, n - 1, ..., 1]``, the lengths of the diagonals, in float32 at least."""
     return torch.arange(t.shape[-1], 0, -1, dtype=at_least_float32(t.dtype), device=t.device)
@@ -246,6 +251,10 @@ class LowerToeplitz(_TriangularToeplitz):
         wide = at_least_float32(X.dtype)
         return _substitute(self.t.to(wide), X.to(wide)).to(X.dtype)
 
+    def squared_rows(self) -> Tensor:
+        """Sums of the first squares of ``t``: one more in each row."""
+        return _cumulative(self.t.square())
+
     def solve_member(self, other: Self) -> Self:
         """Of the first column, which is all there is."""
         return self._build([self.solve(other.t[..., None])[..., 0]])
@@ -282,6 +291,10 @@ class UpperToeplitz(_TriangularToeplitz):
             RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
         """
         return self.mT.solve(X.flip(-2)).flip(-2)  # the same matrix, read from the other end
+
+    def squared_rows(self) -> Tensor:
+        """Sums of the first squares of ``t``: one less in each row."""
+        return _cumulative(self.t.square()).flip(-1)
 
     def solve_member(self, other: Self) -> Self:
         """``A^{-1} B = (A^{-T} B^T)^T``, for all commute."""

@@ -21,6 +21,7 @@ from structured import (
     Diagonal,
     Kronecker,
     Operator,
+    Outer,
     Structure,
     StructuredMatrix,
     add_symmetric_product_,
@@ -225,7 +226,8 @@ class InverseFree(Method):
 
 def product_of(K: StructuredMatrix) -> Operator | None:
     """``K K^T`` as an operator that costs less than K and its transpose one after the other."""
-    return K.outer()
+    product = K.outer()
+    return None if isinstance(product, Outer) else product
 
 
 def precondition_by_products(KK: Operator, CC: Operator, G: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from structured._core.checks import check_arguments
 from structured._core.exponential import exponential
-from structured._core.member import Member
-from structured._core.numbers import at_least_float32, largest, largest_singular_value
+from structured._core.member import Member, Scalar
+from structured._core.numbers import at_least_float32, solve_dense
 
 
 class Algebra(Member):
@@ -24,9 +24,23 @@ class Algebra(Member):
     def to_dense(self) -> Tensor:
         """Write the member out, ``[..., n, n]``, linearly in the stored tensors."""
 
-    @abstractmethod
+    def add_scaled_identity(self, alpha: Scalar) -> Self:
+        """``A + alpha I`` for a number or a tensor ``alpha`` of the batch shape."""
+        eye = torch.eye(self.n, dtype=self.dtype, device=self.device)
+        return self + alpha * self.orthogonal_project(eye.expand(self.shape))
+
     def solve(self, X: Tensor) -> Tensor:
-        """``A^{-1} X`` for ``X [..., n, m]``."""
+        """``A^{-1} X`` for ``X [..., n, m]`` or ``[n]``; solved in float32 at least.
+
+        Of a member of the same structure, a member: :meth:`solve_member`.
+
+        As of :func:`torch.linalg.solve`, only an exact zero among the pivots counts as singular.
+        The error needs the numbers: on a GPU it waits for them, on meta nothing is known.
+
+        Raises:
+            RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
+        """
+        return solve_dense(self.to_dense(), X)
 
     # Inverses and powers ------------------------------------------------------------------------
 
@@ -75,34 +89,9 @@ class Algebra(Member):
 
     # Numbers ------------------------------------------------------------------------------------
 
-    def diagonal(self) -> Tensor:
-        """The diagonal, ``[..., n]``."""
-        return self.to_dense().diagonal(dim1=-2, dim2=-1).clone()
-
-    def trace(self) -> Tensor:
-        """Sum of the diagonal, ``[...]``."""
-        return self.diagonal().sum(-1)
-
     def trace_product(self, other: Self) -> Tensor:
         """``tr(A B)`` of two members of one structure, ``[...]``."""
         return self.matmul(other).trace()
-
-    def logdet(self) -> Tensor:
-        """``log |det A|``, ``[...]``."""
-        wide = at_least_float32(self.dtype)
-        return torch.linalg.slogdet(self.to_dense().to(wide)).logabsdet.to(self.dtype)
-
-    def max_abs(self) -> Tensor:
-        """Largest absolute entry, ``[...]``; zero for ``n = 0``."""
-        return largest(self.to_dense(), len(self.batch_shape))
-
-    def spectral_norm(self) -> Tensor:
-        """Largest singular value, ``[...]``, in float32 at least; zero for ``n = 0``."""
-        return largest_singular_value(self.to_dense())
-
-    def frobenius_norm(self) -> Tensor:
-        """Square root of the sum of all squared entries, ``[...]``."""
-        return torch.linalg.matrix_norm(self.to_dense())
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -17,7 +17,7 @@ COMPUTE = {
     *("apply_matrix", "solve", "orthogonal_project", "project", "project_gram", "gram"),
     *("outer", "_outer", "congruence", "trace", "trace_product", "add_scaled_identity"),
     *("logdet", "max_abs", "frobenius_norm", "inverse", "solve_member"),
-    *("exp", "diagonal", "spectral_norm"),
+    *("exp", "diagonal", "squared_rows", "spectral_norm"),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any, NoReturn
 
@@ -63,12 +63,18 @@ def check_member(A: Any, B: Any, operation: str) -> tuple[Any, Any]:
     return A, B
 
 
+_LAZILY = {"+": "Sum(A, B)", "-": "Sum(A, -B)", "matmul": "Product(A, B)"}
+
+
 def _broadcast(A: Any, B: Any, operation: str) -> tuple[Any, Any]:
     """Members of one structure along their joint batch shape."""
     shapes = A.batch_shape, B.batch_shape
     cores = (M.layout_without(len(s)) for M, s in zip((A, B), shapes, strict=True))
     if type(A) is not type(B) or len({*cores}) > 1:
-        raise ValueError(f"{operation}: expected two members of one structure, got {A!r} and {B!r}")
+        lazily = f"; {_LAZILY[operation]} is an operator" if operation in _LAZILY else ""
+        raise ValueError(
+            f"{operation}: expected two members of one structure, got {A!r} and {B!r}{lazily}"
+        )
     try:
         joint = torch.broadcast_shapes(*shapes)
     except RuntimeError:
@@ -151,9 +157,9 @@ CHECKS: dict[str, Callable[[Any, Any, str], tuple[Any, Any]]] = {
 }
 
 
-def check_arguments(cls: type) -> None:
+def check_arguments(cls: type, names: Iterable[str] = CHECKS) -> None:
     """Wrap the methods that ``cls`` defines itself: their argument is checked before they run."""
-    for name in CHECKS.keys() & cls.__dict__.keys():
+    for name in {*names} & cls.__dict__.keys():
         method = _checked(name, cls.__dict__[name])
         setattr(cls, name, _of_anything(method) if name == "solve" else method)
 
@@ -170,12 +176,13 @@ def _checked(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _of_anything(solve: Callable[..., Any]) -> Callable[..., Any]:
-    """A ``solve`` of columns that takes a vector ``[n]`` and a member as well."""
+    """A ``solve`` of columns that takes a vector ``[n]``, and that of a member one, as well."""
 
     @functools.wraps(solve)
     def wrapper(self: Any, X: Any) -> Any:
-        if isinstance(X, Stored):
-            return self.solve_member(X)
+        solve_member = getattr(self, "solve_member", None)
+        if isinstance(X, Stored) and solve_member is not None:
+            return solve_member(X)
         is_vector = isinstance(X, Tensor) and X.ndim == 1
         return solve(self, X[:, None])[..., 0] if is_vector else solve(self, X)
 

@@ -63,13 +63,6 @@ def project(member: M_, S: Tensor) -> M_:
     return _project(member, S, "symmetric")
 
 
-def solve(M: Tensor, X: Tensor) -> Tensor:
-    """``M^{-1} X`` in float32 at least."""
-    wide = torch.promote_types(M.dtype, torch.float32)
-    X = X[(None,) * (M.ndim - X.ndim)]  # or a stack of vectors is seen where the shapes allow
-    return torch.linalg.solve(M.to(wide), X.to(wide)).to(M.dtype)
-
-
 def _project(member: M_, M: Tensor, which: str) -> M_:
     wide = torch.promote_types(M.dtype, torch.float32)
     batch, dropped = M.shape[:-2], len(member.batch_shape)

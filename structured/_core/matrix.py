@@ -18,18 +18,19 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, Self
 
-import torch
 from torch import Size, Tensor
 
 from structured._core import defaults
 from structured._core.algebra import Algebra
 from structured._core.dispatch import symmetric_product
+from structured._core.lazy import Outer
 from structured._core.member import Scalar
 from structured._core.numbers import (
     add_to_diagonal,
     at_least_float32,
     joint_norm,
     largest,
+    solve_dense,
     trailing,
 )
 from structured._core.operator import Operator
@@ -65,11 +66,11 @@ class StructuredMatrix(Algebra):
     ...         return torch.diag_embed(self.d)
 
     **You may** write fast versions of ``shape``, ``mT``, ``matmul``, ``apply``,
-    ``apply_transpose``, ``orthogonal_project``, ``project``, ``project_gram``, ``gram``, ``trace``,
-    ``trace_product``, ``congruence``, ``add_scaled_identity``, ``solve``, ``solve_member``,
-    ``inverse``, ``exp``, ``diagonal``, ``logdet``, ``max_abs``, ``spectral_norm`` and
-    ``frobenius_norm``. Each has a correct default through :meth:`to_dense`. Arguments are checked
-    before your method sees them; that of ``solve`` is a matrix.
+    ``apply_transpose``, ``orthogonal_project``, ``project``, ``project_gram``, ``gram``, ``outer``,
+    ``squared_rows``, ``trace``, ``trace_product``, ``congruence``, ``add_scaled_identity``,
+    ``solve``, ``solve_member``, ``inverse``, ``exp``, ``diagonal``, ``logdet``, ``max_abs``,
+    ``spectral_norm`` and ``frobenius_norm``. Each has a correct default through :meth:`to_dense`.
+    Arguments are checked before your method sees them; that of ``solve`` is a matrix.
 
     You may also say ``dimensions = ("n",)``, the trailing dimensions of each field: then the
     constructor checks shapes.
@@ -156,30 +157,17 @@ class StructuredMatrix(Algebra):
         product = self.apply_transpose(U.to_dense().mT).mT  # U A
         return self.orthogonal_project(self.apply_transpose(product))
 
-    def add_scaled_identity(self, alpha: Scalar) -> Self:
-        """``A + alpha I`` for a number or a tensor ``alpha`` of the batch shape."""
-        eye = torch.eye(self.n, dtype=self.dtype, device=self.device)
-        return self + alpha * self.orthogonal_project(eye.expand(self.shape))
+    def outer(self) -> Operator:
+        """``A A^T``, symmetric: a member if the structure is closed under transposition.
 
-    def solve(self, X: Tensor) -> Tensor:
-        """``A^{-1} X`` for ``X [..., n, m]`` or ``[n]``; solved in float32 at least.
-
-        Of a member of the same structure, a member: :meth:`solve_member`.
-
-        As of :func:`torch.linalg.solve`, only an exact zero among the pivots counts as singular.
-        The error needs the numbers: on a GPU it waits for them, on meta nothing is known.
-
-        Raises:
-            RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
+        Otherwise an operator: :class:`Outer`, which multiplies twice, where nothing costs less.
         """
-        return defaults.solve(self.to_dense(), X)
+        return self.mT.gram() if self.closed_under_transpose else Outer(self)
 
-    def outer(self) -> Operator | None:
-        """``A A^T`` as one operator, where its ``apply`` costs less than two of ours; or ``None``.
-
-        A structure closed under transposition holds it as a member.
-        """
-        return self.mT.gram() if self.closed_under_transpose else None
+    def squared_rows(self) -> Tensor:
+        """Sums of squares of the rows, ``[..., n]``: the diagonal of ``A A^T``."""
+        closed = self.closed_under_transpose
+        return self.outer().diagonal() if closed else super().squared_rows()
 
     def _outer(self) -> Self:
         """``Pi(A A^T)``; what the transpose is by that, see :mod:`structured.transposed`."""
@@ -187,7 +175,11 @@ class StructuredMatrix(Algebra):
 
     def _solve_transpose(self, X: Tensor) -> Tensor:
         """``A^{-T} X``."""
-        return defaults.solve(self.to_dense().mT, X)
+        return solve_dense(self.to_dense().mT, X)
+
+    def _squared_columns(self) -> Tensor:
+        """Sums of squares of the columns, ``[..., n]``."""
+        return self.to_dense().square().sum(-2)
 
 
 class Transposed(StructuredMatrix):
@@ -257,6 +249,12 @@ class Transposed(StructuredMatrix):
         named = self.A.mT
         unnamed = isinstance(named, Transposed)
         return self.A._solve_transpose(X) if unnamed else named.solve(X)
+
+    def squared_rows(self) -> Tensor:
+        """Sums of squares of the columns of ``A``; by the class of ``A.mT`` if it has its own."""
+        named = self.A.mT
+        unnamed = isinstance(named, Transposed)
+        return self.A._squared_columns() if unnamed else named.squared_rows()
 
     def inverse(self) -> Self:
         """``(A^{-1})^T``."""

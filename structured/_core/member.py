@@ -12,9 +12,11 @@ from torch import Generator, Tensor
 
 from structured._core.checks import check_member, check_scalar
 from structured._core.entries import places
+from structured._core.lazy import Product
 from structured._core.numbers import trailing
 from structured._core.operator import Operator
 from structured._core.stored import Stored
+from structured._products.in_place import plain
 
 Scalar: TypeAlias = "float | Tensor"
 
@@ -118,12 +120,28 @@ class Member(Stored, Operator):
         """``P(M)``, the member nearest to any ``M [..., n, n]`` in the Frobenius norm."""
 
     @abstractmethod
+    def outer(self) -> Operator:
+        """``A A^T``, symmetric."""
+
+    @abstractmethod
     def add_scaled_identity(self, alpha: Scalar) -> Self:
         """``A + alpha I`` for a number or a tensor ``alpha`` of the batch shape."""
 
     def __matmul__(self, other: Any) -> Any:
-        """``A @ B`` for a member of the same structure, ``A @ X`` for a tensor."""
-        return self.matmul(other) if isinstance(other, Member) else super().__matmul__(other)
+        """``A @ B`` for a member of the same structure, ``A @ X`` for a tensor.
+
+        For a member of the transposed structure an operator: that of :meth:`outer` if it is
+        ``A^T`` itself, else a :class:`Product`.
+        """
+        if not isinstance(other, Member):
+            return super().__matmul__(other)
+        if _alike(self, other):
+            return self.matmul(other)
+        for A, B in ((self.mT, other), (self, other.mT)):
+            if isinstance(A, Member) and isinstance(B, Member) and _alike(A, B):
+                same = all(map(_is_same, A.tensors(), B.tensors()))
+                return self.outer() if same else Product(self, other)
+        return self.matmul(other)  # which says what is wrong
 
     def __add__(self, other: Self) -> Self:
         """``A + B``, members of one structure."""
@@ -176,3 +194,18 @@ class Member(Stored, Operator):
             else:
                 parts.append(f"{name} = {part}")
         return f"{type(self).__name__}({self.n}; {', '.join(parts)})"
+
+
+def _alike(A: Member, B: Member) -> bool:
+    """Whether both are of one structure and size."""
+    if type(A) is not type(B):
+        return False
+    first, second = (M.layout_without(len(M.batch_shape)) for M in (A, B))
+    return first == second
+
+
+def _is_same(t: Tensor, s: Tensor) -> bool:
+    """Whether two tensors are the same numbers in memory, where that can be told."""
+    if t is s or t.is_meta or not plain():
+        return t is s
+    return (t.data_ptr(), t.shape, t.stride()) == (s.data_ptr(), s.shape, s.stride())

@@ -49,6 +49,13 @@ def largest_singular_value(M: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(M.to(at_least_float32(M.dtype)), 2).to(M.dtype)
 
 
+def solve_dense(M: Tensor, X: Tensor) -> Tensor:
+    """``M^{-1} X`` in float32 at least."""
+    wide = at_least_float32(M.dtype)
+    X = X[(None,) * (M.ndim - X.ndim)]  # or a stack of vectors is seen where the shapes allow
+    return torch.linalg.solve(M.to(wide), X.to(wide)).to(M.dtype)
+
+
 def above_rounding(sizes: Tensor) -> Tensor:
     """``sizes [..., k]``, zero where below the rounding of the largest in its row."""
     if not sizes.shape[-1]:

@@ -12,6 +12,7 @@ from torch import Generator, Size, Tensor
 
 from structured._core.autocast import compute_without_autocast
 from structured._core.entries import entries, places
+from structured._core.numbers import at_least_float32, largest, largest_singular_value, solve_dense
 
 # PyTorch's names for our operators, and whether their arguments are swapped.
 _OPERATORS = {
@@ -78,6 +79,45 @@ class Operator(ABC):
     @abstractmethod
     def to_dense(self) -> Tensor:
         """Write the operator out, ``[..., n, n]``."""
+
+    # Each has a default through to_dense ---------------------------------------------------------
+
+    def solve(self, X: Tensor) -> Tensor:
+        """``A^{-1} X`` for ``X [..., n, m]``; solved in float32 at least.
+
+        Raises:
+            RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
+        """
+        return solve_dense(self.to_dense(), X)
+
+    def diagonal(self) -> Tensor:
+        """The diagonal, ``[..., n]``."""
+        return self.to_dense().diagonal(dim1=-2, dim2=-1).clone()
+
+    def squared_rows(self) -> Tensor:
+        """Sums of squares of the rows, ``[..., n]``: the diagonal of ``A A^T``."""
+        return self.to_dense().square().sum(-1)
+
+    def trace(self) -> Tensor:
+        """Sum of the diagonal, ``[...]``."""
+        return self.diagonal().sum(-1)
+
+    def logdet(self) -> Tensor:
+        """``log |det A|``, ``[...]``."""
+        wide = at_least_float32(self.dtype)
+        return torch.linalg.slogdet(self.to_dense().to(wide)).logabsdet.to(self.dtype)
+
+    def max_abs(self) -> Tensor:
+        """Largest absolute entry, ``[...]``; zero for ``n = 0``."""
+        return largest(self.to_dense(), len(self.batch_shape))
+
+    def spectral_norm(self) -> Tensor:
+        """Largest singular value, ``[...]``, in float32 at least; zero for ``n = 0``."""
+        return largest_singular_value(self.to_dense())
+
+    def frobenius_norm(self) -> Tensor:
+        """Square root of the sum of all squared entries, ``[...]``."""
+        return torch.linalg.matrix_norm(self.to_dense())
 
     @property
     def n(self) -> int:

@@ -155,12 +155,17 @@ def gram(A: StructuredMatrix) -> None:
     assert_close(A.gram(), definition.projection(A, dense.mT @ dense), "Pi(A^T A)")
 
 
-def outer(A: StructuredMatrix, X: Tensor) -> None:
-    """``A A^T`` as one operator, where there is one."""
+def outer(A: StructuredMatrix, K: StructuredMatrix, X: Tensor) -> None:
+    """``A A^T`` as one operator, with its diagonal, trace, ``logdet`` and solves."""
     product = A.outer()
-    if product is None:
-        return
     expected = A.to_dense() @ A.to_dense().mT
+    diagonal = expected.diagonal(dim1=-2, dim2=-1)
+    assert_close(A.squared_rows(), diagonal, "squared_rows")
+    assert_close(product.diagonal(), diagonal, "outer, its diagonal")
+    assert_close(product.trace(), diagonal.sum(-1), "outer, its trace")
+    regular = K.to_dense() @ K.to_dense().mT
+    assert_close(K.outer().solve(X), torch.linalg.inv(regular) @ X, "outer, solved")
+    assert_close(K.outer().logdet(), torch.linalg.slogdet(regular).logabsdet, "outer, logdet")
     assert product.shape == A.shape, f"outer: shape {product.shape}, expected {A.shape}"
     assert_close(product.to_dense(), expected, "outer")
     assert_close(product.apply(X), expected @ X, "outer, applied")

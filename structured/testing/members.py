@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structured._core.matrix import StructuredMatrix
+from structured._core.lazy import Product, Sum
+from structured._core.matrix import Operator, StructuredMatrix
 from structured._core.spec import Structure
 from structured.testing.laws import assert_close
 
@@ -139,11 +140,34 @@ def random(structure: Structure, sizes: Sequence[int]) -> None:
     assert_close(member.sample(3, generator=seeded()), member.to_dense() @ z, "sample(3)")
 
 
+def lazy(A: StructuredMatrix, K: StructuredMatrix, X: Tensor) -> None:
+    """``A @ A.mT`` is ``A A^T``; sums and products with the transpose are operators."""
+    dense, regular = A.to_dense(), K.to_dense()
+    assert_close(_written(A @ A.mT), dense @ dense.mT, "A @ A.mT")
+    assert_close(_written(A.mT @ A), dense.mT @ dense, "A.mT @ A")
+    assert_close(_written(A @ (2 * A.mT)), 2 * dense @ dense.mT, "A @ 2 A.mT")
+    total, product = Sum(A, A.mT), Product(A, K.mT)
+    assert_close(total.apply(X), (dense + dense.mT) @ X, "(A + A.mT) X")
+    assert_close(product.apply(X), dense @ (regular.mT @ X), "(A K.mT) X")
+    assert_close(product.apply_transpose(X), regular @ (dense.mT @ X), "(A K.mT)^T X")
+    assert_close(
+        (total - product).to_dense(), dense + dense.mT - dense @ regular.mT, "sum - product"
+    )
+    solved = Product(K, K.mT).solve(X)
+    assert_close(solved, torch.linalg.inv(regular @ regular.mT) @ X, "(K K.mT)^{-1} X")
+
+
+def _written(A: Operator) -> Tensor:
+    assert isinstance(A, Operator), f"expected an operator, got {type(A).__name__}"
+    return A.to_dense()
+
+
 MEMBERS = (
     inverse,
     division,
     powers,
     exponential,
+    lazy,
     entries,
     batch_shapes,
     from_dense,

@@ -36,7 +36,8 @@ OPERATIONS = {
     "project": Operation(lambda o: o.A.project(o.S), lambda o: 2 * o.S),
     "project_gram": Operation(lambda o: o.A.project_gram(o.X), lambda o: 2 * o.X @ o.X.mT),
     "gram": Operation(lambda o: o.A.gram(), lambda o: 2 * o.A.mT @ o.A),
-    "outer": Operation(lambda o: _outer(o.A, o.X), lambda o: o.A @ (o.A.mT @ o.X)),
+    "outer": Operation(lambda o: o.A.outer().apply(o.X), lambda o: o.A @ (o.A.mT @ o.X)),
+    "squared_rows": Operation(lambda o: o.A.squared_rows(), lambda o: o.A.square().sum(-1)),
     "congruence": Operation(
         lambda o: _congruence(o.A, o.B), lambda o: 2 * o.A.mT @ (o.B + o.B.mT) @ o.A + o.A
     ),
@@ -66,12 +67,6 @@ OPERATIONS = {
         lambda o: o.K.frobenius_norm(), lambda o: torch.linalg.matrix_norm(o.K)
     ),
 }
-
-
-def _outer(A: StructuredMatrix, X: Tensor) -> Tensor:
-    """``A A^T X``, by one operator where there is one."""
-    product = A.outer()
-    return A.apply(A.apply_transpose(X)) if product is None else product.apply(X)
 
 
 def _congruence(A: StructuredMatrix, U: StructuredMatrix) -> StructuredMatrix:

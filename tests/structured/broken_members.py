@@ -2,7 +2,7 @@
 
 import torch
 
-from structured import Dense, Diagonal, LowerTriangular
+from structured import Dense, Diagonal, LowerTriangular, Outer
 from tests.structured.broken import fails
 from tests.structured.broken_conduct import BROKEN
 
@@ -45,7 +45,7 @@ class SeriesOfThreeTerms(Diagonal):
         return (self @ self / 2 + self).add_scaled_identity(1.0)
 
 
-@fails("diagonal")
+@fails("diagonal", "outer")
 class ReadsFromTheEnd(Diagonal):
     def diagonal(self):
         return self.d.flip(-1)
@@ -116,3 +116,16 @@ class Uniform(Diagonal):
 class SamplesTheTranspose(LowerTriangular):
     def sample(self, m, *, generator=None):
         return self.mT.sample(m, generator=generator)
+
+
+@fails("lazy")
+class MultipliesItsTransposeBackwards(LowerTriangular):
+    def __matmul__(self, other):
+        product = super().__matmul__(other)
+        return self.mT.outer() if isinstance(product, Outer) else product
+
+
+@fails("outer")
+class TracesTheRoot(LowerTriangular):
+    def squared_rows(self):
+        return self.diagonal().square()

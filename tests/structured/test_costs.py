@@ -39,13 +39,21 @@ EXPONENTS = {
     "rotated(diagonal, cosine)": LOGARITHMIC,
 }
 
+
+def numbers(P):
+    """What a symmetric product is asked for."""
+    return P.diagonal(), P.trace(), P.logdet()
+
+
 OPERATIONS = {
     "apply": lambda A, X, S: A.apply(X),
     "apply_transpose": lambda A, X, S: A.apply_transpose(X),
     "matmul": lambda A, X, S: A.matmul(A),
     "project_gram": lambda A, X, S: A.project_gram(X),
     "gram": lambda A, X, S: A.gram(),
-    "outer": lambda A, X, S: (A.outer() or A).apply(X),
+    "outer": lambda A, X, S: A.outer().apply(X),
+    "outer, its numbers": lambda A, X, S: numbers(A.outer()),
+    "outer, solved": lambda A, X, S: A.outer().solve(X),
     "trace": lambda A, X, S: A.trace(),
     "add_scaled_identity": lambda A, X, S: A.add_scaled_identity(1.0),
     "solve": lambda A, X, S: A.solve(X),
@@ -63,7 +71,7 @@ OPERATIONS = {
 }
 
 
-OF_INVERSES = ("solve", "solve_member", "inverse")
+OF_INVERSES = ("solve", "outer, solved", "solve_member", "inverse")
 
 
 class Meter(TorchDispatchMode):
@@ -100,6 +108,7 @@ def stored(spec, n):
 # What has no fast way, but through the dense matrix.
 DENSE = {
     "diagonal": ("rotated",),
+    "outer, its numbers": ("rotated",),
     "spectral_norm": ("hierarchical", "low_rank", "toeplitz"),
 }
 
