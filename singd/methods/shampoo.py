@@ -31,7 +31,7 @@ from torch import Tensor
 from singd.methods.base import Factors, Method, Options, Products
 from singd.methods.options import choice, in_range
 from singd.update import first_scale
-from structured import Diagonal, Operator, Structure, StructuredMatrix, parse
+from structured import Diagonal, Operator, Outer, Structure, StructuredMatrix, parse
 
 GROW = (3.4445, -4.7750, 2.0315)
 CONVERGE = (1.5, -0.5, 0.0)
@@ -106,7 +106,7 @@ class GradientCovariance(Method):
         if options["power"] == 0.5:
             return {f"{i}": symmetric_root(K) for i, K in enumerate(factors.K)}
         found = {f"{i}": K.outer() for i, K in enumerate(factors.K)}
-        return {name: product for name, product in found.items() if product is not None}
+        return {name: P for name, P in found.items() if not isinstance(P, Outer)}
 
     def precondition(self, factors: Modes, G: Tensor, products: Products) -> Tensor:
         """``G x_1 S_1^-p ... x_k S_k^-p``; without a product ``S^-1`` is ``K K^T``."""
