@@ -19,15 +19,15 @@ from benchmarks.tasks import TASKS
 PEER = "AdamW"
 COMPARED = (
     *(("SINGD", PEER), ("SINGD, AdamW part 1e-2", PEER)),
-    ("SINGD(model)", "AdamW, lr 1e-3"),
+    ("SINGD, kl_clip 3e-5", "AdamW, lr 1e-3"),
 )
-UNTUNED = {"AdamW, lr 1e-3": "lr 1e-3", "SINGD(model)": "kl_clip 3e-5"}
+UNTUNED = {"AdamW, lr 1e-3": "lr 1e-3", "SINGD, kl_clip 3e-5": "kl_clip 3e-5"}
 # Colours of Okabe and Ito, as in the demonstration; dotted is what was not searched for.
 STYLES: dict[str, dict[str, Any]] = {
     "AdamW": {"color": "#000000", "lw": 2},
     "SINGD": {"color": "#D55E00", "lw": 2},
     "AdamW, lr 1e-3": {"color": "#000000", "ls": ":"},
-    "SINGD(model)": {"color": "#D55E00", "ls": ":"},
+    "SINGD, kl_clip 3e-5": {"color": "#D55E00", "ls": ":"},
     "SINGD, AdamW part 1e-2": {"color": "#CC79A7", "lw": 2},
     "SINGD hierarchical": {"color": "#0072B2"},
     "SINGD diagonal": {"color": "#E69F00"},

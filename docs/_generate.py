@@ -1,6 +1,7 @@
 """Writes what can be had from the code: pictures, tables, the catalogue, the reference.
 
-``conf.py`` calls :func:`build`. For the README, whose pictures, table and numbers are committed::
+``conf.py`` calls :func:`build`. Pictures, tables and numbers of the README and of the page on
+evidence are committed; they are written by::
 
     python -m docs._generate
 """
@@ -15,13 +16,13 @@ from types import ModuleType
 
 from sphinx.ext.napoleon import Config, GoogleDocstring
 
-from docs import catalogue, clock, costs, gpu, pictures, reference, stages, steps
+from docs import catalogue, clock, costs, gpu, pictures, reference, stages, steps, suite
 from docs import readme as face
 from docs.reference import heading
 
 DOCS = Path(__file__).parent
 OUT = DOCS / "_generated"
-README = DOCS.parent / "README.md"
+README, EVIDENCE = DOCS.parent / "README.md", DOCS / "singd" / "evidence.md"
 OVERVIEW = DOCS / "_static" / "structures.svg"
 
 
@@ -100,7 +101,7 @@ def entry(name: str, cells: list[str]) -> str:
     return "\n".join(out) + "\n"
 
 
-# The README --------------------------------------------------------------------------------------
+# Pages with committed parts ----------------------------------------------------------------------
 
 
 def filled(text: str, mark: str, content: str) -> str:
@@ -110,15 +111,27 @@ def filled(text: str, mark: str, content: str) -> str:
     return re.sub(pattern, lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.S)
 
 
-def readme() -> str:
-    """The README with the parts that come from results as they should be."""
-    text = README.read_text()
-    for mark, content in (("why", face.why()), ("structures", face.table()), ("gpus", face.gpus())):
-        text = filled(text, mark, content)
-    return text
+def pages() -> dict[Path, str]:
+    """The pages with parts that come from results, with those as they should be."""
+    results = suite.read()
+    parts = {
+        README: {
+            "why": face.why(results),
+            "suite": suite.worst(results),
+            "structures": face.table(),
+            "gpus": face.gpus(),
+        },
+        EVIDENCE: {"suite": suite.evidence(results)},
+    }
+    texts = {page: page.read_text() for page in parts}
+    for page, contents in parts.items():
+        for mark, content in contents.items():
+            texts[page] = filled(texts[page], mark, content)
+    return texts
 
 
 if __name__ == "__main__":
     for path, image in {OVERVIEW: pictures.overview(), **face.images()}.items():
         write(path, image)
-    write(README, readme())
+    for path, text in pages().items():
+        write(path, text)

@@ -1,4 +1,4 @@
-"""The README's pictures, table and numbers are those of code and results.
+"""The pictures, tables and numbers of the README and of the page on evidence are up to date.
 
 ``python -m docs._generate`` writes them.
 """
@@ -20,8 +20,9 @@ def test_the_small_pictures_are_those_of_the_structures() -> None:
         assert path.read_text() == image
 
 
-def test_its_numbers_are_those_of_the_results() -> None:
-    assert _generate.README.read_text() == _generate.readme()
+def test_numbers_are_those_of_the_results() -> None:
+    for page, text in _generate.pages().items():
+        assert page.read_text() == text, page
 
 
 def test_it_can_be_read_at_once() -> None:
