@@ -109,6 +109,10 @@ def gpus() -> str:
     """Which GPUs the kernels have run on."""
     found = sorted(gpu.RESULTS.glob("*/report.json"))
     if not found:
-        return "No kernel has run on a GPU yet; they are tested under Triton's interpreter."
+        return (
+            "Nothing has run on a GPU yet, neither kernels nor steps: they are tested under Triton's "
+            "interpreter and on\nfake tensors. There every kernel is checked at its first use, and "
+            "PyTorch takes the place of one that fails ([more](docs/performance.md#has-it-run-on-a-gpu))."
+        )
     names = ", ".join(gpu.name(report) for report in found)
     return f"The kernels were tested and timed on: {names}."
