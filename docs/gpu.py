@@ -18,8 +18,8 @@ TITLES = {
     "gpt2-medium": "GPT-2 medium, 4 x 1024 tokens",
 }
 NONE = """\
-No: so far nothing of this library has run on a GPU, neither a kernel nor a step in plain PyTorch, and
-nothing was timed there. Without one,
+No: so far nothing of this library has run on a GPU, neither a kernel nor a step in plain PyTorch,
+and nothing was timed there. Without one,
 
 - every kernel is compared with its reference under Triton's interpreter, in float32, bfloat16 and
   float16, and whole training steps are taken with them;

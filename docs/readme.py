@@ -110,9 +110,10 @@ def gpus() -> str:
     found = sorted(gpu.RESULTS.glob("*/report.json"))
     if not found:
         return (
-            "Nothing has run on a GPU yet, neither kernels nor steps: they are tested under Triton's "
-            "interpreter and on\nfake tensors. There every kernel is checked at its first use, and "
-            "PyTorch takes the place of one that fails ([more](docs/performance.md#has-it-run-on-a-gpu))."
+            "Nothing has run on a GPU yet, neither kernels nor steps: they are tested under "
+            "Triton's interpreter and on\nfake tensors. There every kernel is checked at its first "
+            "use, and PyTorch takes the place of one that fails\n"
+            "([more](docs/performance.md#has-it-run-on-a-gpu))."
         )
     names = ", ".join(gpu.name(report) for report in found)
     return f"The kernels were tested and timed on: {names}."
