@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from singd import diagnostics
+from singd.capture import requests
 from singd.capture.capture import Capture
 from singd.layers import OPTIONAL
 from singd.methods.base import Method
@@ -20,15 +21,15 @@ from singd.methods.options import choice, integer
 from singd.ops import cuda_graph
 from singd.placement import Placement, find_placement, unwrapped
 from singd.state import checkpoint
-from singd.state.initial import expected_values, make_state, wants_state
+from singd.state.loading import copies, fitting, names
 from singd.state.plan import Plan, make_plan
+from singd.step.attempt import attempt, ensure
 from singd.step.factor_store import FactorStore
-from singd.step.fallback import Fallback, check_rates
-from singd.step.gradient_scaler import calling_scale
-from singd.step.groups import as_groups, check_group, keep_peak_lr, parameter_of
+from singd.step.fallback import Fallback
+from singd.step.groups import as_groups, check_group, counters, parameter_of
 from singd.step.observer import StepObserver
-from singd.step.parameters import Parameters
-from singd.step.pipeline import Parts, agree, pad_statistics, take_step
+from singd.step.parameters import Parameters, check_model
+from singd.step.pipeline import Parts
 from singd.step.skipping import SkippedSteps
 
 DEFAULTS: Mapping[str, Any] = {
@@ -89,7 +90,7 @@ class KroneckerOptimizer(Optimizer):
         data: Sequence[str] | None = None,
     ) -> None:
         model, is_reduced = unwrapped(model)
-        _check_model(model)
+        check_model(model)
         types: Any = OPTIONAL if layers == "all" else layers
         for layer in types:
             choice("layers", layer, tuple(OPTIONAL))
@@ -150,14 +151,8 @@ class KroneckerOptimizer(Optimizer):
         known = parts.parameters.group_of
         if any(p in known for p in given) or len(set(given)) < len(given):
             raise ValueError("add_param_group: some parameters appear in more than one group")
-        lr = whole["lr"]
-        group |= {
-            "adamw": parts.fallback.for_group({**group, "lr": lr}),
-            "handed_over": tuple(group.get("handed_over", ())),
-            "step": group.get("step", 0),
-            "peak_lr": torch.zeros_like(lr) if isinstance(lr, Tensor) else 0.0,
-        }
-        super().add_param_group(group)
+        adamw = parts.fallback.for_group({**group, "lr": whole["lr"]})
+        super().add_param_group(group | counters(whole) | {"adamw": adamw})
         new = parts.parameters.find(given)
         parts.parameters.matrices += new
         parts.parameters.bind(self.param_groups)
@@ -178,12 +173,8 @@ class KroneckerOptimizer(Optimizer):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Within this context forward passes are not captured."""
-        capture = self._parts.capture
-        before, capture.is_paused = capture.is_paused, True
-        try:
+        with requests.paused(self._parts.capture):
             yield
-        finally:
-            capture.is_paused = before
 
     def count_terms(self, terms: float | Tensor) -> None:
         """Say how many terms the loss of this backward pass is a mean over.
@@ -195,13 +186,7 @@ class KroneckerOptimizer(Optimizer):
         Args:
             terms: Number of terms; a tensor costs no wait for the device.
         """
-        capture = self._parts.capture
-        seen = [m for m, a in capture.accumulators.items() if a.total is not None]
-        if not capture.is_sampled and any(m.weight.grad is None for m in seen):
-            capture.is_sampled = False
-            capture.count.end_step()  # of gradients that were reset by the model
-            capture.discard()
-        capture.count.add(terms)
+        requests.count_terms(self._parts.capture, terms)
 
     def close(self) -> None:
         """Remove every hook from the model."""
@@ -221,19 +206,9 @@ class KroneckerOptimizer(Optimizer):
         of them in here. Gradients are as before when it ends, and until the next step no other pass
         is captured.
         """
-        capture = self._parts.capture
-        capture.count.end_step()
-        capture.discard()
-        saved = [(p, p.grad) for group in self.param_groups for p in group["params"]]
-        for p, _ in saved:
-            p.grad = None
-        capture.is_sampled = False
-        try:
+        given = [p for group in self.param_groups for p in group["params"]]
+        with requests.sampled(self._parts.capture, given):
             yield
-        finally:
-            capture.is_sampled = True
-            for p, grad in saved:
-                p.grad = grad
 
     # The step -----------------------------------------------------------------------------------
 
@@ -273,60 +248,19 @@ class KroneckerOptimizer(Optimizer):
         self._run(descend=False, scale=None if scale is None else torch.as_tensor(scale))
 
     def _run(self, *, descend: bool, scale: Tensor | None = None) -> None:
-        parts, capture, skipping = self._parts, self._parts.capture, self._parts.skipping
+        parts, observe = self._parts, self.telemetry is not None
         if cuda_graph.is_capturing():
-            _check_capture(parts.max_skipped, self.telemetry)
-        else:
-            skipping.settle()
-        scale = calling_scale() if scale is None else scale
-        parts.placement.prepare()
-        parts.parameters.check(self.param_groups, self.state)
-        if wants_state(parts, self.param_groups, self.state):
-            self._ensure()
-            make_state(parts, self.state)
+            cuda_graph.check_recordable(parts.max_skipped, self.telemetry)
+        report = attempt(parts, self.param_groups, self.state, scale, descend, observe)
+        if report is None:
             return
-        agree(parts, self.state)
-        self._ensure()
-        capture.loss_terms.check(self._loss_averages(), scale)
-        statistics = pad_statistics(parts, capture.collect())
-        observe = self.telemetry is not None
-        report = take_step(
-            parts, statistics, self.state, scale=scale, descend=descend, observe=observe
-        )
-        capture.end_step()
-        if report.found_inf is not None:
-            skipping.defer(report.found_inf)
-        else:
-            skipping.count(skipped=report.cause is not None)
-        for group in self.param_groups:
-            group["step"] += 1
-            if report.cause is None:
-                keep_peak_lr(group)
         if self.telemetry is not None:
-            self.telemetry(diagnostics.describe(report, skipping.total))
-        limit = parts.max_skipped
-        if limit is not None and report.cause and skipping.in_row >= limit > 0:
-            raise FloatingPointError(f"{report.cause} in {skipping.in_row} steps in a row")
+            self.telemetry(diagnostics.describe(report, parts.skipping.total))
+        parts.skipping.check(report.cause, parts.max_skipped)
 
     def _ensure(self) -> None:
         """Make factors where there are none, or where the state or the options changed."""
-        parts = self._parts
-        parts.parameters.check(self.param_groups, self.state)
-        changed = parts.store.ensure(parts.parameters.preconditioned(), self.state)
-        for matrix, is_restructured in changed.items():
-            accumulator = parts.capture.accumulators.get(matrix)
-            total = None if accumulator is None else accumulator.total
-            if accumulator is not None and total is not None:
-                kinds = total.input.kind, total.grad.kind
-                if is_restructured or "whitened" in kinds:
-                    accumulator.discard(held=True)  # it is of other factors
-
-    def _loss_averages(self) -> set[str | None]:
-        """What the groups say the loss is a mean over; nothing where the number is given."""
-        terms = self._parts.capture.count.terms
-        if isinstance(terms, Tensor) or terms:
-            return set()
-        return {group["loss_average"] for group in self.param_groups}
+        ensure(self._parts, self.param_groups, self.state)
 
     @property
     def skipped(self) -> int:
@@ -355,7 +289,7 @@ class KroneckerOptimizer(Optimizer):
             self._ensure()
 
         def pack(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-            return checkpoint.pack(state, self._names())
+            return checkpoint.pack(state, names(self._parts, self.param_groups))
 
         handle = self.register_state_dict_post_hook(pack, prepend=True)  # others see the result
         try:
@@ -375,60 +309,23 @@ class KroneckerOptimizer(Optimizer):
         fitted: dict[str, Any] = {}
 
         def fit(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-            fitted.update(self._fitted(state))
+            options = [*self.defaults, "adamw", "handed_over", "peak_lr", "step"]
+            fitted.update(fitting(self._parts, self.param_groups, options, state))
             return fitted
+
+        def restore(_: Optimizer) -> None:
+            self.state.update(copies(self.param_groups, fitted))
+            self._parts.parameters.bind(self.param_groups)
 
         handles = [
             self.register_load_state_dict_pre_hook(fit),  # the last one
-            self.register_load_state_dict_post_hook(lambda _: self._restore(fitted), prepend=True),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
         ]
         try:
             super().load_state_dict(copy.copy(state_dict))
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _fitted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A state, checked to be one of this optimizer."""
-        parts = self._parts
-        parts.placement.prepare()
-        fitted = checkpoint.unpack(
-            state_dict,
-            self.param_groups,
-            self._names(),
-            parts.method.identity,
-            [*self.defaults, "adamw", "handed_over", "peak_lr", "step"],
-            self._check_saved_group,
-        )
-        for p, number, group in self._numbered(fitted):
-            entry = fitted["state"].get(number, {})
-            expected = expected_values(parts, p, group)
-            checkpoint.check_values(parts.parameters.name(p), entry, expected)
-        return fitted
-
-    def _restore(self, fitted: dict[str, Any]) -> None:
-        """Put copies in the state: the base class casts to the parameter's dtype, or shares."""
-        for p, number, _ in self._numbered(fitted):
-            if number in fitted["state"]:
-                entry = fitted["state"][number]
-                self.state[p] = {k: checkpoint.copied(v, k, p) for k, v in entry.items()}
-        self._parts.parameters.bind(self.param_groups)
-
-    def _numbered(self, state_dict: Mapping[str, Any]) -> list[tuple[Any, Any, dict[str, Any]]]:
-        """Every parameter with its number and its group in a state."""
-        saved = [(n, group) for group in state_dict["param_groups"] for n in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        return [(p, n, group) for p, (n, group) in zip(parameters, saved, strict=True)]
-
-    def _check_saved_group(self, group: Mapping[str, Any]) -> None:
-        check_group(group)
-        check_rates(group["adamw"])
-        self._parts.method.check(group)
-
-    def _names(self) -> list[list[str]]:
-        """The names of all parameters, group by group."""
-        name = self._parts.parameters.name
-        return [[name(p) for p in group["params"]] for group in self.param_groups]
 
     # Copies -------------------------------------------------------------------------------------
 
@@ -458,21 +355,3 @@ class KroneckerOptimizer(Optimizer):
         parameters.bind(self.param_groups)
         if method.needs_activations:
             self._parts.capture.watch(self.model, parameters.matrices)
-
-
-def _check_model(model: Any) -> None:
-    """Raise unless ``model`` is a module whose parameters are there."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    for name, p in model.named_parameters():
-        if isinstance(p, nn.parameter.UninitializedParameter):
-            raise ValueError(f"{name} is not initialised yet: run one forward pass first")
-
-
-def _check_capture(max_skipped: int | None, telemetry: Any) -> None:
-    """Raise ``RuntimeError`` if a step that a CUDA graph records would read a number."""
-    if max_skipped is not None or telemetry is not None:
-        raise RuntimeError(
-            "a step in a CUDA graph cannot look at its numbers: expected max_skipped=None and "
-            f"telemetry=None, got {max_skipped} and {telemetry}"
-        )

@@ -35,7 +35,8 @@ class KLShampoo(KroneckerOptimizer):
         power: 0.5 for KL-Shampoo, in structures that are closed under transposition; 1 for
             root-free Shampoo (Lin et al., arXiv 2402.03496), in any.
         damping: Damping in units of the mean square of the gradient.
-        lr_cov: Step size of the factors, in [0, 1].
+        lr_cov: Step size of the factors, in [0, 1], or a function of the step number; by default
+            0.03 T, at most 0.3.
         T: Number of steps between two updates of the factors.
         max_dim: Size from which a factor takes ``wide_structure`` instead.
         wide_structure: Structure of wide factors.
@@ -56,7 +57,7 @@ class KLShampoo(KroneckerOptimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         damping: float = 1e-4,
-        lr_cov: float = 0.3,
+        lr_cov: float | Callable[[int], float] | None = None,
         T: int = 10,
         max_dim: int = MAX_DIM,
         wide_structure: StructureLike = "diagonal",

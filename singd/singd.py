@@ -64,7 +64,8 @@ class SINGD(KroneckerOptimizer):
             ``mean(S_K) mean(S_C)``; otherwise in those of the curvature.
         scale_init: K and C start as ``mean(S)^(-1/2) I``, otherwise as ``I``.
         T: Number of steps between two updates of the factors.
-        lr_cov: Step size of the factors (beta_1), or a function of the step number.
+        lr_cov: Step size of the factors (beta_1), or a function of the step number; by default
+            0.03 T, at most 0.3.
         alpha1: Riemannian momentum of the factors (alpha_1), in [0, 1); 0 under ``kfac_like``.
         kfac_like: IKFAC (close to KFAC) instead of INGD / SINGD.
         kfac_approx: ``"expand"`` or ``"reduce"`` for layers that share their weight over positions
@@ -130,7 +131,7 @@ class SINGD(KroneckerOptimizer):
         weight_decay: float = 0.0,
         T: int = 10,
         loss_average: str | None = "batch",
-        lr_cov: float | Callable[[int], float] = 0.3,
+        lr_cov: float | Callable[[int], float] | None = None,
         structures: Structures | Mapping[str, Structures] | None = None,
         kfac_approx: str = "expand",
         *,

@@ -52,7 +52,7 @@ class InverseFree(Method):
     def check(self, options: Options) -> None:
         """Raise ``ValueError`` if an option is out of range."""
         in_range("alpha1", options["alpha1"], 0.0, 1.0, open_end=True)
-        if not callable(options["lr_cov"]):
+        if options["lr_cov"] is not None and not callable(options["lr_cov"]):
             in_range("lr_cov", options["lr_cov"], 0.0, float("inf"))
         if options["factor_clip"] is not None:
             in_range("factor_clip", options["factor_clip"], 1e-6, 1.0)
@@ -270,8 +270,15 @@ def default_structures(shape: Sequence[int]) -> tuple[str, str]:
 
 
 def lr_cov(options: Options, step: int) -> Any:
-    """``beta_1`` at this step."""
-    return options["lr_cov"](step) if callable(options["lr_cov"]) else options["lr_cov"]
+    """``beta_1`` at this step; by default 0.03 for each step since the last update, at most 0.3.
+
+    So factors remember about as many steps whatever T is: at T = 1 an update of 0.3 would fit them
+    to the gradient of the very batch that they precondition.
+    """
+    given = options["lr_cov"]
+    if given is None:
+        return min(0.3, 0.03 * options["T"])
+    return given(step) if callable(given) else given
 
 
 def by_name(given: Any, name: str, default: Any) -> Any:

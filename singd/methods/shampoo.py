@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from singd.methods.base import Factors, Method, Options, Products
+from singd.methods.inverse_free import lr_cov
 from singd.methods.options import choice, in_range
 from singd.update import first_scale
 from structured import Diagonal, Operator, Outer, Structure, StructuredMatrix, parse
@@ -53,7 +54,8 @@ class GradientCovariance(Method):
 
     def check(self, options: Options) -> None:
         """Raise ``ValueError`` if an option is out of range."""
-        in_range("lr_cov", options["lr_cov"], 0.0, 1.0)
+        if options["lr_cov"] is not None and not callable(options["lr_cov"]):
+            in_range("lr_cov", options["lr_cov"], 0.0, 1.0)
         choice("power", options["power"], (0.5, 1))
         in_range("max_dim", options["max_dim"], 0, float("inf"))
         for spec in (options["wide_structure"], *_specs(options["structures"])):
@@ -99,7 +101,7 @@ class GradientCovariance(Method):
         mean = G.flatten(1).square().mean(1)
         K = [first_scale(K_i, mean) ** (1 / len(factors.K)) * K_i for K_i in factors.K]
         H = curvatures(K, whiten(K, G), options["damping"] * mean)
-        return Modes(factor_steps(K, H, options["lr_cov"]))
+        return Modes(factor_steps(K, H, lr_cov(options, step)))
 
     def products(self, factors: Modes, options: Options) -> Products:
         """``S_i^-p`` of every mode, by its number."""
@@ -149,7 +151,7 @@ def curvatures(
 
 
 def factor_steps(
-    K: Sequence[StructuredMatrix], H: Sequence[StructuredMatrix], lr_cov: float
+    K: Sequence[StructuredMatrix], H: Sequence[StructuredMatrix], step_size: float
 ) -> tuple[StructuredMatrix, ...]:
     """``K_i (I - beta_1 m_i)`` with ``m_i = (H_i - I) / 2``, all shortened alike if one is long.
 
@@ -158,7 +160,7 @@ def factor_steps(
     """
     m = [0.5 * H_i.add_scaled_identity(-1.0) for H_i in H]
     longest = torch.stack([m_i.frobenius_norm() for m_i in m]).amax(0)
-    beta_1 = lr_cov / longest.clamp(min=1.0)
+    beta_1 = step_size / longest.clamp(min=1.0)
     return tuple(K_i - beta_1 * (K_i @ m_i) for K_i, m_i in zip(K, m, strict=True))
 
 

@@ -67,6 +67,16 @@ def check_group(group: Mapping[str, Any]) -> None:
         in_range("kl_clip", group["kl_clip"], 0.0, float("inf"))
 
 
+def counters(group: Group) -> Group:
+    """What is counted in a new group: steps, the highest rate, and weights handed over to AdamW."""
+    lr = group["lr"]
+    return {
+        "handed_over": tuple(group.get("handed_over", ())),
+        "step": group.get("step", 0),
+        "peak_lr": torch.zeros_like(lr) if isinstance(lr, Tensor) else 0.0,
+    }
+
+
 def graft_of(group: Group) -> str | None:
     """Whose length directions have: ``"auto"`` is ``"rms"``, unless ``kl_clip`` bounds them."""
     if group["graft"] != "auto":

@@ -159,6 +159,15 @@ def _is_whole_of(held: Any, p: Any) -> bool:
     return is_distributed(p) and getattr(held, "device_mesh", None) != p.device_mesh
 
 
+def check_model(model: Any) -> None:
+    """Raise unless ``model`` is a module whose parameters are there."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for name, p in model.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise ValueError(f"{name} is not initialised yet: run one forward pass first")
+
+
 def _follow(p: Tensor, entry: dict[str, Any]) -> None:
     """Move what is stored like a parameter to its data type and device."""
     for name, value in entry.items():

@@ -41,6 +41,16 @@ class SkippedSteps:
             event.synchronize()
         self.count(skipped=bool(host))
 
+    def check(self, cause: str | None, limit: int | None) -> None:
+        """Raise ``FloatingPointError`` if this step was one too many.
+
+        Args:
+            cause: Why it was skipped; ``None`` if it was taken.
+            limit: Steps in a row that may be skipped.
+        """
+        if cause and limit is not None and self.in_row >= limit > 0:
+            raise FloatingPointError(f"{cause} in {self.in_row} steps in a row")
+
     def forget(self) -> None:
         """Forget a step that was deferred."""
         self._pending = None

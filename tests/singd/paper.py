@@ -22,7 +22,8 @@ class SINGD(singd.SINGD):
     adamw_ratio = 0.03
 
     def __init__(self, model: nn.Module, *args: Any, **options: Any) -> None:
-        bare = {"structures": ("dense", "dense"), "relative_damping": False, "scale_init": False}
+        bare: dict[str, Any] = {"structures": ("dense", "dense"), "lr_cov": 0.3}
+        bare |= {"relative_damping": False, "scale_init": False}
         super().__init__(model, *args, **{**RULE, **bare, **options})
 
 

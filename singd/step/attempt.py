@@ -1,0 +1,78 @@
+"""One attempt of a step: what comes before it and what is counted after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from singd.capture import requests
+from singd.ops import cuda_graph
+from singd.step.factor_store import State
+from singd.step.gradient_scaler import calling_scale
+from singd.step.groups import Group, keep_peak_lr
+from singd.step.initial import make_state, wants_state
+from singd.step.pipeline import Parts, Report, agree, pad_statistics, take_step
+
+
+def attempt(
+    parts: Parts,
+    groups: Sequence[Group],
+    state: State,
+    scale: Tensor | None,
+    descend: bool,
+    observe: bool,
+) -> Report | None:
+    """Take a step, or skip it; it is counted in the groups.
+
+    Args:
+        parts: The objects that take a step.
+        groups: Groups of the optimizer.
+        state: State of the optimizer.
+        scale: Scale of the loss that gradients are free of, if it is known.
+        descend: Move the parameters; else replace gradients by directions.
+        observe: Report norms and residuals.
+
+    Returns:
+        What the step did; ``None`` if only the state was made, for there was nothing else to do.
+    """
+    capture, skipping = parts.capture, parts.skipping
+    if not cuda_graph.is_capturing():
+        skipping.settle()
+    scale = calling_scale() if scale is None else scale
+    parts.placement.prepare()
+    parts.parameters.check(groups, state)
+    if wants_state(parts, groups, state):
+        ensure(parts, groups, state)
+        make_state(parts, state)
+        return None
+    agree(parts, state)
+    ensure(parts, groups, state)
+    capture.loss_terms.check(_loss_averages(parts, groups), scale)
+    statistics = pad_statistics(parts, capture.collect())
+    report = take_step(parts, statistics, state, scale=scale, descend=descend, observe=observe)
+    capture.end_step()
+    if report.found_inf is not None:
+        skipping.defer(report.found_inf)
+    else:
+        skipping.count(skipped=report.cause is not None)
+    for group in groups:
+        group["step"] += 1
+        if report.cause is None:
+            keep_peak_lr(group)
+    return report
+
+
+def ensure(parts: Parts, groups: Sequence[Group], state: State) -> None:
+    """Make factors where there are none, or where the state or the options changed."""
+    parts.parameters.check(groups, state)
+    changed = parts.store.ensure(parts.parameters.preconditioned(), state)
+    requests.restart(parts.capture, changed)
+
+
+def _loss_averages(parts: Parts, groups: Sequence[Group]) -> set[str | None]:
+    """What the groups say the loss is a mean over; nothing where the number is given."""
+    terms = parts.capture.count.terms
+    if isinstance(terms, Tensor) or terms:
+        return set()
+    return {group["loss_average"] for group in groups}
