@@ -40,7 +40,13 @@ from singd import SINGD
 
 RESULTS = Path(__file__).parent / "results"
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-BOUNDS = (3e-7, 3e-6, 3e-5, 3e-4, 3e-3)  # of the square of a step: rates 3.16 apart, as above
+BOUNDS = (
+    3e-7,
+    3e-6,
+    3e-5,
+    3e-4,
+    3e-3,
+)  # of the square of a step: a ratio of 3.16 in rates, as above
 SEEDS, CHECKS, ROUNDS = 5, 10, 7
 RULE: dict[str, Any] = {  # the paper's, with its two bounds
     **{"lr": 0.1, "kl_clip": 3e-5, "structures": ("dense", "dense"), "adamw": {"lr": 3e-3}},
@@ -97,7 +103,7 @@ MAIN = [name for name in METHODS if name not in EXTRA]
 
 
 @dataclass(frozen=True)
-class Job:
+class Trial:
     """One run."""
 
     task: str
@@ -110,9 +116,9 @@ class Job:
 
 @dataclass
 class Row:
-    """One run and what came out, a line of the file."""
+    """One run and its result, a line of the file."""
 
-    job: Job
+    trial: Trial
     loss: float  # of the last 20 batches
     scores: list[float] = field(default_factory=list)  # at equal distances; nan once diverged
 
@@ -122,7 +128,7 @@ class Row:
         return self.scores[-1]
 
 
-COLUMNS = [*(f.name for f in fields(Job)), "loss", "scores"]
+COLUMNS = [*(f.name for f in fields(Trial)), "loss", "scores"]
 
 
 # Runs --------------------------------------------------------------------------------------------
@@ -155,15 +161,15 @@ def judge(task: Task, model: nn.Module, split: str) -> float:
     return score
 
 
-def run(job: Job, checks: int) -> Row:
+def run(trial: Trial, checks: int) -> Row:
     """Train, and judge on the way; what diverges is judged no more."""
-    task, split = TASKS[job.task], "test" if job.stage == "final" else "validation"
-    model, optimizer = start(task, METHODS[job.method], job.value, job.seed)
-    schedule = CosineAnnealingLR(optimizer, job.steps)
-    torch.manual_seed(job.seed)  # of dropout, which is then equal for all methods too
-    row, losses = Row(job, math.nan), list[float]()
-    due = {job.steps * (k + 1) // checks for k in range(checks)}
-    for step, batch in enumerate(task.batches(split, job.steps, job.seed), 1):
+    task, split = TASKS[trial.task], "test" if trial.stage == "final" else "validation"
+    model, optimizer = start(task, METHODS[trial.method], trial.value, trial.seed)
+    schedule = CosineAnnealingLR(optimizer, trial.steps)
+    torch.manual_seed(trial.seed)  # of dropout, which is then equal for all methods too
+    row, losses = Row(trial, math.nan), list[float]()
+    due = {trial.steps * (k + 1) // checks for k in range(checks)}
+    for step, batch in enumerate(task.batches(split, trial.steps, trial.seed), 1):
         try:
             losses.append(train_step(task, model, optimizer, batch).item())
         except FloatingPointError:
@@ -179,18 +185,20 @@ def run(job: Job, checks: int) -> Row:
 def best(rows: Iterable[Row], task: str, method: str) -> Row:
     """The run of the search that was judged best; one that diverged never is."""
     sign = 1 if TASKS[task].higher_is_better else -1
-    mine = [r for r in rows if (r.job.task, r.job.method, r.job.stage) == (task, method, "search")]
+    mine = [
+        r for r in rows if (r.trial.task, r.trial.method, r.trial.stage) == (task, method, "search")
+    ]
     return max(mine, key=lambda r: -math.inf if math.isnan(r.score) else sign * r.score)
 
 
-def searches(task: str, method: str, steps: int) -> list[Job]:
-    return [Job(task, method, "search", value, 0, steps) for value in METHODS[method].values]
+def searches(task: str, method: str, steps: int) -> list[Trial]:
+    return [Trial(task, method, "search", value, 0, steps) for value in METHODS[method].values]
 
 
-def finals(task: str, method: str, steps: int, rows: Sequence[Row], seeds: int) -> list[Job]:
+def finals(task: str, method: str, steps: int, rows: Sequence[Row], seeds: int) -> list[Trial]:
     finder = METHODS[method].found_by or method
-    value = best(rows, task, finder).job.value if METHODS[method].option else math.nan
-    return [Job(task, method, "final", value, seed, steps) for seed in range(seeds)]
+    value = best(rows, task, finder).trial.value if METHODS[method].option else math.nan
+    return [Trial(task, method, "final", value, seed, steps) for seed in range(seeds)]
 
 
 # Costs -------------------------------------------------------------------------------------------
@@ -240,11 +248,11 @@ def read(path: Path) -> list[Row]:
     rows = []
     with path.open(newline="") as file:
         for r in csv.DictReader(file):
-            job = Job(
+            trial = Trial(
                 *(r["task"], r["method"], r["stage"]),
                 *(float(r["value"]), int(r["seed"]), int(r["steps"])),
             )
-            rows.append(Row(job, float(r["loss"]), [float(s) for s in r["scores"].split()]))
+            rows.append(Row(trial, float(r["loss"]), [float(s) for s in r["scores"].split()]))
     return rows
 
 
@@ -255,13 +263,13 @@ def append(path: Path, row: Row) -> None:
         if new:
             writer.writerow(COLUMNS)
         scores = " ".join(f"{s:.4f}" for s in row.scores)
-        writer.writerow([*asdict(row.job).values(), f"{row.loss:.4g}", scores])
+        writer.writerow([*asdict(row.trial).values(), f"{row.loss:.4g}", scores])
 
 
-def pending(jobs: Iterable[Job], rows: Sequence[Row]) -> list[Job]:
-    """Those that have no row yet; ``repr`` tells jobs apart where a value is nan."""
-    done = {repr(row.job) for row in rows}
-    return [job for job in jobs if repr(job) not in done]
+def pending(trials: Iterable[Trial], rows: Sequence[Row]) -> list[Trial]:
+    """Those that have no row yet; ``repr`` also compares where a value is nan."""
+    done = {repr(row.trial) for row in rows}
+    return [trial for trial in trials if repr(trial) not in done]
 
 
 # The command -------------------------------------------------------------------------------------
@@ -276,14 +284,14 @@ def run_all(path: Path, args: argparse.Namespace) -> None:
         for t, m in pairs:
             for stage, checks in (("search", 1), ("final", args.checks)):
                 rows = read(path)
-                jobs = searches(t, m, steps[t])
+                trials = searches(t, m, steps[t])
                 if stage == "final":
-                    jobs = finals(t, m, steps[t], rows, args.seeds)
-                todo = pending(jobs, rows)
-                bar.update(len(jobs) - len(todo))
-                for job in todo:
+                    trials = finals(t, m, steps[t], rows, args.seeds)
+                todo = pending(trials, rows)
+                bar.update(len(trials) - len(todo))
+                for trial in todo:
                     bar.set_description(f"{t}, {m}, {stage}")
-                    append(path, run(job, checks))
+                    append(path, run(trial, checks))
                     bar.update()
 
 

@@ -48,7 +48,7 @@ class Outcome(NamedTuple):
     @property
     def steps(self) -> np.ndarray:
         """At which it was judged."""
-        count, steps = len(self.rows[0].scores), self.rows[0].job.steps
+        count, steps = len(self.rows[0].scores), self.rows[0].trial.steps
         return np.array([steps * (k + 1) // count for k in range(count)])
 
     @property
@@ -63,15 +63,15 @@ class Outcome(NamedTuple):
 
 def outcomes(folder: Path) -> dict[str, dict[str, Outcome]]:
     """By task and method; a method of which seeds are missing is left out."""
-    rows = [row for row in read(folder / "evidence.csv") if row.job.stage == "final"]
+    rows = [row for row in read(folder / "evidence.csv") if row.trial.stage == "final"]
     with (folder / "evidence_costs.csv").open(newline="") as file:
         costs = {(r["task"], r["method"]): r for r in csv.DictReader(file)}
     found: dict[str, dict[str, Outcome]] = {}
     for task in TASKS:
         for method in METHODS:
-            mine = [r for r in rows if (r.job.task, r.job.method) == (task, method)]
+            mine = [r for r in rows if (r.trial.task, r.trial.method) == (task, method)]
             if mine and (task, method) in costs:
-                mine.sort(key=lambda row: row.job.seed)
+                mine.sort(key=lambda row: row.trial.seed)
                 found.setdefault(task, {})[method] = Outcome(mine, costs[task, method])
     seeds = max((len(o.rows) for methods in found.values() for o in methods.values()), default=0)
     return {
@@ -91,7 +91,7 @@ HEAD = (
 def markdown(found: Mapping[str, Mapping[str, Outcome]]) -> Iterator[str]:
     for task, methods in found.items():
         better = "higher" if TASKS[task].higher_is_better else "lower"
-        steps = next(iter(methods.values())).rows[0].job.steps
+        steps = next(iter(methods.values())).rows[0].trial.steps
         yield f"**{task}**: {TASKS[task].metric} ({better} is better), {steps} steps"
         yield ""
         yield "| " + " | ".join(HEAD) + " |"
@@ -101,14 +101,14 @@ def markdown(found: Mapping[str, Mapping[str, Outcome]]) -> Iterator[str]:
         yield ""
         for ours, theirs in COMPARED:
             if {ours, theirs} <= methods.keys():
-                words = verdict(task, methods[ours], methods[theirs], f"`{theirs}`")
+                words = comparison(task, methods[ours], methods[theirs], f"`{theirs}`")
                 yield f"- `{ours}` is {words}."
         yield ""
 
 
 def cells(task: str, name: str, outcome: Outcome, peer: Outcome | None) -> Iterator[str]:
     yield name
-    value = outcome.rows[0].job.value
+    value = outcome.rows[0].trial.value
     yield UNTUNED.get(name, f"{METHODS[name].option} {value:.0e}".replace("e-0", "e-"))
     yield spread(outcome.scores)
     reached = peer and first_reached(task, outcome, fmean(peer.scores))
@@ -133,7 +133,7 @@ def first_reached(task: str, outcome: Outcome, target: float) -> int | None:
     return int(outcome.steps[reached[0]]) if len(reached) else None
 
 
-def verdict(task: str, ours: Outcome, theirs: Outcome, name: str) -> str:
+def comparison(task: str, ours: Outcome, theirs: Outcome, name: str) -> str:
     """Who is ahead, by the differences of seeds: both start from equal weights and batches."""
     sign = 1 if TASKS[task].higher_is_better else -1
     differences = [sign * (a - b) for a, b in zip(ours.scores, theirs.scores, strict=True)]

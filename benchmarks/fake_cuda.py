@@ -124,7 +124,7 @@ def shapes(model: nn.Module, x: Tensor) -> Shapes:
     """What every module of a model sees that is called with one tensor, by its name.
 
     Args:
-        model: On the device "meta".
+        model: Model on the device "meta".
         x: Its input there.
     """
     seen: Shapes = {}
@@ -156,12 +156,12 @@ def move(model: nn.Module, dtype: torch.dtype) -> None:
 def backward(
     optimizer: Any, seen: Shapes, dtype: torch.dtype, unused: Collection[str] = ()
 ) -> None:
-    """Leave behind what a backward pass does.
+    """Put in place what a backward pass leaves.
 
     Args:
         optimizer: One of ours.
-        seen: By the layers of its model.
-        dtype: Of what they see.
+        seen: What the layers of its model saw.
+        dtype: Data type of what they see.
         unused: Layers that no gradient reaches.
     """
     names = {module: name for name, module in optimizer.model.named_modules()}

@@ -5,8 +5,8 @@
 Each costs the host some 5 us at least, whatever it computes. Steps run on PyTorch's fake tensors
 (:mod:`benchmarks.fake_cuda`), so models may be as large as they are. Counted are the statistics of
 one pass, the step that updates the factors, and one that does not; ``foreach`` operators and
-kernels count once, and copies between host and device apart, of the three together. Results go to
-``launches.csv``.
+kernels count once. Copies between host and device are counted too, of the three together. Results
+go to ``launches.csv``.
 """
 
 from __future__ import annotations

@@ -26,6 +26,6 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor in a few words: what rows of times are told apart by."""
+    """The processor in a few words: by which rows of times are told from each other."""
     found = machine()
     return f"{found['cpu']}, {found['instructions']}"

@@ -16,7 +16,7 @@ from benchmarks.models import MODELS
 from benchmarks.nets import DTYPES
 from benchmarks.training import History
 
-# Colours of Okabe and Ito, told apart by all eyes; the defaults are thick.
+# Colours of Okabe and Ito, which all eyes can tell from each other; the defaults are thick.
 STYLES: dict[str, dict[str, Any]] = {
     "SGD": {"color": "#999999", "ls": ":"},
     "AdamW": {"color": "#000000", "ls": ":"},

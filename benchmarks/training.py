@@ -22,7 +22,7 @@ MakeOptimizer = Callable[[nn.Module], Optimizer]
 
 @dataclass
 class History:
-    """What one run leaves behind."""
+    """What one run leaves."""
 
     losses: list[float] = field(default_factory=list)  # of the batch, at every step
     steps: list[int] = field(default_factory=list)  # at which the accuracy was measured

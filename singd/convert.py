@@ -20,7 +20,7 @@ def to_tensors(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[s
     """A state as named tensors and text, for files that hold nothing else, such as safetensors.
 
     Args:
-        state_dict: From ``optimizer.state_dict()``.
+        state_dict: What ``optimizer.state_dict()`` returned.
 
     Returns:
         Tensors by name, and metadata.

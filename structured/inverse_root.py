@@ -52,7 +52,7 @@ def inverse_root(
     in rounding; a step costs n^3.
 
     Args:
-        structure: As for :func:`structured.parse`.
+        structure: The structure of the root; whatever :func:`structured.parse` takes.
         S: Symmetric positive semi-definite, ``[..., n, n]``: a tensor or an operator. A member of
             a structure closed under transposition is not written out for its root within it.
         damping: A number or a tensor of the batch shape of ``S``.

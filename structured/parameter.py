@@ -23,7 +23,7 @@ class StructuredParameter(nn.Module):
     ['0', '1', '2']
 
     Args:
-        member: Where to start; its tensors are copied. It may be on the meta device: then
+        member: The first member; its tensors are copied. It may be on the meta device: then
             ``to_empty`` and a state dict or :meth:`reset_parameters` give it numbers.
 
     Raises:

@@ -48,7 +48,7 @@ def upward(modules: Trees, order: Sequence[str]) -> list[str]:
     """Imports against the order of the folders.
 
     Args:
-        modules: As :func:`trees` gives them.
+        modules: What :func:`trees` returned.
         order: Folders or modules below the package, the lowest first; ``""`` for whatever is not
             listed. What is listed most closely counts.
     """

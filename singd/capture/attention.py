@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 #: Is given the name of a product, its input and its output, both ``[L, N, d]``; returns the output.
-Tap = Callable[[str, Tensor, Tensor], Tensor]
+Watcher = Callable[[str, Tensor, Tensor], Tensor]
 
 
 def projections(module: Any) -> dict[str, tuple[Tensor, str, nn.Module]]:
@@ -35,8 +35,8 @@ class _Query(Tensor):
     Except by the transposition that such a module begins with.
     """
 
-    taps: list[Tap]
-    attend: Callable[..., Any]  # :func:`attend`, never compiled, for taps come and go
+    watchers: list[Watcher]
+    attend: Callable[..., Any]  # :func:`attend`, never compiled, for watchers come and go
 
     @classmethod
     def __torch_function__(
@@ -44,28 +44,28 @@ class _Query(Tensor):
     ) -> Any:
         query = next((a for a in args if isinstance(a, _Query)), None)
         if func is F.multi_head_attention_forward and query is not None:
-            return query.attend(query.taps, args, kwargs or {})
+            return query.attend(query.watchers, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
         if func is Tensor.transpose and query is not None:
             result = result.as_subclass(cls)
-            result.taps, result.attend = query.taps, query.attend
+            result.watchers, result.attend = query.watchers, query.attend
         return result
 
 
-def attend(taps: Sequence[Tap], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def attend(watchers: Sequence[Watcher], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The function itself, on plain tensors."""
     plain = {id(a): a.as_subclass(Tensor) for a in args if isinstance(a, _Query)}
-    return _listened(taps)(*(plain.get(id(a), a) for a in args), **kwargs)
+    return _listened(watchers)(*(plain.get(id(a), a) for a in args), **kwargs)
 
 
-def _listened(taps: Sequence[Tap]) -> Callable[..., Any]:
+def _listened(watchers: Sequence[Watcher]) -> Callable[..., Any]:
     """PyTorch's function, with names of its own for the projections."""
     size: list[int] = []
 
-    def tapped(name: str, x: Tensor, output: Tensor) -> Tensor:
-        for tap in taps:
-            output = tap(name, x, output)
+    def watched(name: str, x: Tensor, output: Tensor) -> Tensor:
+        for watcher in watchers:
+            output = watcher(name, x, output)
         return output
 
     def project(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,13 +75,13 @@ def _listened(taps: Sequence[Tap]) -> Callable[..., Any]:
             rows = {id(x): x.contiguous() for x in (q, k, v)}
             q, k, v = (rows[id(x)] for x in (q, k, v))
             outputs = function(q, k, v, *weights)
-            return [tapped(*use) for use in zip("qkv", (q, k, v), outputs, strict=True)]
+            return [watched(*use) for use in zip("qkv", (q, k, v), outputs, strict=True)]
 
         return projected
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         output = F.linear(x, weight, bias)
-        return tapped("out", x.view(*size, -1), output.view(*size, -1)).view_as(output)
+        return watched("out", x.view(*size, -1), output.view(*size, -1)).view_as(output)
 
     names = {name: project(vars(F)[name]) for name in ("_in_projection_packed", "_in_projection")}
     names |= {"linear": linear, "has_torch_function": lambda _: False}
@@ -90,23 +90,23 @@ def _listened(taps: Sequence[Tap]) -> Callable[..., Any]:
 
 
 def listened(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], tap: Tap, attend: Callable[..., Any]
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], watcher: Watcher, attend: Callable[..., Any]
 ) -> tuple[Any, Any]:
-    """The arguments of an attention module, such that its products pass through ``tap``.
+    """The arguments of an attention module, such that its products pass through ``watcher``.
 
     Args:
         args: Arguments of the module.
         kwargs: Keyword arguments.
-        tap: Called with every product.
+        watcher: Function that is called with every product.
         attend: :func:`attend`, excluded from compilation.
     """
     query = args[0] if args else next(iter(kwargs.values()))
     if not isinstance(query, _Query):
         plain, query = query, query.as_subclass(_Query)
-        query.taps, query.attend = [], attend
+        query.watchers, query.attend = [], attend
         args = tuple(query if a is plain else a for a in args)
         kwargs = {k: query if a is plain else a for k, a in kwargs.items()}
-    query.taps.append(tap)
+    query.watchers.append(watcher)
     return args, kwargs
 
 

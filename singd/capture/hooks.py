@@ -1,7 +1,7 @@
 """Hooks that show what a layer is used for, forwards and backwards.
 
-The output of a hooked layer passes through :class:`_Tap`, an identity that saves the layer's input
-the way autograd does. So the input is shared with autograd, freed with it, recomputed under
+The output of a hooked layer passes through :class:`_Watched`, an identity that saves the layer's
+input the way autograd does. So the input is shared with autograd, freed with it, recomputed under
 activation checkpointing, and there again for a second backward. In-place activations may follow.
 """
 
@@ -30,7 +30,7 @@ _CLOSE = (
 )
 
 
-class _Tap(torch.autograd.Function):
+class _Watched(torch.autograd.Function):
     """The identity on a layer's output; its backward shows the layer's input and gradient."""
 
     @staticmethod
@@ -72,7 +72,8 @@ class LayerHook:
     Args:
         matrix: Weight that is watched.
         listen: Says who listens.
-        refuse: Called with a reason if the module is used in a way that its layer does not know.
+        refuse: Function that is called with a reason if the module is used in a way that its layer
+            does not know.
     """
 
     def __init__(
@@ -106,8 +107,8 @@ class LayerHook:
                 return None
         if not first.requires_grad:
             return None
-        tapped = _Tap.apply(first, x, listener)
-        return tapped if first is output else type(output)((tapped, *output[1:]))
+        watched = _Watched.apply(first, x, listener)
+        return watched if first is output else type(output)((watched, *output[1:]))
 
 
 def _is_dense(value: Any) -> bool:
@@ -153,13 +154,13 @@ class AttentionHook:
         if not any(listeners.values()):
             return None
 
-        def tap(name: str, x: Tensor, output: Tensor) -> Tensor:
+        def watch(name: str, x: Tensor, output: Tensor) -> Tensor:
             listener = listeners.get(name)
             if listener is None:
                 return output
-            tapped: Tensor = _Tap.apply(
+            watched: Tensor = _Watched.apply(
                 output, x, lambda x, g: listener(x.transpose(0, 1), g.transpose(0, 1))
             )
-            return tapped
+            return watched
 
-        return attention.listened(args, kwargs, tap, self.attend)
+        return attention.listened(args, kwargs, watch, self.attend)

@@ -19,7 +19,7 @@ def attach_after(module: nn.Module, hook: Callable[..., Any], *, first: bool = F
 
     Args:
         module: Module that is watched.
-        hook: Called with module, arguments, keyword arguments and output.
+        hook: Function of module, arguments, keyword arguments and output.
         first: Whether it runs before other hooks.
     """
     handle = module.register_forward_hook(hook, with_kwargs=True, prepend=first)
@@ -31,7 +31,7 @@ def attach_before(module: nn.Module, hook: Callable[..., Any]) -> Any:
 
     Args:
         module: Module that is watched.
-        hook: Called with module, arguments and keyword arguments.
+        hook: Function of module, arguments and keyword arguments.
     """
     return _transient(module, module.register_forward_pre_hook(hook, with_kwargs=True))
 

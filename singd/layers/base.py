@@ -158,7 +158,7 @@ def flatten_rows(
     over them first (Eschenhagen et al., arXiv 2311.00636).
 
     Args:
-        values: From :meth:`Layer.inputs` or :meth:`Layer.grads`.
+        values: What :meth:`Layer.inputs` or :meth:`Layer.grads` returned.
         approximation: ``"expand"`` or ``"reduce"``.
         average: Under ``"reduce"``, average (inputs) or sum (gradients).
         ones: Append the constant input of a bias.

@@ -66,11 +66,11 @@ class Averages:
 
 
 @dataclass
-class Job:
-    """Equal matrices whose factors are due.
+class Stack:
+    """Equal matrices side by side whose factors are due.
 
     Attributes:
-        factors: Factors side by side along the first dimension.
+        factors: Their factors, along the first dimension.
         statistics: Their :class:`Averages`; or gradients, where a method needs no activations.
         products: What was cached of the factors.
     """
@@ -179,10 +179,10 @@ class Method(ABC):
         """The options that the stored factors depend on: if they change, factors are fitted."""
         return ()
 
-    def update_all(self, jobs: Iterable[Job], options: Options, step: int) -> Iterator[Any]:
-        """:meth:`update` of many jobs of one group, in order; a place for a fused form."""
-        for job in jobs:
-            yield self.update(job.factors, job.statistics, options, step)
+    def update_all(self, stacks: Iterable[Stack], options: Options, step: int) -> Iterator[Any]:
+        """:meth:`update` of many stacks of one group, in order; a place for a fused form."""
+        for stack in stacks:
+            yield self.update(stack.factors, stack.statistics, options, step)
 
     def products(self, factors: Any, options: Options) -> Products:
         """Operators worth caching until the next update."""
@@ -193,4 +193,4 @@ class Method(ABC):
         return {}
 
 
-__all__ = ["Averages", "Factors", "Job", "Method", "Operator", "Options", "Products"]
+__all__ = ["Averages", "Factors", "Method", "Operator", "Options", "Products", "Stack"]

@@ -18,8 +18,8 @@ the steps between two updates. As ``K (K^T S K) = (P S) K`` and ``K (K^T K) = P 
 So the step needs one product of size n less than ``K^T S K`` does. ``X'`` is similar to ``X``, so
 ``tr X' = tr X`` and ``tr X'^2 = ||X||_F^2``: the numbers are the same.
 
-*Memory.* Terms are summed in place, and large matrices are made late and freed early, so that wide
-copies of all factors are never there at once.
+*Memory.* Terms are summed in place, and large matrices are made when they are needed and freed at
+once, so that wide copies of all factors are never there together.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from singd import update
 from singd.capture.statistics import Statistic
-from singd.methods.base import Job
+from singd.methods.base import Stack
 from singd.ops.precision import product_dtype
 from singd.ops.reductions import jointly, leading
 from structured import Dense, Diagonal, StructuredMatrix
@@ -83,23 +83,23 @@ class _Side:
 
 
 def steps(
-    jobs: Iterable[Job], rule: Rule
+    stacks: Iterable[Stack], rule: Rule
 ) -> Iterator[tuple[Any, StructuredMatrix, StructuredMatrix]]:
-    """The factors of every job, and its new K and C, which may be wider.
+    """The factors of every stack, and its new K and C, which may be wider.
 
     Args:
-        jobs: Jobs of one group; each holds its statistics until it is taken.
+        stacks: Those of one group; each holds its statistics until it is taken.
         rule: Options of the group.
     """
     sides: list[_Side] = []
     factors = []
-    for job in jobs:
-        factors.append(job.factors)
-        for name, U in (("K", job.statistics.input), ("C", job.statistics.grad)):
-            side = _side(getattr(job.factors, name), U, job.products.get(2 * name))
+    for stack in stacks:
+        factors.append(stack.factors)
+        for name, U in (("K", stack.statistics.input), ("C", stack.statistics.grad)):
+            side = _side(getattr(stack.factors, name), U, stack.products.get(2 * name))
             side.mean = U.mean() if rule.is_relative else None
             sides.append(side)
-        job.statistics = U = None
+        stack.statistics = U = None
     weights = _weights(sides, rule)
     for side, (a, c) in zip(sides, weights, strict=True):
         c = c if side.norm is None else update.resolve_damping(c, a, side.norm)

@@ -13,7 +13,7 @@ from torch import Tensor
 from singd import update
 from singd.capture.statistics import Columns, Side, Statistic
 from singd.methods import batched
-from singd.methods.base import Averages, Factors, Job, Method, Options, Products
+from singd.methods.base import Averages, Factors, Method, Options, Products, Stack
 from singd.methods.options import choice, floating, in_range, integer, pair
 from singd.ops.precision import product_dtype, rounds_products
 from structured import (
@@ -152,8 +152,8 @@ class InverseFree(Method):
     ) -> InverseFreeFactors:
         """One update of K and C, and of their momenta, by the functions of :mod:`singd.update`."""
         if options["scale_init"]:
-            job = _begun(Job(factors, statistics, {}))
-            factors, statistics = job.factors, job.statistics
+            stack = _begun(Stack(factors, statistics, {}))
+            factors, statistics = stack.factors, stack.statistics
         sides = ((factors.K, statistics.input), (factors.C, statistics.grad))
         (K, H_K), (C, H_C) = (_curvature(F, U) for F, U in sides)
         damping = dampings(statistics, options)
@@ -169,13 +169,13 @@ class InverseFree(Method):
         return new
 
     def update_all(
-        self, jobs: Iterable[Job], options: Options, step: int
+        self, stacks: Iterable[Stack], options: Options, step: int
     ) -> Iterator[InverseFreeFactors]:
-        """The updates of all jobs, fused where the momenta themselves are not needed."""
+        """The updates of all stacks, fused where the momenta themselves are not needed."""
         if options["scale_init"]:
-            jobs = (_begun(job) for job in jobs)
+            stacks = (_begun(stack) for stack in stacks)
         if options["normalize_lr_cov"] or (options["alpha1"] and not options["kfac_like"]):
-            yield from super().update_all(jobs, {**options, "scale_init": False}, step)
+            yield from super().update_all(stacks, {**options, "scale_init": False}, step)
             return
         rule = batched.Rule(
             options["kfac_like"],
@@ -184,7 +184,7 @@ class InverseFree(Method):
             lr_cov(options, step),
             options["factor_clip"],
         )
-        for factors, K, C in batched.steps(jobs, rule):
+        for factors, K, C in batched.steps(stacks, rule):
             yield replace(factors, K=K, C=C)
 
     def residuals(
@@ -192,8 +192,8 @@ class InverseFree(Method):
     ) -> dict[str, Tensor]:
         """``||Pi(K^T (S_K + lambda I) K) - I||_F`` of K, and of C: zero at the best factor."""
         if options["scale_init"]:
-            job = _begun(Job(factors, averages, {}))
-            factors, averages = job.factors, job.statistics
+            stack = _begun(Stack(factors, averages, {}))
+            factors, averages = stack.factors, stack.statistics
         found = {}
         pairs = ((factors.K, averages.input), (factors.C, averages.grad))
         both = dampings(averages, {**options, "kfac_like": True})
@@ -288,9 +288,9 @@ def by_name(given: Any, name: str, default: Any) -> Any:
     return next((value for pattern, value in given.items() if fnmatch(name, pattern)), default)
 
 
-def _begun(job: Job) -> Job:
-    """The job with factors that are still the identity scaled to their statistics."""
-    averages, factors, products = job.statistics, job.factors, dict(job.products)
+def _begun(stack: Stack) -> Stack:
+    """The stack with factors that are still the identity scaled to their statistics."""
+    averages, factors, products = stack.statistics, stack.factors, dict(stack.products)
     sides = {"input": "K", "grad": "C"}
     for side, name in sides.items():
         K, U = getattr(factors, name), getattr(averages, side)
@@ -303,8 +303,8 @@ def _begun(job: Job) -> Job:
         P = products.pop(2 * name, None)
         if isinstance(P, StructuredMatrix):  # other products have no part in an update
             products[2 * name] = (scale.square() * P).to(P.dtype)
-    job.statistics = None
-    return Job(factors, averages, products)
+    stack.statistics = None
+    return Stack(factors, averages, products)
 
 
 def _square_sum(X: Tensor, dtype: torch.dtype) -> Tensor:

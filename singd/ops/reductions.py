@@ -61,7 +61,7 @@ def jointly(
     Args:
         function: Function of vectors.
         sizes: Size ``n`` of each layer.
-        numbers: For each argument a tensor of each layer, of one shape for all arguments.
+        numbers: Tensors of each layer, for each argument; of one shape for all arguments.
     """
     out: list[Tensor] = [*numbers[0]]
     for device in {x.device for x in out}:

@@ -111,7 +111,7 @@ class Placement(ABC):
         """The sums over all ranks of numbers that decide what a step does.
 
         Args:
-            numbers: As many on every rank.
+            numbers: Numbers, as many on every rank.
             like: Tensor on the device that the ranks communicate by.
         """
 

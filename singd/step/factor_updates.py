@@ -11,7 +11,7 @@ from torch import Tensor
 
 from singd.capture.statistics import KroneckerStatistics, side_by_side
 from singd.capture.weight_matrix import WeightMatrix
-from singd.methods.base import Averages, Job, Method
+from singd.methods.base import Averages, Method, Stack
 from singd.ops.stochastic_rounding import Rounding
 from singd.placement import Placement
 from singd.step.factor_store import Batch, FactorStore, Proposal
@@ -55,7 +55,7 @@ def update_factors(
     """The factors of all batches, those that are due updated; nothing is written.
 
     Args:
-        store: Where factors are kept.
+        store: The factors of all matrices.
         placement: Gives whole gradients to a method that needs no activations.
         statistics: Sums over all ranks.
         normalization: What makes averages of them.
@@ -74,11 +74,11 @@ def update_factors(
     for due in by_group.values():
         group = due[0][0].batch.group
         rounding = Rounding(group["seed"], group["step"])
-        jobs = (
+        stacks = (
             _job(store.method, placement, proposal, some, statistics, normalization, residuals)
             for proposal, some in due
         )
-        updates = store.method.update_all(jobs, group, group["step"])
+        updates = store.method.update_all(stacks, group, group["step"])
         for (proposal, some), new in zip(due, updates, strict=True):
             proposal.factors = _replaced(proposal, some, new, rounding)
             proposal.updated += some
@@ -110,12 +110,12 @@ def _job(
     statistics: Statistics,
     normalization: Normalization,
     residuals: Residuals | None,
-) -> Job:
+) -> Stack:
     """Some matrices of a batch with their factors, and what was seen of them."""
     batch = proposal.batch
     factors, products = batch.select(some, batch.factors, proposal.products)
     if not method.needs_activations:
-        return Job(factors, placement.gradients(some), products)
+        return Stack(factors, placement.gradients(some), products)
     sums = [statistics[matrix] for matrix in some]
     averages = Averages(
         side_by_side([one.input.scaled(1.0 / one.rows) for one in sums]),
@@ -127,7 +127,7 @@ def _job(
         found = method.residuals(factors, averages, batch.group)
         for i, matrix in enumerate(some):
             residuals[matrix] = {name: values[i] for name, values in found.items()}
-    return Job(factors, averages, products)
+    return Stack(factors, averages, products)
 
 
 def _replaced(proposal: Proposal, some: list[WeightMatrix], new: Any, rounding: Rounding) -> Any:

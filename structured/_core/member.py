@@ -49,7 +49,7 @@ class Member(Stored, Operator):
         """The sum over some of the batch dimensions, over all by default.
 
         Args:
-            dim: Of :attr:`batch_shape`; negative ones count from its end.
+            dim: Dimension of :attr:`batch_shape`; negative ones count from its end.
 
         Raises:
             IndexError: If there is no such batch dimension.
@@ -92,7 +92,7 @@ class Member(Stored, Operator):
 
         Args:
             M: Any matrix; its dtype and device are those of the member.
-            options: As for :meth:`zeros`.
+            options: Options, as for :meth:`zeros`.
         """
         zero = cls.zeros(M.shape[-1], *options, dtype=M.dtype, device=M.device)
         return zero.orthogonal_project(M)
@@ -105,9 +105,9 @@ class Member(Stored, Operator):
 
         Args:
             n: The size.
-            options: As for :meth:`zeros`.
-            generator: Where the numbers come from.
-            kwargs: As for :meth:`zeros`.
+            options: Options, as for :meth:`zeros`.
+            generator: Generator of the numbers.
+            kwargs: Keywords, as for :meth:`zeros`.
         """
         return cls.zeros(n, *options, **kwargs).randn_like(generator=generator)
 

@@ -1,4 +1,4 @@
-"""Triton kernels behind PyTorch operators, each with a reference in plain PyTorch.
+"""Triton kernels as PyTorch operators, each with a reference in plain PyTorch.
 
 The references are the functions of :mod:`structured._products.gram`. An operator runs its kernel on
 CUDA where that can serve, once :class:`Guarded` has checked it; anywhere else, and wherever
@@ -64,8 +64,8 @@ def define(
 
     Args:
         schema: Schema as of :meth:`torch.library.Library.define`.
-        kernel: Run on CUDA where ``serves(*arguments)``, once it is checked.
-        reference: Run anywhere else, and differentiated in its stead.
+        kernel: Function that runs on CUDA where ``serves(*arguments)``, once it is checked.
+        reference: Function that runs anywhere else, and is differentiated in its stead.
         fake: What tensors come out, for ``torch.compile``.
         serves: Whether the kernel can take the arguments, and should.
         samples: Arguments for the check of the kernel, see :class:`Guarded`.

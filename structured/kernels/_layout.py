@@ -19,10 +19,10 @@ def parts(columns: int, programs: int, block: int, device: torch.device, least: 
     """Columns for each part of a sum, such that the parts of all programs fill the device twice.
 
     Args:
-        columns: To be shared out.
-        programs: That there are without parts.
+        columns: Number of columns to share out.
+        programs: Number of programs without parts.
         block: A part is a multiple of it.
-        device: To be filled.
+        device: Device that is to be filled.
         least: Blocks that a part has at least.
     """
     wanted = max(1, 2 * _processors(device) // programs)

@@ -51,9 +51,9 @@ def _mistakes(
         for what, value in wrong.items():
             yield f"{name} of {what}", partial(getattr(A, name), value)
 
-    foreign: type[StructuredMatrix] = Diagonal if isinstance(A, Dense) else Dense
+    unlike: type[StructuredMatrix] = Diagonal if isinstance(A, Dense) else Dense
     members = {
-        "structure": foreign.zeros(n, batch_shape=batch, dtype=A.dtype),
+        "structure": unlike.zeros(n, batch_shape=batch, dtype=A.dtype),
         "dtype": A.to(torch.float32),
         "device": A.to("meta"),
     }

@@ -9,7 +9,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("torch_geometric")
 
 from benchmarks import evidence, evidence_report
-from benchmarks.evidence import Job, Row
+from benchmarks.evidence import Row, Trial
 from benchmarks.tasks import TASKS, digits_graph
 from benchmarks.text import python_topics
 
@@ -34,15 +34,15 @@ def test_every_run_has_one_row(folder):
     assert len(rows) == 2 * (5 + 5 + 3 * 2)
     for row in rows:
         assert all(0 <= score <= 1 for score in row.scores), row
-        assert len(row.scores) == (2 if row.job.stage == "final" else 1)
+        assert len(row.scores) == (2 if row.trial.stage == "final" else 1)
 
 
 def test_finals_use_what_the_search_found(folder):
     rows = evidence.read(folder / "evidence.csv")
     for row in rows:
-        if row.job.stage == "final":
-            finder = "SINGD" if row.job.method == "SINGD diagonal" else row.job.method
-            assert row.job.value == evidence.best(rows, row.job.task, finder).job.value
+        if row.trial.stage == "final":
+            finder = "SINGD" if row.trial.method == "SINGD diagonal" else row.trial.method
+            assert row.trial.value == evidence.best(rows, row.trial.task, finder).trial.value
 
 
 def test_what_is_there_is_not_repeated(folder, monkeypatch):
@@ -63,12 +63,12 @@ def test_the_report_has_every_method_and_the_curves(folder):
 
 def test_the_best_is_the_best_of_those_that_did_not_diverge():
     def row(task, value, score):
-        return Row(Job(task, "SINGD", "search", value, 0, 1), 0.0, [score])
+        return Row(Trial(task, "SINGD", "search", value, 0, 1), 0.0, [score])
 
     accuracies = [row("CNN", 1.0, 0.8), row("CNN", 2.0, 0.9), row("CNN", 3.0, math.nan)]
     losses = [row("GPT", 1.0, math.nan), row("GPT", 2.0, 1.5), row("GPT", 3.0, 1.4)]
-    assert evidence.best(accuracies, "CNN", "SINGD").job.value == 2
-    assert evidence.best(losses, "GPT", "SINGD").job.value == 3
+    assert evidence.best(accuracies, "CNN", "SINGD").trial.value == 2
+    assert evidence.best(losses, "GPT", "SINGD").trial.value == 3
 
 
 @pytest.mark.parametrize(
@@ -79,13 +79,13 @@ def test_the_best_is_the_best_of_those_that_did_not_diverge():
         ([0.9, 0.5], "level: ahead of AdamW by 0.0450 (0.3 standard errors)"),
     ],
 )
-def test_the_verdict_says_who_is_ahead(ours, words):
+def test_the_comparison_says_who_is_ahead(ours, words):
     def outcome(scores):
-        rows = [Row(Job("CNN", "", "final", 0, i, 1), 0.0, [s]) for i, s in enumerate(scores)]
+        rows = [Row(Trial("CNN", "", "final", 0, i, 1), 0.0, [s]) for i, s in enumerate(scores)]
         return evidence_report.Outcome(rows, {})
 
     theirs = outcome([0.7, 0.61])
-    assert evidence_report.verdict("CNN", outcome(ours), theirs, "AdamW") == words
+    assert evidence_report.comparison("CNN", outcome(ours), theirs, "AdamW") == words
 
 
 def test_no_data_serve_twice():

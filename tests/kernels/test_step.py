@@ -29,7 +29,7 @@ LOW = (torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def _kernels_serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Behind operators, on the CPU too; and none may fall back."""
+    """As operators, on the CPU too; and none may fall back."""
     monkeypatch.setattr(guard, "DEVICES", {"cpu", "cuda"})
     yield
     assert all(row.serves or not row.device for row in kernels.status()), kernels.status()
@@ -227,7 +227,7 @@ def test_no_file_of_a_kernel_hides_an_operator() -> None:
 
 
 def test_the_operators() -> None:
-    """Schemas, fakes and the references behind them."""
+    """Schemas, fakes and references of the operators."""
     x, (names, word) = torch.randn(4, 5, device=DEVICE), keys("p", "q", "r", "s")
     check = torch.library.opcheck
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")

@@ -164,7 +164,7 @@ def failing(mutant: Mutant, chosen: Sequence[str], tests: dict[str, Test]) -> st
 
 def warm() -> None:
     """Import and run once what every child needs, then forget the package itself."""
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # Hypothesis's own comes too late
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # Hypothesis has its own
     os.environ["LAWS_EXAMPLES"] = str(EXAMPLES)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # kernels are interpreted
     import tests.conftest  # noqa: F401, I001  # before Triton: one thread, no chance, no GPU

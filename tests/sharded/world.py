@@ -65,7 +65,7 @@ def run(
     Args:
         folder: An empty folder.
         begin: Function that every rank calls first.
-        cases: By name a function and its further arguments; the first is what ``begin`` returned.
+        cases: Functions and their further arguments, by name; the first is what ``begin`` returned.
         ranks: Number of processes.
         limit: Seconds until the processes are ended.
     """

@@ -57,7 +57,7 @@ def make(case: dict[str, Any]) -> tuple[nn.Module, Any]:
     method = {"SINGD": SINGD, "KFAC": KFAC}[case["method"]]
     options = {"T": 2, "lr": 0.05, **case.get("options", {})}
     if case["wrapped"]:
-        early = method(model, **options) if case.get("late") else None
+        early = method(model, **options) if case.get("wrapped_after") else None
         wrapper: Any = DistributedDataParallel(
             model, find_unused_parameters=True, **case.get("ddp", {})
         )

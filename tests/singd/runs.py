@@ -1,4 +1,4 @@
-"""Small training runs, and everything they leave behind."""
+"""Small training runs, and everything they leave."""
 
 from __future__ import annotations
 

@@ -291,12 +291,12 @@ def test_a_group_of_half_an_attention_module() -> None:
 def test_a_copy_of_attention_goes_on_like_the_original(how: Any) -> None:
     model, x = Block(batch_first=True), torch.randn(N, L, E, dtype=F64)
     optimizer = SINGD(model, T=1)
-    twins = []
+    snapshots = []
     for net, method in ((model, optimizer), how((model, optimizer))):
         net(x).square().sum().div(N).backward()
         method.step()
-        twins.append(snapshot(net, method))
-    assert distance(*twins) == 0.0
+        snapshots.append(snapshot(net, method))
+    assert distance(*snapshots) == 0.0
 
 
 def test_compiled_attention() -> None:

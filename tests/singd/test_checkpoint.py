@@ -243,7 +243,7 @@ def in_group(index: int, key: str, value: Any) -> Any:
     return apply
 
 
-def apart(saved: dict[str, Any], *path: Any) -> None:
+def without(saved: dict[str, Any], *path: Any) -> None:
     *path, last = path
     for key in path:
         saved = saved[key]
@@ -301,7 +301,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
         "group 0: weight_decay: expected a number",
     ),
     "what AdamW has": (in_group(0, "adamw", None), "group 0: adamw: expected lr_ratio and"),
-    "K without C": (lambda s: apart(s, "state", 0, "C"), r"layers\.0\.weight: expected C beside"),
+    "K without C": (lambda s: without(s, "state", 0, "C"), r"layers\.0\.weight: expected C beside"),
     "unknown state": (
         lambda s: s["state"][1].update(S_K=torch.zeros(4, 4)),
         r"layers\.0\.bias: unknown state 'S_K'",
@@ -318,10 +318,10 @@ FAULTS: dict[str, tuple[Any, str]] = {
         ),
         r"group 0: expected 8 parameters, got 9 \(missing: none; unknown: head\.weight\)",
     ),
-    "a group less": (lambda s: apart(s, "param_groups", 0), "expected 1 groups, got 0"),
+    "a group less": (lambda s: without(s, "param_groups", 0), "expected 1 groups, got 0"),
     "no groups": (lambda s: s.update(param_groups=None), "expected groups"),
-    "no parameters": (lambda s: apart(s, "param_groups", 0, "params"), "expected groups"),
-    "no state": (lambda s: apart(s, "state"), "expected a mapping with 'state'"),
+    "no parameters": (lambda s: without(s, "param_groups", 0, "params"), "expected groups"),
+    "no state": (lambda s: without(s, "state"), "expected a mapping with 'state'"),
 }
 
 
@@ -349,7 +349,7 @@ def state_of(model: nn.Module, optimizer: Any) -> Any:
 
 
 def test_options_that_a_checkpoint_lacks_are_ours() -> None:
-    """Such as one that came with a later version."""
+    """Such as one of a later version."""
     model = mlp()
     saved = SINGD(model, damping=0.3).state_dict()
     del saved["param_groups"][0]["factor_clip"]

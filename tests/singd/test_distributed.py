@@ -31,7 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
 } | {
     f"{name}, wrapped": {"wrapped": True, "method": "SINGD", "micro": 3, **case}
     for name, case in {
-        "after the optimizer was made": {"late": True},
+        "after the optimizer was made": {"wrapped_after": True},
         "gradients are views of buckets": {"ddp": {"gradient_as_bucket_view": True}},
     }.items()
 }

@@ -70,11 +70,11 @@ def crossings(
     """The copies between host and device of every pass and step, in two periods of two.
 
     Args:
-        dtype: Of the parameters.
+        dtype: Data type of the parameters.
         method: An optimizer.
-        rows: Of what the layers see, if it is not ``dtype``, as under autocast.
-        before: Called with the number of every pass and the optimizer; says which layers it spares.
-        options: Of the optimizer.
+        rows: Data type of what the layers see, if it is not ``dtype``, as under autocast.
+        before: Function of the number of every pass and the optimizer: which layers it spares.
+        options: Options of the optimizer.
     """
     found = []
     model, seen_by = network(bias="block_circulant" not in str(options))

@@ -154,13 +154,13 @@ def test_telemetry_tells_what_happened(kl_clip: float | None) -> None:
         own, report = factors(optimizer, model[0].weight), reports[-1]
         assert report["skipped"] == 0
         assert ("residual_K" in report["0.weight"]) == (step % 2 == 0)
-        natural = own["C"] @ own["C"].T @ G @ own["K"] @ own["K"].T
+        direction = own["C"] @ own["C"].T @ G @ own["K"] @ own["K"].T
         nu = report.get("trust_region", 1.0)
         assert ("trust_region" in report) == (kl_clip is not None)
         moved = torch.cat([model[0].weight, model[0].bias[:, None]], 1).detach() - W
-        assert relative(moved, -0.05 * nu * natural) < 1e-10
+        assert relative(moved, -0.05 * nu * direction) < 1e-10
         torch.testing.assert_close(report["0.weight"]["gradient_norm"], G.norm())
-        torch.testing.assert_close(report["0.weight"]["direction_norm"], natural.norm())
+        torch.testing.assert_close(report["0.weight"]["direction_norm"], direction.norm())
         if step == 0:  # from the identity: || S_K + damping I - I ||
             A = torch.cat([X, torch.ones(len(X), 1, dtype=F64)], 1)
             expected = (A.T @ A / len(X) + (0.1 - 1) * torch.eye(5, dtype=F64)).norm()
@@ -361,9 +361,9 @@ def test_any_optimizer_may_follow(other: str, how: str) -> None:
         reference.precondition()
         for layer, G in zip(plain[::2], gradients, strict=True):
             own = factors(reference, layer.weight)
-            natural = own["C"] @ own["C"].T @ G @ own["K"] @ own["K"].T
-            layer.weight.grad.copy_(natural[:, :-1])
-            layer.bias.grad.copy_(natural[:, -1])
+            direction = own["C"] @ own["C"].T @ G @ own["K"] @ own["K"].T
+            layer.weight.grad.copy_(direction[:, :-1])
+            layer.bias.grad.copy_(direction[:, -1])
         expected.step()
         for schedule in schedules:
             schedule.step()

@@ -159,12 +159,12 @@ def test_a_frozen_layer_stays_and_thaws_with_its_factors() -> None:
 
 
 def test_layers_frozen_at_construction_may_thaw_later() -> None:
-    early, late = mlp(), mlp()
-    late.requires_grad_(False)
-    optimizers = [SINGD(m, list(m.parameters()), T=1, lr=0.05) for m in (early, late)]
-    assert not any(p.requires_grad for p in late.parameters())
-    late.requires_grad_(True)
-    runs = [train(m, o, batches(3)) for m, o in zip((early, late), optimizers, strict=True)]
+    early, frozen = mlp(), mlp()
+    frozen.requires_grad_(False)
+    optimizers = [SINGD(m, list(m.parameters()), T=1, lr=0.05) for m in (early, frozen)]
+    assert not any(p.requires_grad for p in frozen.parameters())
+    frozen.requires_grad_(True)
+    runs = [train(m, o, batches(3)) for m, o in zip((early, frozen), optimizers, strict=True)]
     assert distance(*runs) == 0.0
 
 
@@ -416,10 +416,10 @@ def test_a_copy_of_model_and_optimizer_goes_on_like_the_original(how: Any, metho
     optimizer = METHODS[method](model, T=2, lr=0.05)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)  # it wraps ``step``
     train(model, optimizer, batches(3))
-    twin, other = how((model, optimizer))
-    assert other.model is twin
+    model_copy, other = how((model, optimizer))
+    assert other.model is model_copy
     before = snapshot(model, optimizer)
-    copied = train(twin, other, batches(4))
+    copied = train(model_copy, other, batches(4))
     assert distance(snapshot(model, optimizer), before) == 0.0
     assert distance(train(model, optimizer, batches(4)), copied) == 0.0
 

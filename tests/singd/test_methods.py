@@ -12,7 +12,7 @@ from torch import Tensor
 
 from singd import KFAC, SINGD, Averages, KLShampoo, KroneckerOptimizer
 from singd.capture.statistics import Columns, Side, Statistic
-from singd.methods.base import Job, Options, Products
+from singd.methods.base import Options, Products, Stack
 from singd.methods.inverse_free import InverseFree, InverseFreeFactors
 from singd.testing import LAWS, check_method
 from tests.singd import paper
@@ -60,18 +60,18 @@ class Ascends(InverseFree):
 class Mixes(InverseFree):
     """Curvature is averaged over the matrices that happen to be side by side."""
 
-    def update_all(self, jobs: Any, options: Options, step: int) -> Any:
-        return super().update_all((self._mixed(job) for job in jobs), options, step)
+    def update_all(self, stacks: Any, options: Options, step: int) -> Any:
+        return super().update_all((self._mixed(stack) for stack in stacks), options, step)
 
     @staticmethod
-    def _mixed(job: Job) -> Job:
+    def _mixed(stack: Stack) -> Stack:
         def mixed(U: Statistic) -> Statistic:
             return U.with_tensors(
                 [t.mean(0, keepdim=True).expand_as(t).clone() for t in U.tensors()]
             )
 
-        both = job.statistics
-        return replace(job, statistics=Averages(mixed(both.input), mixed(both.grad)))
+        both = stack.statistics
+        return replace(stack, statistics=Averages(mixed(both.input), mixed(both.grad)))
 
 
 class CountsUses(InverseFree):
@@ -85,12 +85,12 @@ class CountsUses(InverseFree):
 class WritesInPlace(InverseFree):
     """An update writes to the factors that it is given."""
 
-    def update_all(self, jobs: Any, options: Options, step: int) -> Any:
-        for job in jobs:
-            for member in job.factors.members().values():
+    def update_all(self, stacks: Any, options: Options, step: int) -> Any:
+        for stack in stacks:
+            for member in stack.factors.members().values():
                 for t in member.tensors():
                     t.mul_(0.9)
-            yield from super().update_all([job], options, step)
+            yield from super().update_all([stack], options, step)
 
 
 class OtherShapes(InverseFree):
@@ -108,9 +108,9 @@ class Remembers(InverseFree):
 
     first_step: int | None = None
 
-    def update_all(self, jobs: Any, options: Options, step: int) -> Any:
+    def update_all(self, stacks: Any, options: Options, step: int) -> Any:
         self.first_step = step if self.first_step is None else self.first_step
-        return super().update_all(jobs, options, step)
+        return super().update_all(stacks, options, step)
 
     def precondition(self, factors: Any, G: Tensor, products: Products) -> Tensor:
         return super().precondition(factors, G, products) + (1 + (self.first_step or 0)) * G

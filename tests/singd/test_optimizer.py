@@ -253,20 +253,20 @@ def test_groups_have_their_own_options() -> None:
 
 
 def test_a_bias_in_another_group_belongs_to_its_layer_and_moves_at_its_own_rate() -> None:
-    together, apart = mlp(), mlp()
+    together, separate = mlp(), mlp()
     options = {"T": 1, "momentum": 0.0, "kl_clip": None, "lr": 0.1}
     start = [p.detach().clone() for p in together.parameters()]
     groups = [
-        {"params": [apart[0].weight, apart[2].weight]},
-        {"params": [apart[0].bias, apart[2].bias], "lr": 0.05},
+        {"params": [separate[0].weight, separate[2].weight]},
+        {"params": [separate[0].bias, separate[2].bias], "lr": 0.05},
     ]
-    one, two = SINGD(together, **options), SINGD(apart, groups, **options)
+    one, two = SINGD(together, **options), SINGD(separate, groups, **options)
     train(together, one, batches(1))
-    train(apart, two, batches(1))
-    for i, (p, q) in enumerate(zip(together.parameters(), apart.parameters(), strict=True)):
+    train(separate, two, batches(1))
+    for i, (p, q) in enumerate(zip(together.parameters(), separate.parameters(), strict=True)):
         rate = 0.5 if i % 2 else 1.0
         torch.testing.assert_close(q - start[i], rate * (p - start[i]), rtol=1e-12, atol=1e-14)
-    assert torch.equal(factors(one, together[0].weight)["K"], factors(two, apart[0].weight)["K"])
+    assert torch.equal(factors(one, together[0].weight)["K"], factors(two, separate[0].weight)["K"])
 
 
 def test_a_bias_that_is_not_given_stays() -> None:
@@ -417,7 +417,7 @@ def test_a_model_is_expected() -> None:
 
 @pytest.mark.parametrize("kl_clip", [1e-6, 1e-3, 1e6])
 def test_kl_clip_bounds_the_step(kl_clip: float) -> None:
-    """``sum lr^2 <natural gradient, gradient>`` over all groups is at most ``kl_clip``."""
+    """``sum lr^2 <direction, gradient>`` over all groups is at most ``kl_clip``."""
     model = mlp()
     groups = [{"params": model[0].parameters(), "lr": 0.3}, {"params": model[2].parameters()}]
     optimizer = SINGD(model, groups, lr=0.1, T=1, momentum=0.0, lr_cov=0.1, kl_clip=kl_clip)
@@ -430,9 +430,9 @@ def test_kl_clip_bounds_the_step(kl_clip: float) -> None:
         quadratic, moves = 0.0, []
         for m, W, G, lr in zip((model[0], model[2]), before, grads, (0.3, 0.1), strict=True):
             own = factors(optimizer, m.weight)
-            natural = own["C"] @ own["C"].T @ G @ own["K"] @ own["K"].T
-            quadratic += lr**2 * float((natural * G).sum())
-            moves.append((torch.cat([m.weight, m.bias[:, None]], 1) - W, -lr * natural))
+            direction = own["C"] @ own["C"].T @ G @ own["K"] @ own["K"].T
+            quadratic += lr**2 * float((direction * G).sum())
+            moves.append((torch.cat([m.weight, m.bias[:, None]], 1) - W, -lr * direction))
         nu = min(1.0, (kl_clip / quadratic) ** 0.5)
         for move, bare in moves:
             assert relative(move, nu * bare) < 1e-10

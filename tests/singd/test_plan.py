@@ -203,13 +203,13 @@ def test_what_is_common_raises_no_false_alarm() -> None:
         for X, y in batches(64, dtype=dtype):  # the last are lost in the sum
             mean_loss(summed(X), y).backward()
             optimizer.step()
-    late = mlp()
-    optimizer, loss = SINGD(late, T=2), mean_loss(late(X.double()), y.double())
+    model = mlp()
+    optimizer, loss = SINGD(model, T=2), mean_loss(model(X.double()), y.double())
     for X, y in batches(8):
         optimizer.zero_grad()  # after the forward pass
         loss.backward()
         optimizer.step()
-        loss = mean_loss(late(X), y)
+        loss = mean_loss(model(X), y)
     assert set(rules(optimizer).values()) == {"SINGD"}
 
 

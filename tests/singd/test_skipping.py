@@ -1,4 +1,6 @@
-"""Steps whose verdict the host reads one step later, as on a GPU; here copies and events are plain.
+"""Steps of which the host reads one step later whether they were skipped, as on a GPU.
+
+Here copies and events are plain.
 
 What guards every write there is the same; the kernel that moves parameters is in ``tests/kernels``.
 """
@@ -25,7 +27,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 @pytest.fixture(autouse=True)
-def late(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_step_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if all parameters were on a GPU."""
     monkeypatch.setattr(pipeline, "reading_waits", lambda parameters: True)
 
@@ -197,7 +199,7 @@ def factor(optimizer: Any, model: nn.Sequential) -> Tensor:
 
 
 def test_an_update_that_a_skipped_step_has_cost_comes_T_steps_later() -> None:
-    """Every attempt is counted, so that a skip that is known late changes nothing else."""
+    """Every attempt is counted, so a skip that is known one step later changes nothing else."""
     model, data = network(), batches(6)
     optimizer = SINGD(model, T=3)
     train(model, optimizer, data[:3])

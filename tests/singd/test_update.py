@@ -10,7 +10,7 @@ from torch import Tensor
 
 from singd import update
 from singd.capture.statistics import Statistic
-from singd.methods.base import Averages, Job
+from singd.methods.base import Averages, Stack
 from singd.methods.inverse_free import InverseFree, InverseFreeFactors
 from structured import Dense, StructuredMatrix, parse
 from tests.singd import dense
@@ -207,7 +207,7 @@ def test_the_fused_step_is_its_reference(
     method = InverseFree()
     options = {**SINGD(torch.nn.Linear(2, 2)).defaults, "kfac_like": kfac_like}
     options |= {"factor_clip": factor_clip, "keep_products": products, "lr_cov": 0.4}
-    jobs, expected = [], []
+    stacks, expected = [], []
     for n, scale in ((5, 1.0), (3, 30.0), (6, 0.1)):
         sides, averages = [], []
         for size in (n, n + 1):
@@ -218,7 +218,7 @@ def test_the_fused_step_is_its_reference(
             averages.append(Statistic(update.statistic(K, X), kind))  # type: ignore[arg-type]
         factors = InverseFreeFactors(*sides)
         expected.append(method.update(factors, Averages(*averages), options, 0))
-        jobs.append(Job(factors, Averages(*averages), method.products(factors, options)))
-    for got, wanted in zip(method.update_all(jobs, options, 0), expected, strict=True):
+        stacks.append(Stack(factors, Averages(*averages), method.products(factors, options)))
+    for got, wanted in zip(method.update_all(stacks, options, 0), expected, strict=True):
         for name, member in got.members().items():
             close(member.to_dense(), wanted.members()[name].to_dense())

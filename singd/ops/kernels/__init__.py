@@ -1,4 +1,4 @@
-"""Triton kernels of the step, behind PyTorch operators: on CUDA they serve, elsewhere references.
+"""Triton kernels of the step as PyTorch operators: on CUDA they serve, elsewhere references.
 
 The references are in :mod:`singd.ops.reference`. :class:`structured.kernels.Guarded` checks every
 kernel before it serves. Randomness is a hash of keys in tensors, so nothing waits for the device.

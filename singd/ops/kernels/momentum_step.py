@@ -143,7 +143,7 @@ def launch(
         names: Hashes of names, int64.
         word: Seed of the step, int64 ``[1]``.
         unless: Truth value: if it is true, nothing changes.
-        boxes: For every name the numbers of :class:`singd.ops.reference.Indices`.
+        boxes: The numbers of every name, of :class:`singd.ops.reference.Indices`.
     """
     rows: list[Row] = []
     alive = []  # copies of directions, until the kernel is launched
