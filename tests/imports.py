@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from types import ModuleType
 
 Trees = Mapping[str, ast.Module]
+
+
+def loaded_by(package: str) -> set[str]:
+    """What importing a package loads that is not Python's own, where PyTorch is there already.
+
+    Every module of a new package counts, and of PyTorch whatever ``import torch`` leaves out: such
+    as ``torch._dynamo``, which takes seconds.
+    """
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+import {package}
+new = sys.modules.keys() - before
+print(*(m if m.startswith("torch.") else m.partition(".")[0] for m in new))
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(done.stdout.split()) - sys.stdlib_module_names
 
 
 def trees(package: ModuleType) -> dict[str, ast.Module]:

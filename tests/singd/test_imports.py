@@ -39,6 +39,10 @@ def test_imports_run_one_way() -> None:
     assert imports.private(TREES) == []
 
 
+def test_the_import_adds_little_to_that_of_torch() -> None:
+    assert imports.loaded_by("singd") == {"singd", "structured"}
+
+
 def test_the_parts_of_a_step_know_no_optimizer() -> None:
     """Only the shell, and functions that users call with an optimizer, take one."""
     for name, tree in TREES.items():
