@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -50,7 +50,7 @@ class KFAC(KroneckerOptimizer):
         telemetry: Callable[[dict[str, Any]], None] | None = None,
         adamw: Mapping[str, Any] | None = None,
         process_group: Any = None,
-        data: Sequence[str] | None = None,
+        data: Any = None,
     ) -> None:
         defaults = {
             "lr": lr,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -65,7 +65,7 @@ class KroneckerOptimizer(Optimizer):
             looks for nothing. On a GPU it is known one step later, so that nothing waits.
         telemetry: Function that is called after every step with :func:`singd.diagnostics.describe`.
         process_group: Process group of the ranks that share the data, if not all do.
-        data: Names of the mesh dimensions over which samples differ, of a sharded model.
+        data: Mesh, or names of its dimensions, over which samples differ, of a sharded model.
 
     Raises:
         TypeError: If ``model`` or ``params`` is of the wrong kind.
@@ -87,7 +87,7 @@ class KroneckerOptimizer(Optimizer):
         max_skipped: int | None = 10,
         telemetry: Callable[[dict[str, Any]], None] | None = None,
         process_group: Any = None,
-        data: Sequence[str] | None = None,
+        data: Any = None,
     ) -> None:
         model, is_reduced = unwrapped(model)
         check_model(model)
@@ -104,7 +104,7 @@ class KroneckerOptimizer(Optimizer):
         method.check(options)
         self.model, self.telemetry = model, telemetry
         fallback = Fallback(adamw, options["lr"], self.adamw_ratio)
-        self._data = None if data is None else tuple(data)
+        self._data = data
         placement = find_placement(model, process_group, data, is_reduced=is_reduced)
         self._connect(method, placement, SkippedSteps(), fallback, max_skipped, tuple(types))
         self._parts.parameters.expected.update(

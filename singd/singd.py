@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -107,8 +107,8 @@ class SINGD(KroneckerOptimizer):
         process_group: Process group of the ranks that share the data, if not all do. Statistics are
             summed over it, and gradients averaged unless ``model`` is wrapped in
             DistributedDataParallel.
-        data: Names of the mesh dimensions over which samples differ, of a model with tensor
-            parallelism; ``()`` for none. FSDP2 and HSDP alone (``fully_shard``) need none.
+        data: Mesh, or names of dimensions of the parameters' mesh, over which samples differ, of a
+            model with tensor parallelism; ``()`` if they do not. FSDP2 and HSDP need no such name.
 
         warn_unsupported: *Compatibility.* Accepted for scripts written for PyPI ``singd``; nothing
             is left untrained, so there is nothing to warn of.
@@ -153,7 +153,7 @@ class SINGD(KroneckerOptimizer):
         adamw: Mapping[str, Any] | None = None,
         layers: Collection[type[nn.Module]] | str = (),
         process_group: Any = None,
-        data: Sequence[str] | None = None,
+        data: Any = None,
         warn_unsupported: bool | None = None,
         init_grad_scale: float | None = None,
     ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -16,17 +15,15 @@ from singd.placement.base import Placement
 from singd.placement.replicated import DataParallel, OneProcess
 
 
-def find_placement(
-    model: nn.Module, group: Any, data: Sequence[str] | None, *, is_reduced: bool
-) -> Placement:
+def find_placement(model: nn.Module, group: Any, data: Any, *, is_reduced: bool) -> Placement:
     """The placement of a model.
 
     Args:
         model: Model that is trained.
         group: Process group of the ranks that share the data, of a model that is whole on every
             rank; all ranks if ``None``.
-        data: Names of the mesh dimensions over which samples differ, of a model that is sharded;
-            ``None`` for all dimensions under FSDP2 alone.
+        data: Mesh, or names of its dimensions, over which samples differ, of a model that is
+            sharded; ``None`` for all dimensions under FSDP2 alone.
         is_reduced: Whether a wrapper averages gradients in the backward pass.
 
     Raises:

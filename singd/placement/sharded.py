@@ -141,7 +141,7 @@ class LocalHolding(Holding):
 
 def _is_first_copy(p: Tensor, groups: Sequence[Any]) -> bool:
     """Whether this rank is the first of those that hold the same numbers of a parameter."""
-    split = {name for name, placement in _places(p).items() if placement.is_shard()}
+    split = {name for name, placement in _places(p).items() if not placement.is_replicate()}
     return all(group.group_name in split or dist.get_rank(group) == 0 for group in groups)
 
 
@@ -225,12 +225,13 @@ def _place_gradient(p: Any) -> None:
 # What is sharded how -----------------------------------------------------------------------------
 
 
-def data_groups(model: nn.Module, data: Sequence[str] | None) -> list[Any]:
+def data_groups(model: nn.Module, data: DeviceMesh | Sequence[str] | None) -> list[Any]:
     """The process groups of the ranks that see different samples.
 
     Args:
         model: Model whose parameters are sharded.
-        data: Names of mesh dimensions; ``None`` for all of them under FSDP2 or HSDP alone.
+        data: Mesh of these ranks, or names of dimensions of the parameters' mesh; ``None`` for all
+            of them under FSDP2 or HSDP alone.
 
     Raises:
         ValueError: If dimensions are to be named, or there are none of these names, or parameters
@@ -240,17 +241,19 @@ def data_groups(model: nn.Module, data: Sequence[str] | None) -> list[Any]:
         if is_distributed(p):
             _refuse_offloaded(name, p)
     mesh = largest_mesh(model)
+    if isinstance(data, DeviceMesh):
+        return list(data.get_all_groups())
     if data is not None:
         known = mesh.mesh_dim_names or ()
         if isinstance(data, str) or not set(data) <= set(known):
-            raise ValueError(f"data: expected names among {list(known)}, got {data!r}")
+            raise ValueError(f"data: expected a mesh or names among {list(known)}, got {data!r}")
         return [mesh.get_group(name) for name in data]
     is_fsdp = any(isinstance(m, FSDPModule) for m in model.modules())
     for name, p in model.named_parameters():
         if is_distributed(p) and not (is_fsdp and _is_fully_sharded(p, mesh)):
             raise ValueError(
                 f"{name} is placed as {list(p.placements)} on {p.device_mesh}: expected data, the "  # type: ignore[attr-defined]
-                "names of the mesh dimensions over which samples differ (() if there are none)"
+                "mesh dimensions over which samples differ (() if there are none)"
             )
     return list(mesh.get_all_groups())
 

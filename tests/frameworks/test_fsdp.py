@@ -52,7 +52,9 @@ def test_options_of_whole_models_are_refused() -> None:
     model = fully_shard(classifier(), mesh=mesh())
     with pytest.raises(ValueError, match="process_group: expected None for a sharded model"):
         SINGD(model, process_group=dist.group.WORLD)
-    with pytest.raises(ValueError, match=r"data: expected names among \['data'\], got \['tp'\]"):
+    with pytest.raises(
+        ValueError, match=r"data: expected a mesh or names among \['data'\], got \['tp'\]"
+    ):
         SINGD(model, data=["tp"])
     with pytest.raises(ValueError, match="data: expected None for a model that is whole"):
         SINGD(classifier(), data=["data"])
@@ -60,7 +62,7 @@ def test_options_of_whole_models_are_refused() -> None:
 
 def test_tensor_parallelism_needs_the_dimensions_of_the_data() -> None:
     model = parallelize_module(classifier(), mesh(), {"0": ColwiseParallel()})
-    with pytest.raises(ValueError, match=r"0.weight is placed as .*: expected data, the names"):
+    with pytest.raises(ValueError, match=r"0.weight is placed as .*: expected data, the mesh"):
         SINGD(model)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from singd.ops.dtensor import local
 from tests.frozen.cases import CASES, OPTIONS
 from tests.frozen.train import WAYS, Run
-from tests.sharded.layouts import NAMES, Layout
+from tests.sharded.layouts import NAMES, Context
 from tests.sharded.world import snapshot
 
 #: Parameters that another module than their own reads: one group has them all.
@@ -34,9 +34,9 @@ _CHOSEN = [
 ]
 
 
-def sharded(layouts: dict[str, Layout], layout: str, name: str) -> dict[str, Tensor]:
+def sharded(context: Context, layout: str, name: str) -> dict[str, Tensor]:
     """One configuration on the ranks of a layout."""
-    used = layouts[layout]
+    used = context.layouts[layout]
 
     class Sharded(Run):
         def wrapped(self, model: nn.Module) -> nn.Module:
@@ -53,7 +53,7 @@ def sharded(layouts: dict[str, Layout], layout: str, name: str) -> dict[str, Ten
     return ended
 
 
-def alone(name: str) -> dict[str, Tensor]:
+def alone(layout: str, name: str) -> dict[str, Tensor]:
     """The same in one process."""
     run = Run(replace(CASES[name], ranks=1))
     WAYS[CASES[name].way](run)

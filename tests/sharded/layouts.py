@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -49,9 +50,26 @@ class Layout:
 NAMES = ("4 ranks", "4 ranks, one group", "2 ranks", "2 by 2 ranks")
 
 
-def layouts() -> dict[str, Layout]:
-    """All layouts, by :data:`NAMES`; called once by every rank."""
+@dataclass(frozen=True)
+class Context:
+    """What every case is given: all layouts by :data:`NAMES`, and a folder that ranks share."""
+
+    layouts: dict[str, Layout]
+    single: DeviceMesh  # of this rank alone
+    meshes: dict[str, DeviceMesh]  # for tensor parallelism
+    folder: Path
+
+
+def begin(folder: Path) -> Context:
+    """Called once by every rank."""
     line = init_device_mesh("cpu", (RANKS,))
     square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    single = init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("ranks", "single"))["single"]
+    meshes = {
+        f"{n} by {RANKS // n}": init_device_mesh(
+            "cpu", (n, RANKS // n), mesh_dim_names=("data", "tensor")
+        )
+        for n in (1, 2)
+    }
     made = Layout(line), Layout(line, leaves=False), Layout(square["shard"]), Layout(square)
-    return dict(zip(NAMES, made, strict=True))
+    return Context(dict(zip(NAMES, made, strict=True)), single, meshes, folder)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from singd import KFAC, SINGD
 from singd.ops.dtensor import local
-from tests.sharded.layouts import NAMES, Layout
+from tests.sharded.layouts import NAMES, Context, Layout
 from tests.sharded.setting import OPTIONS, Setting, data, net
 from tests.sharded.world import snapshot
 
@@ -345,9 +345,9 @@ SCENARIOS: dict[str, Callable[[Setting], Ends]] = (
 )
 
 
-def sharded(layouts: dict[str, Layout], layout: str, name: str) -> Ends:
+def sharded(context: Context, layout: str, name: str) -> Ends:
     """A scenario on the ranks of a layout."""
-    used = layouts[layout]
+    used = context.layouts[layout]
     return SCENARIOS[name](Setting(used, used.ranks))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import traceback
@@ -34,7 +35,7 @@ def snapshot(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
 
 
 def _rank(
-    rank: int, ranks: int, folder: str, begin: Callable[[], Any], cases: dict[str, Any]
+    rank: int, ranks: int, folder: str, begin: Callable[[Path], Any], cases: dict[str, Any]
 ) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -45,26 +46,31 @@ def _rank(
         world_size=ranks,
         timeout=timedelta(seconds=20),
     )
-    context, ended = begin(), {}
+    context, ended = begin(Path(folder)), {}
     for name, (function, *args) in cases.items():
         try:
             ended[name] = function(context, *args)
-        except Exception:
+        except BaseException:  # of torch.distributed.checkpoint are some
             ended[name] = traceback.format_exc()
     torch.save(ended, Path(folder, f"{rank}.part"))
     os.replace(Path(folder, f"{rank}.part"), Path(folder, str(rank)))
-    dist.barrier()
+    with contextlib.suppress(RuntimeError):  # ranks that disagree have said so
+        dist.barrier()
     os._exit(0)  # FSDP2 on gloo does not always end by itself
 
 
 def run(
-    folder: Path, begin: Callable[[], Any], cases: dict[str, Any], ranks: int = 4, limit: int = 300
+    folder: Path,
+    begin: Callable[[Path], Any],
+    cases: dict[str, Any],
+    ranks: int = 4,
+    limit: int = 300,
 ) -> list[Ended]:
     """What all cases end with, on every rank.
 
     Args:
         folder: An empty folder.
-        begin: Function that every rank calls first.
+        begin: Function of the folder that every rank calls first.
         cases: Functions and their further arguments, by name; the first is what ``begin`` returned.
         ranks: Number of processes.
         limit: Seconds until the processes are ended.
@@ -78,4 +84,9 @@ def run(
             for process in spawned.processes:
                 process.kill()
             raise TimeoutError(f"{ranks} ranks were not done in {limit} s")
+    return load(folder, ranks)
+
+
+def load(folder: Path, ranks: int = 4) -> list[Ended]:
+    """What :func:`run` gave, from its folder."""
     return [torch.load(folder / str(rank), weights_only=False) for rank in range(ranks)]

@@ -1,0 +1,37 @@
+"""One world of four ranks runs the cases of all files, and of all processes of pytest."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.sharded import checkpoints, frozen, parallel, scenarios
+from tests.sharded.layouts import begin
+from tests.sharded.world import Ended, load, run
+
+LIMIT = 400  # seconds
+
+
+@pytest.fixture(scope="session")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> list[Ended]:
+    """What all cases ended with, on every rank."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "sharded"
+    done = Path(folder, "done")
+    try:
+        folder.mkdir()
+    except FileExistsError:  # another process of pytest runs them
+        deadline = time.monotonic() + LIMIT
+        while not done.exists():
+            assert time.monotonic() < deadline, "the ranks were not done in time"
+            time.sleep(0.5)
+        return load(folder)
+    modules = frozen, scenarios, checkpoints, parallel
+    cases = {name: case for module in modules for name, case in module.cases().items()}
+    try:
+        return run(folder, begin, cases, limit=LIMIT)
+    finally:
+        done.touch()
