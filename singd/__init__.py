@@ -8,6 +8,7 @@ The paper's step as pure functions is in :mod:`singd.update`.
 
 from importlib.metadata import version
 
+from singd.choice import choose_structures
 from singd.kfac import KFAC
 from singd.layers import Layer, register_layer
 from singd.methods import Averages, Factors, Method
@@ -27,5 +28,6 @@ __all__ = [
     "Layer",
     "Method",
     "__version__",
+    "choose_structures",
     "register_layer",
 ]

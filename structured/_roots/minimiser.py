@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from structured._core.matrix import StructuredMatrix, Transposed, trailing
+from structured._core.spec import parse
 from structured._roots.closed import dense_root, root
 from structured._roots.iteration import iterate
 from structured.block_triangular import BlockLower, BlockUpper
 from structured.direct_sum import DirectSum
+from structured.hierarchical import Hierarchical
 from structured.rotated import Rotated
 from structured.strided import Strided
 from structured.tied import Tied
@@ -81,6 +83,14 @@ def _(zero: BlockLower, S: Tensor, p: float) -> StructuredMatrix:
     G = torch.cholesky_solve(S21, torch.linalg.cholesky(S22))
     A = minimiser(zero.A, S11 - S21.mT @ G, p)
     return BlockLower(A, -(G @ A), minimiser(zero.C, S22, p))
+
+
+@minimiser.register
+def _(zero: Hierarchical, S: Tensor, p: float) -> StructuredMatrix:
+    k1, k2 = zero.top.shape[-2], zero.bottom.shape[-2]
+    rest = f"block_lower(diagonal, dense, -{k2})" if k2 else "diagonal"
+    same = parse(f"block_upper(dense, {rest}, {k1})")(zero.n, dtype=S.dtype, device=S.device)
+    return zero.orthogonal_project(minimiser(same, S, p).to_dense())
 
 
 @minimiser.register

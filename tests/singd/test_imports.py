@@ -16,7 +16,7 @@ from tests import imports
 TREES = imports.trees(singd)
 ORDER = (  # the lowest first
     *("update", "ops", "layers", "capture", "methods", "placement", "step", "state"),
-    *("diagnostics", "optimizer", "singd", "kfac", "convert", "", "testing"),
+    *("diagnostics", "optimizer", "singd", "kfac", "convert", "choice", "", "testing"),
 )
 FILES = sorted(Path(singd.__file__).parent.rglob("*.py"))
 PUBLIC = {m.__name__: m.__all__ for m in (structured, structured.kernels)}

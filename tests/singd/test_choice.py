@@ -1,0 +1,135 @@
+"""Structures chosen from the curvature: least nats for the numbers, and nothing else is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from singd import SINGD, choose_structures
+from singd.choice import CANDIDATES, Option, cheapest_nats
+from structured import divergence, inverse_root
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, groups=2),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(16, 12),
+        nn.LayerNorm(12),
+        nn.Linear(12, 3),
+    ).double()
+
+
+def losses(model: nn.Module, count: int = 3) -> Iterator[Tensor]:
+    torch.manual_seed(1)
+    for _ in range(count):
+        x = torch.randn(32, 2, 4, 4, dtype=torch.float64).cumsum(-1)
+        yield model(x).logsumexp(1).mean()
+
+
+CHOICES = st.lists(
+    st.tuples(st.integers(1, 40), st.floats(0, 100)),
+    min_size=1,
+    max_size=5,
+    unique_by=lambda o: o[0],
+)
+
+
+@given(sides=st.lists(CHOICES, min_size=1, max_size=5), share=st.floats(0, 1))
+def test_no_other_choice_loses_less_but_for_one_exchange(
+    sides: list[list[tuple[int, float]]], share: float
+) -> None:
+    """The choice within a budget is as good as any that leaves out the largest of the options."""
+    table = {}
+    for i, side in enumerate(sides):
+        best: list[Option] = []
+        for numbers, nats in sorted(side):
+            if not best or nats < best[-1].nats:
+                best.append(Option(f"{numbers}", numbers, nats))
+        table[f"{i}", 0] = best
+    low = sum(options[0].numbers for options in table.values())
+    high = sum(options[-1].numbers for options in table.values())
+    budget = low + int(share * (high - low))
+    chosen = cheapest_nats(table, budget)
+    assert sum(o.numbers for o in chosen.values()) <= budget
+    lost = sum(o.nats for o in chosen.values())
+    largest = max(options[-1].numbers for options in table.values())
+    combinations: list[tuple[int, float]] = [(0, 0.0)]
+    for options in table.values():
+        combinations = [(b + o.numbers, d + o.nats) for b, d in combinations for o in options]
+    others = [d for b, d in combinations if b <= budget - largest]
+    assert not others or lost <= min(others) * (1 + 1e-9) + 1e-9
+
+
+def test_nats_are_those_of_the_averaged_curvature() -> None:
+    model = nn.Linear(5, 3, bias=False).double()
+    torch.manual_seed(0)
+    X = torch.randn(64, 5, dtype=torch.float64).cumsum(1)
+    passes = (model(x).square().sum(1).mean() for x in X.split(32))
+    choice = choose_structures(model, passes, budget=9, candidates=["diagonal"])
+    B = 2 * model(X).detach()
+    S_K, S_C = X.mT @ X / 64, B.mT @ B / 64
+    for option, S, other in zip(choice.sides["weight"], (S_K, S_C), (3, 5), strict=True):
+        c = 1e-3 * S.diagonal().mean()
+        expected = other * divergence(inverse_root("diagonal", S, c), S, c)
+        torch.testing.assert_close(torch.tensor(option.nats).double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("budget", [0.5, 1.0, 2.0])
+def test_it_stays_within_the_budget_and_is_what_is_stored(budget: float) -> None:
+    model = network()
+    choice = choose_structures(model, losses(model), budget=budget)
+    assert list(choice) == ["0.weight", "3.weight", "5.weight"]
+    weights = sum(p.numel() for i in (0, 3, 5) for p in [*model[i].parameters()][:1])
+    assert choice.numbers <= choice.budget == int(budget * weights)
+    optimizer = SINGD(model, structures=choice)
+    next(losses(model)).backward()
+    optimizer.step()
+    stored = 0
+    for p in model.parameters():
+        entry = optimizer.state[p]
+        stored += sum(t.numel() for name in ("K", "C") for t in entry.get(name, []))
+    assert stored == choice.numbers
+    assert f"{choice.nats:.4g} nats lost" in str(choice)
+
+
+def test_more_numbers_lose_fewer_nats() -> None:
+    model = network()
+    lost = [choose_structures(model, losses(model), budget=b).nats for b in (0.3, 0.6, 1.0, 10.0)]
+    assert lost == sorted(lost, reverse=True)
+    assert lost[-1] < 1e-6 < lost[0]
+
+
+def test_the_model_is_as_it_was() -> None:
+    model = network()
+    before = [p.detach().clone() for p in model.parameters()]
+    choose_structures(model, losses(model))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_wide_sides_are_diagonal() -> None:
+    model = network()
+    choice = choose_structures(model, losses(model), max_dim=12, budget=3)
+    assert choice["3.weight"][0] == "diagonal"  # 16 inputs and the bias
+    assert choice["5.weight"][1] != "diagonal" or choice.sides["5.weight"][1].nats < 1e-6
+
+
+def test_errors_say_what_was_expected() -> None:
+    model = network()
+    with pytest.raises(ValueError, match="losses: expected at least one, got none"):
+        choose_structures(model, [])
+    warned = pytest.warns(UserWarning, match="without its module being called")
+    with pytest.raises(ValueError, match="one after the other"), warned:
+        choose_structures(model, list(losses(model)))
+    with pytest.raises(ValueError, match=r"budget: expected at least \d+ numbers, got"):
+        choose_structures(model, losses(model), budget=0.01)
+    assert "dense" in CANDIDATES
