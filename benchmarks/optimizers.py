@@ -81,7 +81,7 @@ class Muon:
     """Muon for the weights of linear layers but the last, AdamW for all other parameters."""
 
     def __init__(self, model: nn.Module, lr: float = LR) -> None:
-        *hidden, _ = (m.weight for m in model.modules() if isinstance(m, nn.Linear))
+        hidden = [m.weight for m in model.modules() if isinstance(m, nn.Linear)][:-1]
         mine = {id(p) for p in hidden}
         others = [p for p in model.parameters() if id(p) not in mine]
         self.parts = [optim.Muon(hidden, lr=lr), optim.AdamW(others, lr=lr, fused=True)]
