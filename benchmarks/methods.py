@@ -16,17 +16,16 @@ from singd import KFAC, SINGD
 class Method:
     """A row of the table.
 
-    ``tuned`` maps a model to the one number chosen for it, the value of the option ``option``.
+    ``tuned`` maps a model to the learning rate that ``python -m benchmarks.demo --tune`` found.
     """
 
     make: Callable[..., Optimizer]
-    option: str = ""
     tuned: dict[str, float] | None = None
     precisions: tuple[str, ...] = ("fp32", "bf16")
 
-    def __call__(self, model: nn.Module, model_name: str) -> Optimizer:
-        options = {self.option: self.tuned[model_name]} if self.tuned else {}
-        return self.make(model, **options)
+    def __call__(self, model: nn.Module, model_name: str, lr: float | None = None) -> Optimizer:
+        lr = lr or (self.tuned and self.tuned[model_name])
+        return self.make(model, **({"lr": lr} if lr else {}))
 
 
 def sgd(model: nn.Module, **options: Any) -> Optimizer:
@@ -53,15 +52,15 @@ def by_model(cnn: float, vit: float) -> dict[str, float]:
 DEFAULT, USUAL = "SINGD(model)", "AdamW, lr 1e-3"
 
 METHODS: dict[str, Method] = {
-    "SGD": Method(sgd, "lr", by_model(0.1, 0.03)),
-    "AdamW": Method(adamw, "lr", by_model(0.01, 0.003)),
-    "KFAC": Method(KFAC, "kl_clip", by_model(1e-5, 1e-5), precisions=("fp32",)),
-    "IKFAC": Method(singd("dense", kfac_like=True), "kl_clip", by_model(1e-4, 3e-5)),
-    "INGD": Method(singd("dense"), "kl_clip", by_model(1e-4, 1e-5)),
-    "SINGD diagonal": Method(singd("diagonal"), "kl_clip", by_model(1e-4, 3e-5)),
-    "SINGD block-diagonal": Method(singd("block_diagonal(16)"), "kl_clip", by_model(1e-4, 3e-5)),
-    "SINGD hierarchical": Method(singd("hierarchical(8, 8)"), "kl_clip", by_model(1e-4, 3e-5)),
-    "SINGD Toeplitz": Method(singd("lower_toeplitz"), "kl_clip", by_model(1e-4, 3e-5)),
+    "SGD": Method(sgd, by_model(0.1, 0.03)),
+    "AdamW": Method(adamw, by_model(0.01, 0.003)),
+    "KFAC": Method(KFAC, by_model(3e-3, 0.01), precisions=("fp32",)),
+    "IKFAC": Method(singd("dense", kfac_like=True), by_model(3e-3, 3e-3)),
+    "INGD": Method(singd("dense"), by_model(3e-3, 3e-3)),
+    "SINGD diagonal": Method(singd("diagonal"), by_model(0.01, 1e-3)),
+    "SINGD block-diagonal": Method(singd("block_diagonal(16)"), by_model(3e-3, 1e-3)),
+    "SINGD hierarchical": Method(singd("hierarchical(8, 8)"), by_model(0.01, 3e-3)),
+    "SINGD Toeplitz": Method(singd("lower_toeplitz"), by_model(0.01, 1e-3)),
     USUAL: Method(adamw),
     DEFAULT: Method(SINGD),
 }

@@ -71,7 +71,8 @@ class SINGD(KroneckerOptimizer):
         kfac_approx: ``"expand"`` or ``"reduce"`` for layers that share their weight over positions
             (Eschenhagen et al., arXiv 2311.00636).
         loss_average: What the loss is a mean over: ``"batch"`` (as many terms as samples),
-            ``"batch+sequence"`` (samples times shared positions), or ``None`` for a sum.
+            ``"batch+sequence"`` (samples times shared positions), or ``None`` for a sum. It
+            changes nothing unless the scale of the curvature counts, as with ``kl_clip``.
         preconditioner_dtype: Data types of K and of C; ``None`` for that of the weight. Below
             float32, updates are rounded stochastically.
         max_dim: Width from which a factor takes ``wide_structure`` instead; ``None`` for no limit.

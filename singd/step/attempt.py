@@ -10,7 +10,7 @@ from singd.capture import requests
 from singd.ops import cuda_graph
 from singd.step.factor_store import State
 from singd.step.gradient_scaler import calling_scale
-from singd.step.groups import Group, keep_peak_lr
+from singd.step.groups import Group, keep_peak_lr, sees_scale
 from singd.step.initial import make_state, wants_state
 from singd.step.pipeline import Parts, Report, agree, pad_statistics, take_step
 
@@ -71,8 +71,8 @@ def ensure(parts: Parts, groups: Sequence[Group], state: State) -> None:
 
 
 def _loss_averages(parts: Parts, groups: Sequence[Group]) -> set[str | None]:
-    """What the groups say the loss is a mean over; nothing where the number is given."""
+    """What the groups say the loss is a mean over, where it matters; nothing if it is given."""
     terms = parts.capture.count.terms
     if isinstance(terms, Tensor) or terms:
         return set()
-    return {group["loss_average"] for group in groups}
+    return {group["loss_average"] for group in groups if sees_scale(group)}

@@ -85,6 +85,12 @@ def graft_of(group: Group) -> str | None:
     return "rms" if group["kl_clip"] is None else None
 
 
+def sees_scale(group: Group) -> bool:
+    """Whether a step depends on the scale of the curvature, and so on ``loss_average``."""
+    relative = group.get("relative_damping", False) and group.get("scale_init", False)
+    return not relative or graft_of(group) is None
+
+
 def peak_lr(group: Group) -> float | Tensor:
     """The highest learning rate of a step so far, this one included; a tensor of tensors."""
     lr, peak = group["lr"], group["peak_lr"]

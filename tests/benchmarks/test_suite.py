@@ -13,9 +13,6 @@ from benchmarks.suite import TASKS, __main__, methods, report, train
 
 PARTS = ("development", "held out")
 
-# Methods run with nothing set, so SINGD may ask for the ``loss_average`` of a language model.
-pytestmark = pytest.mark.filterwarnings("ignore:the cross-entropy is a mean:UserWarning")
-
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import singd
 from tests.singd.paper import KFAC, SINGD
 
 N, P, C = 6, 10, 5
@@ -92,6 +94,32 @@ def test_a_mean_over_tokens_is_not_one_over_samples(head: str, method: Any) -> N
     assert "about 60 terms" in message
     assert "loss_average='batch' counts 6: set loss_average='batch+sequence'" in message
     assert said(flat_ce, "batch+sequence", model=net(head), method=method) == []
+
+
+@pytest.mark.parametrize("graft", ["auto", "sgd", "adamw"])
+@pytest.mark.parametrize("kfac_like", [False, True])
+def test_it_does_not_matter_by_default_and_is_not_reported(graft: str, kfac_like: bool) -> None:
+    """Damping and first factors are relative, directions have a length of their own."""
+
+    def weights(loss_average: str | None) -> Tensor:
+        torch.manual_seed(0)
+        model = net("linear").double()
+        method = partial(singd.SINGD, graft=graft, kfac_like=kfac_like)
+        assert said(flat_ce, loss_average, model=model, method=method) == []
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    right = weights("batch+sequence")
+    for wrong in ("batch", None):
+        torch.testing.assert_close(weights(wrong), right, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"graft": None}, {"kl_clip": 1e-3}, {"relative_damping": False}, {"scale_init": False}],
+)
+def test_where_it_matters_it_is_reported(options: dict[str, Any]) -> None:
+    method = partial(singd.SINGD, **options)
+    assert len(said(flat_ce, "batch", method=method)) == 1
 
 
 @pytest.mark.parametrize("options", [{"scaled": True}, {"micro": 3}, {"scaled": True, "micro": 2}])
