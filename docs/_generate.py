@@ -121,7 +121,7 @@ def pages() -> dict[Path, str]:
             "structures": face.table(),
             "gpus": face.gpus(),
         },
-        EVIDENCE: {"suite": suite.evidence(results)},
+        EVIDENCE: {"suite": suite.evidence(results), "options": suite.variants()},
     }
     texts = {page: page.read_text() for page in parts}
     for page, contents in parts.items():

@@ -11,6 +11,8 @@ from typing import NamedTuple
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "suite.csv"
 PARTS = {"development": "Development", "held out": "Held out"}
 
+Row = dict[str, str]
+
 
 class Result(NamedTuple):
     """One task: means over seeds."""
@@ -28,33 +30,40 @@ class Result(NamedTuple):
         return self.singd / self.adamw
 
 
-def read(path: Path = RESULTS) -> list[Result]:
-    """Tasks with runs of AdamW and of ``SINGD(model)``, worst first; what diverged is infinite."""
+def read(path: Path = RESULTS, options: str = "") -> list[Result]:
+    """Tasks with runs of AdamW and of SINGD, worst first; what diverged is infinite.
+
+    Args:
+        path: File of results.
+        options: Options of SINGD, as in the file; none are those of ``SINGD(model)``.
+    """
     with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["method"] in ("adamw", "singd")]
-    found: dict[str, dict[str, list[dict[str, str]]]] = {}
+        rows = list(csv.DictReader(file))
+    found: dict[str, dict[str, list[Row]]] = {}
+    own: dict[str, list[Row]] = {}
     for row in rows:
-        if row["method"] == "adamw" or not row["options"]:
-            method = row["options"].removeprefix("lr=")
-            found.setdefault(row["task"], {}).setdefault(method, []).append(row)
+        if row["method"] == "adamw":
+            rate = row["options"].removeprefix("lr=")
+            found.setdefault(row["task"], {}).setdefault(rate, []).append(row)
+        elif row["method"] == "singd" and row["options"] == options:
+            own.setdefault(row["task"], []).append(row)
     results = []
     for task, runs in found.items():
-        own = runs.pop("", None)
-        if own and runs:
+        if task in own:
             rate = min(runs, key=lambda rate: loss(runs[rate]))
-            ratio = size(own) / size(runs[rate])
-            losses = loss(runs[rate]), loss(own)
-            results.append(Result(own[0]["part"], task, rate, *losses, ratio))
+            ratio = size(own[task]) / size(runs[rate])
+            losses = loss(runs[rate]), loss(own[task])
+            results.append(Result(own[task][0]["part"], task, rate, *losses, ratio))
     return sorted(results, key=lambda result: -result.ratio)
 
 
-def loss(rows: list[dict[str, str]]) -> float:
+def loss(rows: list[Row]) -> float:
     """The mean test loss over seeds."""
     mean = fmean(float(row["test loss"]) for row in rows)
     return mean if math.isfinite(mean) else math.inf
 
 
-def size(rows: list[dict[str, str]]) -> float:
+def size(rows: list[Row]) -> float:
     """Bytes of the state."""
     return float(rows[0]["state bytes"] or "nan")
 
@@ -89,6 +98,24 @@ def where_not(results: list[Result]) -> str:
             else "AdamW is ahead on none"
         )
         lines.append(f"- {name}: {said}; the median ratio is {median(r.ratio for r in own):.3f}.")
+    return "\n".join(lines)
+
+
+def variants(path: Path = RESULTS) -> str:
+    """What single options change on the tasks for development: a line for each."""
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["method"] == "singd"]
+    lines = [
+        "| option | at most AdamW's loss | median ratio | worst |",
+        "| --- | --: | --: | --: |",
+    ]
+    for options in dict.fromkeys(["", *sorted(row["options"] for row in rows)]):
+        own = [r for r in read(path, options) if r.part == "development"]
+        if own:
+            name = f"`{options.replace(',', ', ')}`" if options else "none"
+            good, worst = sum(r.ratio <= 1 for r in own), f"{own[0].ratio:.2f} ({own[0].task})"
+            middle = f"{median(r.ratio for r in own):.3f}"
+            lines.append(f"| {name} | {good} of {len(own)} | {middle} | {worst} |")
     return "\n".join(lines)
 
 

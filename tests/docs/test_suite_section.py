@@ -29,6 +29,16 @@ def results(tmp_path: Path) -> list[suite.Result]:
     return suite.read(path)
 
 
+def test_other_options_are_lines_of_their_own(results: list[suite.Result], tmp_path: Path) -> None:
+    path = tmp_path / "suite.csv"
+    path.write_text(path.read_text() + "C,development,singd,lr=5,0,9,1,0.25,1,240\n")
+    assert suite.variants(path).splitlines()[2:] == [
+        "| none | 0 of 1 | inf | inf (C) |",
+        "| `lr=5` | 1 of 1 | 0.250 | 0.25 (C) |",
+    ]
+    assert [(r.task, r.ratio) for r in suite.read(path, "lr=5")] == [("C", 0.25), ("A", 0.05)]
+
+
 def test_the_worst_comes_first_and_rates_are_the_best(results: list[suite.Result]) -> None:
     assert [(r.task, r.rate, r.ratio) for r in results] == [
         ("C", "1", math.inf),
