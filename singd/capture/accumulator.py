@@ -47,6 +47,18 @@ class Pass:
     statistics: KroneckerStatistics | None = None
     uses: list[Use] = field(default_factory=list)
 
+    def add(
+        self, module: nn.Module, x: Tensor, g: Tensor, statistics: KroneckerStatistics, use: Use
+    ) -> None:
+        """Hold what one use contributed, until the pass is committed."""
+        if self.probes is not None:
+            self.probes.include(module, x, g)
+        if self.statistics is None:
+            self.statistics = statistics
+        else:
+            self.statistics.add_(statistics)
+        self.uses.append(use)
+
 
 class Accumulator:
     """What was seen of one weight since the last step.
@@ -69,37 +81,31 @@ class Accumulator:
         self.last_call = -1  # number of the step before which the module was last called
         self.was_ignored = False  # a forward pass since the last step was not to be captured
         self._pending: dict[int, Pass] = {}
+        self._interrupted: set[int] = set()  # passes that others began in, or that failed
         self._counted: dict[int, tuple[int, int]] = {}  # samples and loss terms by root pass
 
     def begin(self, root: int, *, verify: bool) -> Pass:
-        """The pass under way, which may be new.
+        """The pass under way, which may be new; one that does not count, if it was interrupted.
 
         Args:
             root: The pass that started this one, or itself.
             verify: Whether the pass may be verified.
         """
         current = torch._C._current_graph_task_id()
-        if current not in self._pending:
-            self._pending = {k: p for k, p in self._pending.items() if p.root == root}
+        if current in self._interrupted:
+            return Pass(root)
+        known = self._pending.get(current)
+        if known is None:
+            others = [key for key, p in list(self._pending.items()) if p.root != root]
+            self._interrupted.update(others)
+            for key in others:
+                self._pending.pop(key, None)
             if self.total is not None and self.matrix.weight.grad is None:
                 self._sum = None  # of gradients that were reset by other means than zero_grad
             weight = self.matrix.weight if self.met is None else self.met
             probes = Probes(self.matrix, weight) if verify and self.verification.is_due() else None
-            self._pending[current] = Pass(root, probes)
-        return self._pending[current]
-
-    def add(
-        self, module: nn.Module, x: Tensor, g: Tensor, statistics: KroneckerStatistics, use: Use
-    ) -> None:
-        """Hold what one use contributed, in the pass of :meth:`begin`, until it is committed."""
-        current = self._pending[torch._C._current_graph_task_id()]
-        if current.probes is not None:
-            current.probes.include(module, x, g)
-        if current.statistics is None:
-            current.statistics = statistics
-        else:
-            current.statistics.add_(statistics)
-        current.uses.append(use)
+            self._pending[current] = known = Pass(root, probes)
+        return known
 
     def commit(self, step: int) -> None:
         """The pass has added to the gradient that autograd makes: what it saw is held.
@@ -107,9 +113,10 @@ class Accumulator:
         Args:
             step: Number of steps so far.
         """
-        done = self._pending.pop(torch._C._current_graph_task_id(), None)
+        current = torch._C._current_graph_task_id()
+        done = self._pending.pop(current, None)
         if done is None:
-            if self._is_used_otherwise(step):
+            if current not in self._interrupted and self._is_used_otherwise(step):
                 self.verification.refuse("the weight is used without its module being called")
             return
         self.verification.conclude(done.probes)
@@ -170,5 +177,6 @@ class Accumulator:
             self._held = None
         self._sum = None
         self._pending.clear()
+        self._interrupted.clear()
         self._counted.clear()
         self.was_ignored = False

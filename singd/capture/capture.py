@@ -14,7 +14,7 @@ from singd.capture.accumulator import Accumulator, Use
 from singd.capture.hooks import AttentionHook, LayerHook, Listener
 from singd.capture.loss_count import LossCount
 from singd.capture.loss_terms import LossTerms
-from singd.capture.samples import Call, Calls
+from singd.capture.samples import Call, Calls, is_dense
 from singd.capture.statistics import (
     Columns,
     KroneckerStatistics,
@@ -109,7 +109,7 @@ class Capture:
         if observer is None or not matrix.weight.requires_grad:
             return None
         call = self._calls.current
-        if isinstance(x, Tensor) and isinstance(module, nn.Linear):
+        if is_dense(x) and isinstance(module, nn.Linear):
             call.use(x)
         accumulator.last_call = self.step
         self._meet(accumulator, module)
@@ -152,8 +152,8 @@ class Capture:
         if made_in == -1:
             self._roots.clear()
             return current
-        self._roots[current] = self._roots.get(made_in, made_in)
-        return self._roots[current]
+        self._roots[current] = root = self._roots.get(made_in, made_in)
+        return root
 
     def _observe(
         self, matrix: WeightMatrix, module: nn.Module, x: Tensor, g: Tensor, call: Call, root: int
@@ -178,11 +178,11 @@ class Capture:
         accumulator = self.accumulators[matrix]
         x, g = whole(x), whole(g)
         observer.prepare(matrix)
-        accumulator.begin(root, verify=not cuda_graph.is_capturing())
+        current = accumulator.begin(root, verify=not cuda_graph.is_capturing())
         self.count.begin_pass()
         try:
             statistics, use = self._statistics(observer, matrix, module, x, g, call)
-            accumulator.add(module, x, g, statistics, use)
+            current.add(module, x, g, statistics, use)
         except UnreadableError as error:
             accumulator.verification.refuse(str(error))
 
@@ -225,9 +225,9 @@ class Capture:
         use: Use,
     ) -> KroneckerStatistics:
         layer, approximation = matrix.layer, observer.approximation(matrix)
-        ones = matrix.bias is not None
-        inputs = Columns(layer, module, "input", x, approximation, ones)
-        grads = Columns(layer, module, "grad", g, approximation, False)
+        ones, (*batch, d_out, d_in) = matrix.bias is not None, matrix.shape
+        inputs = Columns(layer, module, "input", x, approximation, ones, (*batch, d_in))
+        grads = Columns(layer, module, "grad", g, approximation, False, (*batch, d_out))
         of_inputs = observer.summarize(matrix, "input", inputs)
         of_grads = observer.summarize(matrix, "grad", grads)
         samples, positions = grads.counts

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from singd.capture import attention
-from singd.capture.transient import attach_after, attach_before
+from singd.capture.samples import is_dense
+from singd.capture.transient import CLOSE, Hook, attach_after, attach_before
 from singd.capture.weight_matrix import WeightMatrix
 
 Listener = Callable[[Tensor, Tensor], None]
@@ -24,14 +25,12 @@ Listener = Callable[[Tensor, Tensor], None]
 Listen = Callable[[WeightMatrix, nn.Module, Tensor], Listener | None]
 """Called in the forward pass with the input: who listens to this use of the module, if anybody."""
 
-_CLOSE = (
-    "a model whose layers are watched by an optimizer of singd is traced with gradients: use "
-    "torch.no_grad(), or optimizer.close() first"
-)
-
 
 class _Watched(torch.autograd.Function):
-    """The identity on a layer's output; its backward shows the layer's input and gradient."""
+    """The identity on a layer's output; its backward shows the layer's input and gradient.
+
+    The input is detached: no gradient flows to it, which compiled autograd could not add up.
+    """
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, listener: Listener) -> Tensor:
@@ -43,12 +42,14 @@ class _Watched(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         if not is_batched(g):
             with torch.no_grad():
-                ctx.listener(ctx.saved_tensors[0].detach(), g.detach())
+                ctx.listener(ctx.saved_tensors[0], g.detach())
         return g, None, None
 
 
 def is_batched(g: Tensor) -> bool:
     """Whether a gradient is a stack of gradients, of a vectorized jacobian or the like."""
+    if torch.compiler.is_compiling():  # by compiled autograd, which knows no stacks
+        return False
     functorch = torch._C._functorch
     return functorch.is_legacy_batchedtensor(g) or functorch.is_batchedtensor(g)
 
@@ -63,10 +64,11 @@ def is_watching() -> bool:
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and not torch._C._is_tracing()
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
     )
 
 
-class LayerHook:
+class LayerHook(Hook):
     """The forward hook of one weight.
 
     Args:
@@ -80,7 +82,7 @@ class LayerHook:
         self, matrix: WeightMatrix, listen: Listen, refuse: Callable[[WeightMatrix, str], None]
     ) -> None:
         self.matrix, self.listen, self.refuse = matrix, listen, refuse
-        self.eager = torch.compiler.disable(self._run, reason=_CLOSE)
+        self.eager = torch.compiler.disable(self._run, reason=CLOSE)
 
     def attach(self) -> Iterator[Any]:
         """Register with every module that has the weight, before hooks that change its output."""
@@ -102,24 +104,22 @@ class LayerHook:
             return None
         first = output[0] if type(output) in (tuple, list) and output else output
         for value, what in ((x, "input"), (first, "output")):
-            if not _is_dense(value):
+            if not is_dense(value):
                 self.refuse(self.matrix, f"{_kind(value)} is its {what}, not a dense tensor")
                 return None
         if not first.requires_grad:
             return None
-        watched = _Watched.apply(first, x, listener)
+        watched = _Watched.apply(first, x.detach(), listener)
         return watched if first is output else type(output)((watched, *output[1:]))
 
 
-def _is_dense(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
-
-
 def _kind(value: Any) -> str:
-    return f"a tensor of {value.layout}" if isinstance(value, Tensor) else type(value).__name__
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return "a nested tensor" if value.is_nested else f"a tensor of {value.layout}"
 
 
-class AttentionHook:
+class AttentionHook(Hook):
     """The hooks of an attention module, whose projections run without calling a module.
 
     Args:
@@ -130,7 +130,7 @@ class AttentionHook:
     def __init__(self, products: dict[str, tuple[WeightMatrix, nn.Module]], listen: Listen) -> None:
         self.products, self.listen = products, listen
         self.attend = torch.compiler.disable(attention.attend)
-        self.eager = torch.compiler.disable(self._run, reason=_CLOSE)
+        self.eager = torch.compiler.disable(self._run, reason=CLOSE)
 
     def attach(self, module: nn.Module) -> Iterator[Any]:
         """Register before and after the module's forward."""
@@ -145,7 +145,7 @@ class AttentionHook:
 
     def _run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         query: Any = args[0] if args else next(iter(kwargs.values()), None)
-        if not is_watching() or not _is_dense(query):
+        if not is_watching() or not is_dense(query):
             return None
         listeners = {
             name: self.listen(matrix, owner, query)
@@ -159,7 +159,7 @@ class AttentionHook:
             if listener is None:
                 return output
             watched: Tensor = _Watched.apply(
-                output, x, lambda x, g: listener(x.transpose(0, 1), g.transpose(0, 1))
+                output, x.detach(), lambda x, g: listener(x.transpose(0, 1), g.transpose(0, 1))
             )
             return watched
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from singd.capture.hooks import is_batched, is_watching
-from singd.capture.samples import Call, Calls
-from singd.capture.transient import attach_after
+from singd.capture.samples import Call, Calls, is_dense
+from singd.capture.statistics import UnreadableError, read
+from singd.capture.transient import Hook, attach_after
 from singd.layers import Layer, find_layer
 from singd.ops.dtensor import is_distributed
 
@@ -95,7 +96,7 @@ class LossTerms:
             self.close()
 
 
-class _OutputHook:
+class _OutputHook(Hook):
     """Looks at the gradient of an output.
 
     Args:
@@ -115,7 +116,7 @@ class _OutputHook:
         terms, call = self.terms, self.terms.calls.current
         if not terms.handles or (terms.is_checked and call.sizes) or not is_watching():
             return
-        if not isinstance(output, Tensor) or not output.requires_grad:
+        if not is_dense(output) or not output.requires_grad:
             return
         if output.is_complex() or is_distributed(output):
             return
@@ -131,8 +132,8 @@ class _OutputHook:
     def _some(self, module: nn.Module, t: Tensor) -> tuple[Tensor, int, int]:
         """A few rows ``[rows, classes]``, spread evenly; number of samples; number of rows."""
         try:
-            values = self.layer.grads(module, t.detach())
-        except (RuntimeError, IndexError):  # not the output that the layer knows
+            values = read(self.layer, self.layer.grads, module, t.detach())
+        except UnreadableError:
             return t.new_zeros(0, 0), 0, 0
         if values.ndim > 3:  # in groups
             return values.new_zeros(0, 0), 0, 0

@@ -91,11 +91,16 @@ class Calls:
             self.current.told[x.shape[0 if module.batch_first else 1]] += 1
 
 
+def is_dense(value: Any) -> bool:
+    """Whether it is a tensor with all its numbers, side by side."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
+
+
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors with dimensions in nested arguments."""
     for value in values:
         if isinstance(value, Tensor):
-            if value.ndim and value.layout is torch.strided and not value.is_nested:
+            if is_dense(value) and value.ndim:
                 yield value
         elif isinstance(value, Mapping):
             yield from _tensors(value.values())

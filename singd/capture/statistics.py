@@ -35,13 +35,21 @@ class Columns:
         values: Input of the module, or gradient of its output.
         approximation: ``"expand"`` or ``"reduce"``.
         ones: Whether the constant input of a bias is appended.
+        shape: ``(..., n)``, the shape of a column.
     """
 
     def __init__(
-        self, layer: Layer, module: Any, side: Side, values: Tensor, approximation: str, ones: bool
+        self,
+        layer: Layer,
+        module: Any,
+        side: Side,
+        values: Tensor,
+        approximation: str,
+        ones: bool,
+        shape: Sequence[int],
     ) -> None:
         self.layer, self.module, self.side, self.values = layer, module, side, values
-        self.approximation, self.ones = approximation, ones
+        self.approximation, self.ones, self.shape = approximation, ones, list(shape)
         self.rows = 0
         """How many rows were summed, once :meth:`tensor` or :meth:`squares` was called."""
         self._counts: tuple[int, int] | None = None
@@ -49,11 +57,13 @@ class Columns:
     def tensor(self) -> Tensor:
         """``X [..., n, R]``, one column for each row of the layer's product."""
         X, self.rows = read(self.layer, self._columns)
+        self._check(X.shape[:-1])
         return X
 
     def squares(self) -> Tensor:
         """The diagonal ``[..., n]`` of ``X X^T``, in float32 at least, without making ``X``."""
         sums, self.rows = read(self.layer, self._squares)
+        self._check(sums.shape)
         return sums
 
     @property
@@ -62,6 +72,13 @@ class Columns:
         if self._counts is None:
             read(self.layer, self._grads)
         return self._counts or (0, 0)
+
+    def _check(self, shape: Sequence[int]) -> None:
+        if list(shape) != self.shape:
+            raise UnreadableError(
+                f"{type(self.layer).__name__} cannot read it (expected {self.side} columns of "
+                f"shape {self.shape}, got {list(shape)})"
+            )
 
     def _columns(self) -> tuple[Tensor, int]:
         if self.side == "input":

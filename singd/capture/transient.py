@@ -8,10 +8,24 @@ from typing import Any
 
 from torch import nn
 
+CLOSE = (
+    "a model whose layers are watched by an optimizer of singd is traced with gradients: use "
+    "torch.no_grad(), or optimizer.close() first"
+)
+
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
 )
+
+
+class Hook:
+    """A hook that is an object."""
+
+    @property
+    def __name__(self) -> str:
+        """Asked for by :func:`torch.jit.script` alone, which cannot compile a hook."""
+        raise AttributeError(CLOSE)
 
 
 def attach_after(module: nn.Module, hook: Callable[..., Any], *, first: bool = False) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from singd.layers.base import Layer
 from singd.layers.linear import Transposed
 
 
@@ -15,6 +17,10 @@ class Embedding(Transposed):
     """Embeddings: the input picks a row, so its factor is diagonal and counts how often."""
 
     input_structure = "diagonal"
+
+    def products(self, module: Any) -> Sequence[Layer]:
+        """None where gradients are sparse: AdamW then says that it cannot step them."""
+        return () if module.sparse else (self,)
 
     def samples_first(self, module: Any, x: Tensor, samples: int | None) -> Tensor:
         """Indices ``[...]`` have no last dimension of features."""

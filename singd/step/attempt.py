@@ -42,6 +42,7 @@ def attempt(
     scale = calling_scale() if scale is None else scale
     parts.placement.prepare()
     parts.parameters.check(groups, state)
+    parts.parameters.notice_new()
     if wants_state(parts, groups, state):
         ensure(parts, groups, state)
         make_state(parts, state)

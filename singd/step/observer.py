@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 
@@ -23,6 +24,7 @@ class StepObserver:
 
     def __init__(self, ensure: Callable[[], None]) -> None:
         self._ensure = weakref.WeakMethod(ensure)
+        self._lock = threading.Lock()  # backward passes may run in several threads
 
     def is_captured(self, matrix: WeightMatrix) -> bool:
         """Whether the next step updates the factors of ``matrix``."""
@@ -32,8 +34,9 @@ class StepObserver:
     def prepare(self, matrix: WeightMatrix) -> None:
         """Make factors, unless they are there."""
         ensure, group = self._ensure(), self.parts.parameters.group_of[matrix.weight]
-        if ensure is not None and not self.parts.store.holds(matrix, group):
-            ensure()
+        with self._lock:
+            if ensure is not None and not self.parts.store.holds(matrix, group):
+                ensure()
 
     def piece_bytes(self, matrix: WeightMatrix) -> int | None:
         """As large as the factor: a product with fewer rows than columns is slow."""

@@ -45,6 +45,8 @@ class Parameters:
         self._names: dict[Tensor, str] = {}
         self._owners: list[tuple[str, nn.Parameter, Any, str, torch.Size]] = []
         self._kinds: dict[Tensor, tuple[Any, ...]] = {}  # of those whose state is like them
+        self._known: set[Tensor] = set()  # parameters of the model that nothing is to be said of
+        self._parts: list[tuple[nn.Module, list[nn.Module | None], int]] = []
 
     def find(self, given: Sequence[Tensor]) -> list[WeightMatrix]:
         """The new matrices whose weight is among ``given``."""
@@ -70,6 +72,7 @@ class Parameters:
             if p in self.group_of
         ]
         self._kinds = {}
+        self._know(owners)
 
     def name(self, p: Tensor) -> str:
         """The name of a parameter in the model."""
@@ -81,15 +84,13 @@ class Parameters:
         Raises:
             ValueError: If a parameter was replaced, resized, added or taken out of its group.
         """
-        order = [p for group in groups for p in group["params"]]
-        if len(order) != len(self._order) or any(
-            p is not q for p, q in zip(order, self._order, strict=True)
-        ):
+        placed = [(p, group) for group in groups for p in group["params"]]
+        if len(placed) != len(self._order) or any(p not in self.group_of for p, _ in placed):
             raise ValueError(
                 "param_groups: expected the parameters that the optimizer was made with, got "
                 "others: use add_param_group, or freeze with requires_grad_(False)"
             )
-        if any(self.group_of[p] is not group for group in groups for p in group["params"][:1]):
+        if any(self.group_of[p] is not group for p, group in placed):
             self.bind(groups)
         for name, p, slots, key, shape in self._owners:
             if slots.get(key, p) is not p and not _is_whole_of(slots[key], p):
@@ -106,6 +107,31 @@ class Parameters:
             if self._kinds.get(p) != kind:
                 self._kinds[p] = kind
                 _follow(p, state.get(p, {}))
+
+    def notice_new(self) -> None:
+        """Warn of parameters that the model did not have when its parameters were given."""
+        if all(
+            len(module._parameters) == count and list(module._modules.values()) == children
+            for module, children, count in self._parts
+        ):
+            return
+        owners = list(owners_of(self.model))
+        new = [n for n, p, _, _ in owners if p.requires_grad and p not in self._known]
+        self._know(owners)
+        if new:
+            warnings.warn(
+                f"{', '.join(new)}: new in the model since the optimizer was made, and not "
+                "trained: use add_param_group",
+                stacklevel=7,  # whoever calls the optimizer's step, which PyTorch wraps twice
+            )
+
+    def _know(self, owners: Iterable[tuple[str, nn.Parameter, Any, str]]) -> None:
+        """Remember what the model consists of, with the parameters that it has."""
+        self._known = {p for _, p, _, _ in owners} | self.group_of.keys()
+        self._parts = [
+            (module, list(module._modules.values()), len(module._parameters))
+            for module in self.model.modules()
+        ]
 
     # What trains a parameter --------------------------------------------------------------------
 
