@@ -26,12 +26,13 @@ SORTED: dict[str, Callable[[list[Tensor]], Groups]] = {
 
 
 class Attends(nn.Module):
-    """Attention with keys and values of another size, and a normalization."""
+    """Attention with keys of another size; a bias of keys would have no gradient but rounding."""
 
     def __init__(self) -> None:
         super().__init__()
         self.keys = nn.Linear(4, 3)
-        self.attention = nn.MultiheadAttention(4, 2, kdim=3, vdim=3, batch_first=True)
+        sizes = {"kdim": 3, "vdim": 3}
+        self.attention = nn.MultiheadAttention(4, 2, bias=False, batch_first=True, **sizes)
         self.norm, self.out = nn.LayerNorm(4), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
