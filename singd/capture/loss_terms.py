@@ -6,7 +6,6 @@ losses are not recognised, and nothing is said of them.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from singd.capture.hooks import is_batched, is_watching
 from singd.capture.samples import Call, Calls, is_dense
 from singd.capture.statistics import UnreadableError, read
 from singd.capture.transient import Hook, attach_after
+from singd.capture.warning import warn_user
 from singd.layers import Layer, find_layer
 from singd.ops.dtensor import is_distributed
 
@@ -84,11 +84,10 @@ class LossTerms:
             better = contradiction(setting, terms, samples, rows)
             if better is not None:
                 counted = {None: 1, "batch": samples, "batch+sequence": rows}[setting]
-                warnings.warn(
+                warn_user(
                     f"the cross-entropy is a mean over about {terms:.0f} terms, but "
                     f"loss_average={setting!r} counts {counted}: set loss_average={better!r}, "
-                    "or give the number with count_terms",
-                    stacklevel=8,  # whoever calls the optimizer's step
+                    "or give the number with count_terms"
                 )
                 break
         self.found.clear()

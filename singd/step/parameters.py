@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from singd.capture.warning import warn_user
 from singd.capture.weight_matrix import (
     WeightMatrix,
     find_tensors,
@@ -119,10 +119,9 @@ class Parameters:
         new = [n for n, p, _, _ in owners if p.requires_grad and p not in self._known]
         self._know(owners)
         if new:
-            warnings.warn(
+            warn_user(
                 f"{', '.join(new)}: new in the model since the optimizer was made, and not "
-                "trained: use add_param_group",
-                stacklevel=7,  # whoever calls the optimizer's step, which PyTorch wraps twice
+                "trained: use add_param_group"
             )
 
     def _know(self, owners: Iterable[tuple[str, nn.Parameter, Any, str]]) -> None:
@@ -174,10 +173,7 @@ class Parameters:
                 state.pop(p, None)
             by_reason.setdefault(reason, []).append(name)
         for reason, names in by_reason.items():
-            warnings.warn(
-                f"{', '.join(names)}: {reason}; AdamW trains it instead",
-                stacklevel=7,  # whoever calls the optimizer's step, which PyTorch wraps twice
-            )
+            warn_user(f"{', '.join(names)}: {reason}; AdamW trains it instead")
 
 
 def _is_whole_of(held: Any, p: Any) -> bool:
