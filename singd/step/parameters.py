@@ -46,7 +46,7 @@ class Parameters:
         self._owners: list[tuple[str, nn.Parameter, Any, str, torch.Size]] = []
         self._kinds: dict[Tensor, tuple[Any, ...]] = {}  # of those whose state is like them
         self._known: set[Tensor] = set()  # parameters of the model that nothing is to be said of
-        self._parts: list[tuple[nn.Module, list[nn.Module | None], int]] = []
+        self._parts: list[tuple[nn.Module, tuple[Any, ...]]] = []
 
     def find(self, given: Sequence[Tensor]) -> list[WeightMatrix]:
         """The new matrices whose weight is among ``given``."""
@@ -110,10 +110,7 @@ class Parameters:
 
     def notice_new(self) -> None:
         """Warn of parameters that the model did not have when its parameters were given."""
-        if all(
-            len(module._parameters) == count and list(module._modules.values()) == children
-            for module, children, count in self._parts
-        ):
+        if all(_parts_of(module) == parts for module, parts in self._parts):
             return
         owners = list(owners_of(self.model))
         new = [n for n, p, _, _ in owners if p.requires_grad and p not in self._known]
@@ -127,10 +124,7 @@ class Parameters:
     def _know(self, owners: Iterable[tuple[str, nn.Parameter, Any, str]]) -> None:
         """Remember what the model consists of, with the parameters that it has."""
         self._known = {p for _, p, _, _ in owners} | self.group_of.keys()
-        self._parts = [
-            (module, list(module._modules.values()), len(module._parameters))
-            for module in self.model.modules()
-        ]
+        self._parts = [(module, _parts_of(module)) for module in self.model.modules()]
 
     # What trains a parameter --------------------------------------------------------------------
 
@@ -188,6 +182,12 @@ def check_model(model: Any) -> None:
     for name, p in model.named_parameters():
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise ValueError(f"{name} is not initialised yet: run one forward pass first")
+
+
+def _parts_of(module: nn.Module) -> tuple[Any, ...]:
+    """The modules of a module, and how many parameters it has."""
+    own = vars(module)
+    return len(own["_parameters"]), *own["_modules"].values()
 
 
 def _follow(p: Tensor, entry: dict[str, Any]) -> None:
