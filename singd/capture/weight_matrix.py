@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from singd.layers import Layer, find_products
 from singd.layers.base import ParameterTensor
-from singd.ops.dtensor import whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,12 +77,16 @@ class WeightMatrix:
         """The inverse of :meth:`to_matrix`."""
         return matrix if self._is_plain else self.layer.from_matrix(self.module, matrix)
 
-    def gradients(self) -> list[Tensor]:
-        """The parts of the whole gradients of weight and bias; zero where there is none."""
+    def gradients(self, whole: Mapping[Tensor, Tensor]) -> list[Tensor]:
+        """The parts of the gradients of weight and bias; zero where there is none.
+
+        Args:
+            whole: Gradients in place of ``p.grad``, of parameters that are sharded.
+        """
         return [
             torch.zeros(self.part_shape(p), dtype=p.dtype, device=p.device)
             if p.grad is None
-            else self.part(whole(p.grad))
+            else self.part(whole.get(p, p.grad))
             for p in self.parameters
         ]
 
@@ -94,13 +98,19 @@ class WeightMatrix:
         return [self.from_matrix(matrix[..., :-1]), bias]
 
 
-def stack_gradients(matrices: Sequence[WeightMatrix]) -> Tensor:
+def stack_gradients(
+    matrices: Sequence[WeightMatrix], whole: Mapping[Tensor, Tensor] = MappingProxyType({})
+) -> Tensor:
     """The gradients of equal matrices, ``[matrices, ..., d_out, d_in]``, with those of biases.
 
     May share memory with a gradient.
+
+    Args:
+        matrices: Equal matrices.
+        whole: Gradients in place of ``p.grad``, of parameters that are sharded.
     """
     first = matrices[0]
-    parts = [matrix.gradients() for matrix in matrices]
+    parts = [matrix.gradients(whole) for matrix in matrices]
     weights = [m.to_matrix(part[0]) for m, part in zip(matrices, parts, strict=True)]
     if first.bias is None:
         return weights[0][None] if len(weights) == 1 else torch.stack(weights)

@@ -18,11 +18,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from singd.capture.weight_matrix import WeightMatrix
-from singd.ops.dtensor import is_distributed, local
+from singd.capture.weight_matrix import WeightMatrix, stack_gradients
+from singd.ops.dtensor import is_distributed, local, whole
 from singd.ops.reference import Indices
 from singd.placement.base import Holding, Slot
 from singd.placement.replicated import DataParallel, sum_
+from singd.placement.splits import Split, gathered, split_of
 
 
 class LocalSlot(Slot):
@@ -178,6 +179,7 @@ class Sharded(DataParallel):
         by_name = {group.group_name: group for group in [*mesh.get_all_groups(), *data]}
         self.all_groups = list(by_name.values())
         self.device = torch.device(mesh.device_type)
+        self._splits: dict[Tensor, Split | None] = {}
         self._modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
 
     def prepare(self) -> None:
@@ -202,6 +204,21 @@ class Sharded(DataParallel):
             if left and self.averages_gradients:
                 count = math.prod(dist.get_world_size(group) for group in left)
                 sum_(local(p.grad), left).div_(count)
+
+    def gradients(self, matrices: Sequence[WeightMatrix]) -> Tensor:
+        """Whole gradients of equal matrices, ``[matrices, ..., d_out, d_in]``."""
+        found: dict[Tensor, Tensor] = {}
+        packs: dict[Any, list[tuple[Tensor, Tensor, Split]]] = {}
+        for p in {p: None for matrix in matrices for p in matrix.parameters}:
+            split = self._splits.setdefault(p, split_of(p))
+            if p.grad is not None and split is None:
+                found[p] = whole(p.grad)
+            elif p.grad is not None and split is not None:
+                packs.setdefault((split.group, p.grad.dtype), []).append((p, p.grad, split))
+        for pack in packs.values():
+            parameters, grads, splits = zip(*pack, strict=True)
+            found |= zip(parameters, gathered(grads, splits), strict=True)
+        return stack_gradients(matrices, found)
 
     def complete(self, sums: Tensor) -> Tensor:
         """The sums over all ranks."""

@@ -1,0 +1,82 @@
+"""How parameters are split over ranks: boxes of numbers, and what is gathered of them.
+
+The rank of a process group is the coordinate along one dimension of a mesh. Sizes follow
+:class:`torch.distributed.tensor.Shard`: as many rows for each rank as for the first, which has the
+most, and fewer or none for the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from singd.ops.dtensor import is_distributed, local
+
+
+@dataclass(frozen=True)
+class Split:
+    """A parameter that is split along one dimension, over the ranks of one process group.
+
+    Attributes:
+        group: Process group.
+        dim: Dimension of the parameter.
+        ends: Where the part of each rank ends along it.
+    """
+
+    group: Any
+    dim: int
+    ends: tuple[int, ...]
+
+    def side(self, rank: int) -> slice:
+        """What a rank holds along :attr:`dim`."""
+        return slice(self.ends[rank - 1] if rank else 0, self.ends[rank])
+
+    def shape(self, whole: torch.Size, rank: int) -> torch.Size:
+        """The shape of a rank's part."""
+        side = self.side(rank)
+        return torch.Size([*whole[: self.dim], side.stop - side.start, *whole[self.dim + 1 :]])
+
+
+def split_of(p: Any) -> Split | None:
+    """How a parameter is split; ``None`` if it is whole, or split over several dimensions."""
+    if not is_distributed(p):
+        return None
+    split = [i for i, placement in enumerate(p.placements) if not placement.is_replicate()]
+    if len(split) != 1 or not p.placements[split[0]].is_shard():
+        return None
+    mesh, dim = p.device_mesh, p.placements[split[0]].dim
+    ranks, size = mesh.size(split[0]), p.shape[dim]
+    each = -(-size // ranks)
+    ends = tuple(min(size, each * (rank + 1)) for rank in range(ranks))
+    return Split(mesh.get_group(split[0]), dim, ends)
+
+
+def gathered(tensors: Sequence[Tensor], splits: Sequence[Split]) -> list[Tensor]:
+    """Whole tensors from the parts of all ranks, by one collective.
+
+    Args:
+        tensors: DTensors of one data type.
+        splits: How each is split, all over one process group.
+    """
+    group, shapes = splits[0].group, [t.shape for t in tensors]
+    ranks = dist.get_world_size(group)
+    parts = [
+        [split.shape(shape, rank) for shape, split in zip(shapes, splits, strict=True)]
+        for rank in range(ranks)
+    ]
+    longest = max(sum(shape.numel() for shape in own) for own in parts)
+    flat = torch.cat([local(t).flatten() for t in tensors])
+    mine = torch.nn.functional.pad(flat, (0, longest - len(flat)))
+    received = mine.new_empty(ranks, longest)
+    dist.all_gather_into_tensor(received.view(-1), mine, group=group)
+    found: list[list[Tensor]] = [[] for _ in tensors]
+    for own, row in zip(parts, received, strict=True):
+        pieces = row[: sum(shape.numel() for shape in own)].split([s.numel() for s in own])
+        for pile, piece, shape in zip(found, pieces, own, strict=True):
+            pile.append(piece.view(shape))
+    return [torch.cat(pile, split.dim) for pile, split in zip(found, splits, strict=True)]
