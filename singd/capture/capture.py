@@ -26,6 +26,7 @@ from singd.capture.statistics import (
 )
 from singd.capture.weight_matrix import WeightMatrix
 from singd.layers.base import piece_size
+from singd.layers.convolution import Convolution
 from singd.ops import cuda_graph
 from singd.ops.dtensor import is_distributed, whole
 
@@ -111,6 +112,8 @@ class Capture:
         call = self._calls.current
         if is_dense(x) and isinstance(module, nn.Linear):
             call.use(x)
+        elif is_dense(x) and isinstance(matrix.layer, Convolution):
+            call.use_images(x if x.ndim == len(module.kernel_size) + 2 else x[None])
         accumulator.last_call = self.step
         self._meet(accumulator, module)
         if self.is_paused or self.is_sampled or not observer.is_captured(matrix):

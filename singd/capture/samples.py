@@ -5,9 +5,10 @@ number of samples is the model's. It is looked for, in this order, in
 
 1. what attention and recurrent modules know by their ``batch_first``, where the model's input has
    a dimension of that size,
-2. the first dimension of the model's input, where some layer was called with as many,
-3. what attention and recurrent modules know,
-4. the mean that a softmax cross-entropy takes, where parts of the model are called one by one.
+2. the first dimension of one of the model's inputs, where some layer was called with as many,
+3. that of its first input, where a layer was called with as many in second place (sequence first),
+4. what attention and recurrent modules know,
+5. the mean that a softmax cross-entropy takes, where parts of the model are called one by one.
 
 If it is not found, every layer counts its own first dimension.
 """
@@ -15,7 +16,8 @@ If it is not found, every layer counts its own first dimension.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -28,13 +30,17 @@ class Call:
     """What is known of one call of the model.
 
     Args:
-        sizes: Dimensions of the model's first input; empty if its parts are called one by one.
+        inputs: Dimensions of each of the model's inputs; empty if its parts are called one by one.
     """
 
-    def __init__(self, sizes: tuple[int, ...] = ()) -> None:
-        self.sizes = sizes
+    def __init__(self, inputs: Sequence[tuple[int, ...]] = ()) -> None:
+        inputs = [sizes for sizes in inputs if sizes]
+        self.sizes = inputs[0] if inputs else ()
+        firsts = [sizes[0] for sizes in inputs]
+        self._candidates = sorted(firsts, key=lambda n: n == 1)  # what is one is often broadcast
         self.told: Counter[int] = Counter()  # by modules that know
         self.firsts: set[int] = set()  # first dimensions of the inputs of layers
+        self.seconds: set[int] = set()  # second dimensions, of sequences
         self.rows = 0  # largest number of rows of a layer
         self.loss_terms: int | None = None
 
@@ -42,7 +48,12 @@ class Call:
         """Take in the input of a layer, ``[..., d]``."""
         if x.ndim > 1:
             self.firsts.add(x.shape[0])
+            self.seconds.update(x.shape[1:-1][:1])
             self.rows = max(self.rows, x.shape[:-1].numel())
+
+    def use_images(self, x: Tensor) -> None:
+        """Take in the input of a convolution, ``[N, channels, ...]``."""
+        self.firsts.add(x.shape[0])
 
     @property
     def samples(self) -> int | None:
@@ -51,8 +62,12 @@ class Call:
         within = [n for n in known if n in self.sizes]
         if within:
             return within[0]
-        if self.sizes and self.sizes[0] in self.firsts:
-            return self.sizes[0]
+        for n in self._candidates:
+            if n in self.firsts:
+                return n
+        for n in self.sizes[:1]:
+            if n in self.seconds:
+                return n
         return known[0] if known else self.loss_terms
 
 
@@ -77,11 +92,9 @@ class Calls:
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            first = next(_tensors([*args, *kwargs.values()]), None)
-            if first is None:
-                self.current = Call()
-            else:
-                self.current = Call(tuple(first.shape[: first.ndim - first.is_floating_point()]))
+            given = _tensors([*args, *kwargs.values()])
+            inputs = [tuple(x.shape[: x.ndim - x.is_floating_point()]) for x in given]
+            self.current = Call(inputs)
             if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
                 self._tell(module, args, kwargs)
 
@@ -106,3 +119,5 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors(value.values())
         elif isinstance(value, list | tuple):
             yield from _tensors(value)
+        elif is_dataclass(value) and not isinstance(value, type):
+            yield from _tensors(vars(value).values())
