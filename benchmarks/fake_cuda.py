@@ -69,8 +69,8 @@ class _ByOperators(TorchFunctionMode):
         if func is Tensor.copy_:
             return aten.copy_(*args)
         if func is Tensor.contiguous:
-            t, kept = args[0], torch.contiguous_format
-            return t if t.is_contiguous() else aten.clone(t, memory_format=kept)
+            t, order = args[0], torch.contiguous_format
+            return t if t.is_contiguous() else aten.clone(t, memory_format=order)
         if func is torch._fused_adamw_ and isinstance(kwargs["lr"], Tensor):
             kwargs = {**kwargs, "lr": 1.0}  # the kernel reads it on the device; no fake form does
         for operator in args:

@@ -69,7 +69,7 @@ def momentum_step_(
         for place, old in zip(places, before, strict=True):
             torch.where(unless, old, place, out=place)
         return
-    fused = _is_fused(params, buffers)
+    fused = fast is None and _is_fused(params, buffers)
     if scale is not None and not (fused and params[0].dtype == torch.float32):
         directions = list(directions)
         torch._foreach_mul_(directions, scale.to(directions[0]))

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from structured import StructuredMatrix, parse
+from singd import diagnostics
+from structured import StructuredMatrix, add_symmetric_product_, parse
 from structured.testing.operations import OPERATIONS
 from structured.testing.strategies import Operands
 from tests.singd import test_cuda_graph
@@ -132,6 +133,22 @@ def test_steps_in_bfloat16(method: str) -> None:
     for p, q, r in zip(found, again, train(model.float(), method, "cpu"), strict=True):
         assert torch.equal(p, q)
         assert torch.linalg.vector_norm(p.float() - r) <= 0.1 * torch.linalg.vector_norm(r) + 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_kernel_passes_its_check(dtype: torch.dtype) -> None:
+    """None falls back to PyTorch, in a step or alone."""
+    train(network().to(dtype), "dense", "cuda")
+    X = torch.randn(9, 30, device="cuda", dtype=dtype)
+    for spec in ("diagonal", "dense"):
+        parse(spec)(9, device="cuda", dtype=dtype).project_gram(X)
+    add_symmetric_product_(torch.zeros(9, 9, device="cuda"), X)
+    rows = [row for row in diagnostics.kernels() if dtype in row.dtypes]
+    assert all(row.serves for row in rows), rows
+    names = {row.kernel.partition("::")[2] for row in rows}
+    low = {"stochastic_round", "inner_product"} if dtype == torch.bfloat16 else set()
+    products = {"sums_of_squares", "symmetric_product", "add_symmetric_product_"}
+    assert names >= products | {"momentum_step_"} | low
 
 
 @pytest.mark.parametrize("limit", [None, 10])

@@ -30,12 +30,12 @@ def _kernels_serve(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernel, "found", {})
 
 
-def trained() -> Snapshot:
-    """In float16: where numbers become bfloat16 Triton's interpreter cuts them off."""
+def trained(dtype: torch.dtype = torch.float16) -> Snapshot:
+    """Not in bfloat16: where numbers become that, Triton's interpreter cuts them off."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).half()
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).to(dtype)
     optimizer = SINGD(model, lr=0.05, T=2, weight_decay=0.1, kl_clip=1e-2)
-    for x in torch.randn(4, 8, 6).half():
+    for x in torch.randn(4, 8, 6).to(dtype):
         optimizer.zero_grad()
         model(x).float().square().mean().backward()
         optimizer.step()
@@ -63,6 +63,16 @@ def test_by_kernels(plainly: Snapshot) -> None:
     used = {row.kernel.removeprefix("singd::"): row for row in kernels.status()}
     assert used.keys() == {"stochastic_round", "momentum_step_", "inner_product"}
     assert all(row.serves for row in used.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_in_float32_and_float64(dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+    expected = trained(dtype)
+    request.getfixturevalue("_kernels_serve")
+    found = trained(dtype)
+    for name, t in found.items():
+        torch.testing.assert_close(t, expected[name])
+    assert [row.serves for row in kernels.status()] == [False, dtype == torch.float32, False]
 
 
 @triton.jit

@@ -89,7 +89,7 @@ def crossings(
             optimizer.step()
             found.append(list(seen.found))
         state = [t for own in optimizer.state.values() for t in own.values() if t is not None]
-        tensors = [t for kept in state for t in ([kept] if isinstance(kept, Tensor) else kept)]
+        tensors = [t for value in state for t in ([value] if isinstance(value, Tensor) else value)]
         assert {t.device for t in tensors} == {DEVICE}
     return found
 

@@ -89,7 +89,9 @@ def momentum_step_(
     """
     kinds: dict[Any, list[int]] = {}
     for i, (p, d) in enumerate(zip(params, directions, strict=True)):
-        if p.numel():  # rows apart, or numbers that begin anywhere, are slower to read
+        if (
+            p.numel()
+        ):  # rows of a larger matrix, or addresses that are not aligned, are slower to read
             aligned = all(t.data_ptr() % 16 == 0 for t in (p, d, *buffers[i : i + 1]))
             is_box = boxes is not None and boxes[3 * i + 1] != boxes[3 * i + 2]
             kind = p.dtype, d.dtype, d.is_contiguous(), aligned, is_box

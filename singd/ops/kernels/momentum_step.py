@@ -133,7 +133,7 @@ def launch(
 
     Args:
         params: Contiguous parameters.
-        directions: Directions; rows may be apart.
+        directions: Directions; may be columns of a wider matrix.
         buffers: Contiguous momenta, or none.
         places: Place in ``names`` of each parameter.
         lr: Step size.
