@@ -113,7 +113,7 @@ class Capture:
         if is_dense(x) and isinstance(module, nn.Linear):
             call.use(x)
         elif is_dense(x) and isinstance(matrix.layer, Convolution):
-            call.use_images(x if x.ndim == len(module.kernel_size) + 2 else x[None])
+            call.use_images(x if x.ndim == matrix.weight.ndim else x[None])
         accumulator.last_call = self.step
         self._meet(accumulator, module)
         if self.is_paused or self.is_sampled or not observer.is_captured(matrix):
