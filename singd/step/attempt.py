@@ -53,14 +53,21 @@ def attempt(
     statistics = pad_statistics(parts, capture.collect())
     report = take_step(parts, statistics, state, scale=scale, descend=descend, observe=observe)
     capture.end_step()
+    stepped = [g for g in groups if any(d.group is g for d in report.directions)]
+    peaks = [group["peak_lr"] for group in stepped]
+
+    def undo() -> None:
+        for group, peak in zip(stepped, peaks, strict=True):
+            group["peak_lr"] = peak
+
     if report.found_inf is not None:
-        skipping.defer(report.found_inf)
+        skipping.defer(report.found_inf, undo)
     else:
         skipping.count(skipped=report.cause is not None)
     for group in groups:
         group["step"] += 1
-        if report.cause is None:
-            keep_peak_lr(group)
+    for group in stepped if report.cause is None else ():
+        keep_peak_lr(group, report.found_inf)
     return report
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from singd.methods.options import choice, in_range, integer
+from singd.step.skipping import write_
 
 Group = dict[str, Any]
 
@@ -100,13 +101,18 @@ def peak_lr(group: Group) -> float | Tensor:
     return highest
 
 
-def keep_peak_lr(group: Group) -> None:
-    """Remember the highest learning rate, at its place if it is a tensor."""
-    peak = group["peak_lr"]
-    if isinstance(peak, Tensor):
-        peak.clamp_(min=group["lr"])
+def keep_peak_lr(group: Group, unless: Tensor | None) -> None:
+    """Remember the highest learning rate, at its place if it is a tensor.
+
+    Args:
+        group: Group of a step that was taken.
+        unless: Truth value on the device: if it is true, a tensor stays.
+    """
+    peak, new = group["peak_lr"], peak_lr(group)
+    if isinstance(peak, Tensor) and isinstance(new, Tensor):
+        write_(peak, new, unless)
     else:
-        group["peak_lr"] = peak_lr(group)
+        group["peak_lr"] = new
 
 
 def is_due(group: Group) -> bool:

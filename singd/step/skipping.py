@@ -6,7 +6,7 @@ device, guards all that it writes. The host reads a copy of it at the start of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -17,29 +17,37 @@ class SkippedSteps:
 
     def __init__(self) -> None:
         self.total = self.in_row = 0
-        self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._pending: tuple[Tensor, torch.cuda.Event | None, Callable[[], None]] | None = None
 
     def count(self, *, skipped: bool) -> None:
         """Count a step, now that it is known whether it was skipped."""
         self.total += skipped
         self.in_row = self.in_row + 1 if skipped else 0
 
-    def defer(self, found_inf: Tensor) -> None:
-        """Count a step later, when ``found_inf`` has come from the device."""
+    def defer(self, found_inf: Tensor, undo: Callable[[], None]) -> None:
+        """Count a step later, when ``found_inf`` has come from the device.
+
+        Args:
+            found_inf: Whether it was skipped, a truth value on the device.
+            undo: Called then, if it was.
+        """
         host, event = found_inf.to("cpu", non_blocking=True), None  # pinned, where that is a copy
         if found_inf.is_cuda:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(found_inf.device))
-        self._pending = host, event
+        self._pending = host, event, undo
 
     def settle(self) -> None:
         """Count what was deferred; waits for the step that it is about, and no more."""
         if self._pending is None:
             return
-        (host, event), self._pending = self._pending, None
+        (host, event, undo), self._pending = self._pending, None
         if event is not None:
             event.synchronize()
-        self.count(skipped=bool(host))
+        skipped = bool(host)
+        self.count(skipped=skipped)
+        if skipped:
+            undo()
 
     def check(self, cause: str | None, limit: int | None) -> None:
         """Raise ``FloatingPointError`` if this step was one too many.

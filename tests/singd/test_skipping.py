@@ -284,10 +284,10 @@ def test_the_copy_is_read_when_it_has_come(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     skipping = SkippedSteps()
     far: Any = Far()
-    skipping.defer(far)
+    skipping.defer(far, lambda: log.append("undo"))
     assert log == [("to", "cpu", True), ("record", "stream of cuda:3")]
     assert skipping.total == 0
     for _ in range(2):
         skipping.settle()
-        assert log[2:] == ["synchronize"]
+        assert log[2:] == ["synchronize", "undo"]
         assert (skipping.total, skipping.in_row) == (1, 1)
