@@ -10,7 +10,7 @@ Trains a CNN and a vision transformer on 4000 digits with every method of
 * ``state``: bytes of the optimizer's state, relative to those of the weights;
 * ``memory``: peak bytes of a training step (weights, gradients, state, activations and what the
   step makes on its way) relative to SGD in the same precision;
-* ``time``: of a training step, relative to SGD in the same precision;
+* ``time``: processor time of a training step, relative to SGD in the same precision;
 * ``accuracy``: on 1000 other digits after the last step, mean and standard deviation over seeds.
 
 Curves go to ``benchmarks/out/demo.png``, numbers to ``benchmarks/out/demo.csv``. The exit status is

@@ -29,7 +29,7 @@ EXAMPLES = {
 
 
 def makers() -> dict[str, Callable[..., Any]]:
-    """Every built-in name and the class or the function behind it."""
+    """Every built-in name and its class or function."""
     found = {}
     for name, make in known().items():
         target = make if inspect.isfunction(make) and make.__name__ == name else make().factory

@@ -135,7 +135,8 @@ def term(counts: dict[int, float]) -> str:
         return "0"
     c, form = leading_term(counts)
     number = f"{c:.2g}" if c < 99.5 else f"{c:.0f}"
-    return number if form == "1" else form if number == "1" else f"{number} {form}"
+    text = number if form == "1" else form if number == "1" else f"{number} {form}"
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def row(structure: Structure) -> list[str]:

@@ -65,7 +65,7 @@ def colours(structure: Structure, n: int) -> list[list[str]]:
 
 
 def shaded(index: int, count: int) -> float:
-    """A shade for one of several shared numbers, neighbours apart."""
+    """A shade for one of several shared numbers, neighbours unlike."""
     return 0.0 if count == 1 else (1 - index / (count - 1)) ** 1.2
 
 

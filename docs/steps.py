@@ -48,7 +48,8 @@ def times(rows: list[Row]) -> str:
         peers = over.get((row["model"], row["T"], f"PyPI {row['method']}"), 1.0) - 1.0
         ratio = f" ({float(row['ratio']):.2f})" if row["ratio"] and peers >= NOISE else ""
         cells.setdefault(row["method"], {})[case] = f"{float(row['over SGD']):.2f}{ratio}"
-    return table("method", cells, cases)
+    models = list(dict.fromkeys(case.split(",")[0] for case in cases))
+    return table("method", cells, sorted(cases, key=lambda case: models.index(case.split(",")[0])))
 
 
 def states() -> str:

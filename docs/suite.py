@@ -71,15 +71,15 @@ def size(rows: list[Row]) -> float:
 def table(results: list[Result]) -> str:
     """A line for each task, held-out tasks first, the worst on top."""
     lines = [
-        "| task | AdamW, best of five rates | at rate | `SINGD(model)` | ratio | state |",
+        "| task | ratio | `SINGD(model)` | AdamW, best of five rates | its rate | state |",
         "| --- | --: | --: | --: | --: | --: |",
     ]
     for part, title in reversed(PARTS.items()):
         lines.append(f"| **{title}** | | | | | |")
         for r in results:
             if r.part == part:
-                losses = f"{r.adamw:.4g} | {r.rate} | {r.singd:.4g}"
-                lines.append(f"| {r.task} | {losses} | {r.ratio:.3f} | {r.bytes:.2f} |")
+                losses = f"{r.singd:.4g} | {r.adamw:.4g} | {r.rate}"
+                lines.append(f"| {r.task} | {r.ratio:.3f} | {losses} | {r.bytes:.2f} |")
     return "\n".join(lines)
 
 

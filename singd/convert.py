@@ -35,7 +35,7 @@ def to_tensors(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[s
 
 
 def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The state that :func:`to_tensors` took apart."""
+    """The state that :func:`to_tensors` turned into tensors and text."""
     groups = json.loads(metadata["param_groups"])
     for group in groups:
         for key, value in group.items():

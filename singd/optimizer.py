@@ -269,7 +269,7 @@ class KroneckerOptimizer(Optimizer):
         return self._parts.skipping.total
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset gradients, and forget the statistics that came with them.
+        """Reset gradients, and forget their statistics.
 
         What was collected under :meth:`curvature` stays: those gradients were never there.
         """

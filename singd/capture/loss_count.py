@@ -26,7 +26,7 @@ class LossCount:
     def add(self, terms: float | Tensor) -> None:
         """Count terms of the pass to come."""
         if self.was_reset:
-            self.ahead, self.was_reset = 0, False  # the pass that they were for never came
+            self.ahead, self.was_reset = 0, False  # there was no pass for them
         self.ahead = self.ahead + terms
 
     def begin_pass(self) -> None:

@@ -24,7 +24,7 @@ class WeightMatrix:
     weight: nn.Parameter
     bias: nn.Parameter | None
     rows: slice | None = None  # of weight and bias; all if None
-    label: str = ""  # tells the matrices of one weight apart
+    label: str = ""  # of this matrix among those of one weight
 
     @property
     def module(self) -> nn.Module:

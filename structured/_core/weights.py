@@ -2,7 +2,7 @@
 
 ``E`` is the linear map from the ``p`` stored numbers to the ``n x n`` matrix, ``T`` transposition,
 ``G = E^T E`` and ``H = E^T T E``; :mod:`structured._core.defaults` has the formulas. A random
-vector ``r`` tells the three kinds of numbers apart, for the cost of a few products with E:
+vector ``r`` distinguishes three kinds of numbers, for the cost of a few products with E:
 
 - ``(G r)_i = 0``: the number has no place in the matrix (it is masked), and its weight is zero.
 - ``(G r)_i = g_i r_i`` and ``(G^{-1} H)^2 r = s r`` there, ``s_i`` 0 or 1: the number owns its

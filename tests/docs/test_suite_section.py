@@ -54,7 +54,7 @@ def test_what_is_said(results: list[suite.Result]) -> None:
         "**Held out**, 2 tasks: AdamW is ahead on 1: B (2.000); the median ratio is 1.250." in text
     )
     assert "**Development**, 1 tasks: AdamW is ahead on 1: C (inf)" in text
-    assert "| A | 2 | 2 | 1 | 0.500 | 1.20 |" in text
+    assert "| A | 0.500 | 1 | 2 | 2 | 1.20 |" in text
     assert text.index("| B |") < text.index("| A |") < text.index("| C |")
     assert suite.wins(results) == "1 of 2"
     assert suite.worst(results) == "The worst is B, where the test loss is 2.00 times AdamW's."

@@ -1,4 +1,4 @@
-"""Compiles the kernels for a Hopper GPU, which need not be there, and prints what came out.
+"""Compiles the kernels for a Hopper GPU, which need not be there, and prints the result.
 
 python -m tests.kernels.compiled
 """

@@ -98,7 +98,7 @@ def test_the_order_of_samples_does_not_matter(rule: str) -> None:
 
 @pytest.mark.parametrize("average", AVERAGES)
 def test_sequences_of_different_lengths(average: str | None) -> None:
-    """Micro-batches may differ in length: terms add up, whatever the shape they came in."""
+    """Micro-batches may differ in length: terms add up, whatever their shape."""
     layer = nn.Linear(3, 2, bias=False, dtype=F64)
     optimizer = KFAC(layer, T=1, lr_cov=1.0, damping=1.0, loss_average=average)
     parts = [torch.randn(n, length, 3, dtype=F64) for n, length in ((2, 5), (4, 3), (1, 7))]
