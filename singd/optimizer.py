@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Self
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from singd import diagnostics
-from singd.capture import requests
 from singd.capture.capture import Capture
-from singd.layers import OPTIONAL
 from singd.methods.base import Method
-from singd.methods.options import choice, integer
 from singd.ops import cuda_graph
+from singd.passes import Passes
 from singd.placement import Placement, find_placement, unwrapped
 from singd.state import checkpoint
 from singd.state.loading import copies, fitting, names
@@ -26,9 +23,9 @@ from singd.state.plan import Plan, make_plan
 from singd.step.attempt import attempt, ensure
 from singd.step.factor_store import FactorStore
 from singd.step.fallback import Fallback
-from singd.step.groups import as_groups, check_group, counters, parameter_of
+from singd.step.groups import as_groups, check_group, check_watching, counters, parameter_of
 from singd.step.observer import StepObserver
-from singd.step.parameters import Parameters, check_model
+from singd.step.parameters import Parameters, check_model, optional_layers
 from singd.step.pipeline import Parts
 from singd.step.skipping import SkippedSteps
 
@@ -48,7 +45,7 @@ DEFAULTS: Mapping[str, Any] = {
 """Options of a group that every method has, and their defaults."""
 
 
-class KroneckerOptimizer(Optimizer):
+class KroneckerOptimizer(Passes, Optimizer):
     """Any :class:`~singd.methods.Method` as an optimizer; base of :class:`singd.SINGD`.
 
     Weights (with their biases) of supported layers are preconditioned by the method. AdamW trains
@@ -91,13 +88,8 @@ class KroneckerOptimizer(Optimizer):
     ) -> None:
         model, is_reduced = unwrapped(model)
         check_model(model)
-        types: Any = OPTIONAL if layers == "all" else layers
-        for layer in types:
-            choice("layers", layer, tuple(OPTIONAL))
-        if max_skipped is not None:
-            integer("max_skipped", max_skipped, 0)
-        if telemetry is not None and not callable(telemetry):
-            raise ValueError(f"telemetry: expected a function or None, got {telemetry!r}")
+        types = optional_layers(layers)
+        check_watching(max_skipped, telemetry)
         options = {**DEFAULTS, **(defaults or {})}
         groups = as_groups(params, model)
         check_group(options)
@@ -106,7 +98,7 @@ class KroneckerOptimizer(Optimizer):
         fallback = Fallback(adamw, options["lr"], self.adamw_ratio)
         self._data = data
         placement = find_placement(model, process_group, data, is_reduced=is_reduced)
-        self._connect(method, placement, SkippedSteps(), fallback, max_skipped, tuple(types))
+        self._connect(method, placement, SkippedSteps(), fallback, max_skipped, types)
         self._parts.parameters.expected.update(
             parameter_of(p) for group in groups for p in group["params"]
         )
@@ -168,48 +160,6 @@ class KroneckerOptimizer(Optimizer):
         parts.placement.prepare()
         return make_plan(type(self).__name__, parts.parameters, parts.store, parts.fallback)
 
-    # Statistics ---------------------------------------------------------------------------------
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Within this context forward passes are not captured."""
-        with requests.paused(self._parts.capture):
-            yield
-
-    def count_terms(self, terms: float | Tensor) -> None:
-        """Say how many terms the loss of this backward pass is a mean over.
-
-        For means over a number that the layers cannot know, such as the tokens that are not
-        padding. Counts add up over backward passes, and replace those of ``loss_average`` at the
-        coming step. ``zero_grad`` may come between the count and its backward pass.
-
-        Args:
-            terms: Number of terms; a tensor costs no wait for the device.
-        """
-        requests.count_terms(self._parts.capture, terms)
-
-    def close(self) -> None:
-        """Remove every hook from the model."""
-        self._parts.capture.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @contextmanager
-    def curvature(self) -> Iterator[None]:
-        """Within this context backward passes feed the curvature alone.
-
-        For the true Fisher: sample labels from the model's output and call ``backward`` on the loss
-        of them in here. Gradients are as before when it ends, and until the next step no other pass
-        is captured.
-        """
-        given = [p for group in self.param_groups for p in group["params"]]
-        with requests.sampled(self._parts.capture, given):
-            yield
-
     # The step -----------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -220,10 +170,7 @@ class KroneckerOptimizer(Optimizer):
         ``self.skipped``. On a GPU that is known at the next step, or when ``skipped`` is asked for.
 
         Args:
-            closure: Function that evaluates the loss and its gradients; optional.
-
-        Returns:
-            The loss, if a closure was given.
+            closure: Function that evaluates the loss and its gradients; its result is returned.
 
         Raises:
             FloatingPointError: If ``max_skipped`` steps in a row were skipped.
@@ -261,12 +208,6 @@ class KroneckerOptimizer(Optimizer):
     def _ensure(self) -> None:
         """Make factors where there are none, or where the state or the options changed."""
         ensure(self._parts, self.param_groups, self.state)
-
-    @property
-    def skipped(self) -> int:
-        """Steps that were skipped so far; waits for the last one where that is not known yet."""
-        self._parts.skipping.settle()
-        return self._parts.skipping.total
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset gradients, and forget their statistics.

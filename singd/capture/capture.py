@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from singd.capture.accumulator import Accumulator, Use
 from singd.capture.hooks import AttentionHook, LayerHook, Listener
 from singd.capture.loss_count import LossCount
 from singd.capture.loss_terms import LossTerms
+from singd.capture.observer import Observer
 from singd.capture.samples import Call, Calls, is_dense
 from singd.capture.statistics import (
     Columns,
@@ -29,25 +30,6 @@ from singd.layers.base import piece_size
 from singd.layers.convolution import Convolution
 from singd.ops import cuda_graph
 from singd.ops.dtensor import is_distributed, whole
-
-
-class Observer(Protocol):
-    """Who decides what is captured, and how it is summed up."""
-
-    def is_captured(self, matrix: WeightMatrix) -> bool:
-        """Whether statistics of a pass that begins now will be used."""
-
-    def prepare(self, matrix: WeightMatrix) -> None:
-        """Called before the statistics of a use are made."""
-
-    def piece_bytes(self, matrix: WeightMatrix) -> int | None:
-        """Bytes of patches that are summed at a time, at least; ``None`` for all at once."""
-
-    def summarize(self, matrix: WeightMatrix, side: Side, columns: Columns) -> Statistic:
-        """The statistic of one side of one use."""
-
-    def approximation(self, matrix: WeightMatrix) -> str:
-        """``"expand"`` or ``"reduce"``."""
 
 
 class Capture:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -14,7 +13,17 @@ from singd import update
 from singd.capture.statistics import Columns, Side, Statistic
 from singd.methods import batched
 from singd.methods.base import Averages, Factors, Method, Options, Products, Stack
-from singd.methods.options import choice, floating, in_range, integer, pair
+from singd.methods.options import (
+    by_name,
+    choice,
+    default_structures,
+    floating,
+    in_range,
+    integer,
+    lr_cov,
+    pair,
+)
+from singd.methods.scale import begun, dampings, needs_trace, square_sum
 from singd.ops.precision import product_dtype, rounds_products
 from structured import (
     Dense,
@@ -137,7 +146,7 @@ class InverseFree(Method):
         dtype = torch.float32 if dtype == torch.float16 else dtype
         wide = torch.promote_types(dtype, torch.float32)
         if is_whitened(K):
-            trace = _square_sum(X, wide) if needs_trace(options) else None
+            trace = square_sum(X, wide) if needs_trace(options) else None
             return Statistic(update.whitened(K.to(dtype), X.to(dtype)).to(wide), "whitened", trace)
         if isinstance(K, Dense) and X.dtype == torch.bfloat16:  # exact sums of its products
             S = X.new_empty(*X.shape[:-1], K.n, dtype=wide)
@@ -152,7 +161,7 @@ class InverseFree(Method):
     ) -> InverseFreeFactors:
         """One update of K and C, and of their momenta, by the functions of :mod:`singd.update`."""
         if options["scale_init"]:
-            stack = _begun(Stack(factors, statistics, {}))
+            stack = begun(Stack(factors, statistics, {}))
             factors, statistics = stack.factors, stack.statistics
         sides = ((factors.K, statistics.input), (factors.C, statistics.grad))
         (K, H_K), (C, H_C) = (_curvature(F, U) for F, U in sides)
@@ -173,7 +182,7 @@ class InverseFree(Method):
     ) -> Iterator[InverseFreeFactors]:
         """The updates of all stacks, fused where the momenta themselves are not needed."""
         if options["scale_init"]:
-            stacks = (_begun(stack) for stack in stacks)
+            stacks = (begun(stack) for stack in stacks)
         if options["normalize_lr_cov"] or (options["alpha1"] and not options["kfac_like"]):
             yield from super().update_all(stacks, {**options, "scale_init": False}, step)
             return
@@ -192,7 +201,7 @@ class InverseFree(Method):
     ) -> dict[str, Tensor]:
         """``||Pi(K^T (S_K + lambda I) K) - I||_F`` of K, and of C: zero at the best factor."""
         if options["scale_init"]:
-            stack = _begun(Stack(factors, averages, {}))
+            stack = begun(Stack(factors, averages, {}))
             factors, averages = stack.factors, stack.statistics
         found = {}
         pairs = ((factors.K, averages.input), (factors.C, averages.grad))
@@ -242,74 +251,6 @@ def is_whitened(K: StructuredMatrix) -> bool:
     """Whether K is applied to the columns, since ``S`` does not determine H or loses digits."""
     rounded = rounds_products(product_dtype(K), K.device) and not isinstance(K, Diagonal)
     return rounded or not K.closed_under_congruence
-
-
-def needs_trace(options: Options) -> bool:
-    """Whether a step depends on the scale of ``S``, not only on ``H``."""
-    return bool(options["scale_init"] or options["relative_damping"])
-
-
-def dampings(averages: Averages, options: Options) -> tuple[Any, Any]:
-    """The damping of K and of C: a number, or ``[matrices, ...]`` if it is relative."""
-    if not options["relative_damping"]:
-        return options["damping"], options["damping"]
-    of_K, of_C = averages.input.mean(), averages.grad.mean()
-    if not options["kfac_like"]:
-        of_K = of_C = of_K * of_C
-    return options["damping"] * of_K, options["damping"] * of_C
-
-
-def default_structures(shape: Sequence[int]) -> tuple[str, str]:
-    """Dense on the smaller side of ``(..., d_out, d_in)``, blocks of that size on the other.
-
-    Each factor then has at most as many numbers as the matrix.
-    """
-    *_, d_out, d_in = shape
-    blocks = f"block_diagonal({max(min(d_out, d_in), 1)})"
-    return "dense" if d_in <= d_out else blocks, "dense" if d_out <= d_in else blocks
-
-
-def lr_cov(options: Options, step: int) -> Any:
-    """``beta_1`` at this step; by default 0.03 for each step since the last update, at most 0.3.
-
-    So factors remember about as many steps whatever T is: at T = 1 an update of 0.3 would fit them
-    to the gradient of the very batch that they precondition.
-    """
-    given = options["lr_cov"]
-    if given is None:
-        return min(0.3, 0.03 * options["T"])
-    return given(step) if callable(given) else given
-
-
-def by_name(given: Any, name: str, default: Any) -> Any:
-    """An option; or, of a mapping from patterns, what the first pattern gives that matches."""
-    if not isinstance(given, Mapping):
-        return given
-    return next((value for pattern, value in given.items() if fnmatch(name, pattern)), default)
-
-
-def _begun(stack: Stack) -> Stack:
-    """The stack with factors that are still the identity scaled to their statistics."""
-    averages, factors, products = stack.statistics, stack.factors, dict(stack.products)
-    sides = {"input": "K", "grad": "C"}
-    for side, name in sides.items():
-        K, U = getattr(factors, name), getattr(averages, side)
-        scale = update.first_scale(K, U.mean())
-        if scale.is_cpu and not torch.compiler.is_compiling() and not bool((scale != 1).any()):
-            continue
-        factors = replace(factors, **{name: (scale * K).to(K.dtype)})
-        if U.kind == "whitened":
-            averages = replace(averages, **{side: replace(U, value=scale.square() * U.value)})
-        P = products.pop(2 * name, None)
-        if isinstance(P, StructuredMatrix):  # other products have no part in an update
-            products[2 * name] = (scale.square() * P).to(P.dtype)
-    stack.statistics = None
-    return Stack(factors, averages, products)
-
-
-def _square_sum(X: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tr(X X^T) [...]`` of ``X [..., n, R]``, accumulated in ``dtype``."""
-    return torch.linalg.vector_norm(X, dim=(-2, -1), dtype=dtype).square()
 
 
 def _curvature(K: StructuredMatrix, U: Statistic) -> tuple[StructuredMatrix, StructuredMatrix]:

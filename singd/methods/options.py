@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -42,3 +43,35 @@ def floating(name: str, value: Any) -> None:
     """Raise unless ``value`` is a real data type, or ``None``."""
     if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
         raise ValueError(f"{name}: expected a floating-point dtype or None, got {value!r}")
+
+
+# Of one matrix -----------------------------------------------------------------------------------
+
+
+def by_name(given: Any, name: str, default: Any) -> Any:
+    """An option; or, of a mapping from patterns, what the first pattern gives that matches."""
+    if not isinstance(given, Mapping):
+        return given
+    return next((value for pattern, value in given.items() if fnmatch(name, pattern)), default)
+
+
+def default_structures(shape: Sequence[int]) -> tuple[str, str]:
+    """Dense on the smaller side of ``(..., d_out, d_in)``, blocks of that size on the other.
+
+    Each factor then has at most as many numbers as the matrix.
+    """
+    *_, d_out, d_in = shape
+    blocks = f"block_diagonal({max(min(d_out, d_in), 1)})"
+    return "dense" if d_in <= d_out else blocks, "dense" if d_out <= d_in else blocks
+
+
+def lr_cov(options: Mapping[str, Any], step: int) -> Any:
+    """``beta_1`` at this step; by default 0.03 for each step since the last update, at most 0.3.
+
+    So factors remember about as many steps whatever T is: at T = 1 an update of 0.3 would fit them
+    to the gradient of the very batch that they precondition.
+    """
+    given = options["lr_cov"]
+    if given is None:
+        return min(0.3, 0.03 * options["T"])
+    return given(step) if callable(given) else given

@@ -29,8 +29,7 @@ import torch
 from torch import Tensor
 
 from singd.methods.base import Factors, Method, Options, Products
-from singd.methods.inverse_free import lr_cov
-from singd.methods.options import choice, in_range
+from singd.methods.options import choice, in_range, lr_cov
 from singd.update import first_scale
 from structured import Diagonal, Operator, Outer, Structure, StructuredMatrix, parse
 

@@ -16,7 +16,8 @@ from singd.ops.momentum_step import momentum_step_
 from singd.ops.reductions import inner_product, total
 from singd.ops.stochastic_rounding import Rounding
 from singd.placement import Holding, Placement, Slot
-from singd.step.factor_store import Proposal, State
+from singd.step.batch import Proposal
+from singd.step.factor_store import State
 from singd.step.grafting import graft_
 from singd.step.groups import Group, graft_of, peak_lr
 from singd.step.parameters import Parameters

@@ -6,8 +6,7 @@ the factors: what is reset, reloaded or replaced there counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from singd.capture.weight_matrix import WeightMatrix
 from singd.methods.base import Factors, Method, Products
 from singd.ops import cuda_graph
+from singd.step.batch import Batch, Proposal
 from singd.step.groups import Group
 from singd.step.skipping import write_
 from structured import Structure, StructuredMatrix
@@ -26,84 +26,6 @@ State = MutableMapping[Any, dict[str, Any]]
 def state_key(matrix: WeightMatrix, name: str) -> str:
     """The key of a member of ``matrix`` in the state of its weight."""
     return f"{matrix.label}.{name}" if matrix.label else name
-
-
-class Batch:
-    """Equal matrices and their factors, side by side along a first dimension."""
-
-    def __init__(self, matrices: Sequence[WeightMatrix], group: Group, factors: Factors) -> None:
-        self.matrices, self.group, self.factors = list(matrices), group, factors
-        self.products: Products | None = None
-        self.views: list[dict[str, list[Tensor]]] = [
-            {name: [t[i] for t in member.tensors()] for name, member in factors.members().items()}
-            for i in range(len(self.matrices))
-        ]
-        members = factors.members()
-        self.one = {
-            matrix: factors.with_members(
-                {name: member.with_tensors(views[name]) for name, member in members.items()}
-            )
-            for matrix, views in zip(self.matrices, self.views, strict=True)
-        }
-        """The factors of every matrix alone, views."""
-        self._places: dict[tuple[int, ...], Tensor] = {}
-
-    def select(self, matrices: Sequence[WeightMatrix], *values: Any) -> tuple[Any, ...]:
-        """What belongs to some of the matrices, of factors or products; copies, unless of all."""
-        if len(matrices) == len(self.matrices):
-            return values
-        index = self.index(matrices)
-        return tuple(
-            value.map(lambda t: t[index])
-            if isinstance(value, Factors)
-            else {name: product.map(lambda t: t[index]) for name, product in value.items()}
-            for value in values
-        )
-
-    def index(self, matrices: Sequence[WeightMatrix]) -> Tensor:
-        """The places of some of the matrices; made once, since a copy to the device may wait."""
-        places = tuple(self.matrices.index(matrix) for matrix in matrices)
-        if places not in self._places:
-            self._places[places] = torch.tensor(places, device=self.matrices[0].weight.device)
-        return self._places[places]
-
-    def replaced(
-        self,
-        matrices: Sequence[WeightMatrix],
-        new: Factors,
-        rounded: Callable[..., Tensor],
-        before: Factors,
-    ) -> Factors:
-        """The factors of all, once those of some matrices are ``new``.
-
-        Args:
-            matrices: Matrices that are updated.
-            new: Their factors.
-            rounded: ``rounded(tensor, dtype, names)``, the numbers in the data type of the store.
-            before: The factors of all until then.
-        """
-        changed: dict[str, StructuredMatrix] = {}
-        for name, earlier in before.members().items():
-            member, tensors = new.members()[name], []
-            pairs = zip(member.tensors(), earlier.tensors(), strict=True)
-            for number, (t, old) in enumerate(pairs):
-                names = [f"{matrix.key} {name} {number}" for matrix in matrices]
-                t = rounded(t, old.dtype, names)
-                if len(matrices) < len(self.matrices):
-                    t = old.index_copy(0, self.index(matrices), t)
-                tensors.append(t)
-            changed[name] = earlier.with_tensors(tensors)
-        return before.with_members(changed)
-
-
-@dataclass
-class Proposal:
-    """What a batch will hold if the step is taken."""
-
-    batch: Batch
-    factors: Factors
-    products: Products
-    updated: list[WeightMatrix]  # the matrices whose factors are new
 
 
 class FactorStore:

@@ -14,7 +14,8 @@ from singd.capture.weight_matrix import WeightMatrix
 from singd.methods.base import Averages, Method, Stack
 from singd.ops.stochastic_rounding import Rounding
 from singd.placement import Placement
-from singd.step.factor_store import Batch, FactorStore, Proposal
+from singd.step.batch import Batch, Proposal
+from singd.step.factor_store import FactorStore
 from singd.step.groups import Group, is_due
 
 Statistics = Mapping[WeightMatrix, KroneckerStatistics]

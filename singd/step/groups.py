@@ -53,6 +53,14 @@ def listed(params: Any, *, alone: bool = False) -> list[Any]:
     return list(params)
 
 
+def check_watching(max_skipped: Any, telemetry: Any) -> None:
+    """Raise ``ValueError`` if an option that says who looks at steps is out of range."""
+    if max_skipped is not None:
+        integer("max_skipped", max_skipped, 0)
+    if telemetry is not None and not callable(telemetry):
+        raise ValueError(f"telemetry: expected a function or None, got {telemetry!r}")
+
+
 def check_group(group: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` if an option that all methods share is out of range."""
     for name in ("lr", "damping", "weight_decay"):

@@ -15,6 +15,8 @@ from singd.capture.weight_matrix import (
     find_weight_matrices,
     owners_of,
 )
+from singd.layers import OPTIONAL
+from singd.methods.options import choice
 from singd.ops.dtensor import is_distributed
 from singd.step.groups import Group, counter_device
 
@@ -173,6 +175,14 @@ class Parameters:
 def _is_whole_of(held: Any, p: Any) -> bool:
     """Whether a module holds the whole of a sharded parameter, as it does during a pass."""
     return is_distributed(p) and getattr(held, "device_mesh", None) != p.device_mesh
+
+
+def optional_layers(layers: Any) -> tuple[type[nn.Module], ...]:
+    """The types of :data:`singd.layers.OPTIONAL` that were named, or all of them."""
+    types = tuple(OPTIONAL if layers == "all" else layers)
+    for layer in types:
+        choice("layers", layer, tuple(OPTIONAL))
+    return types
 
 
 def check_model(model: Any) -> None:

@@ -15,6 +15,7 @@ from singd.methods.base import Method
 from singd.ops.dtensor import local
 from singd.ops.reductions import all_finite
 from singd.placement import Placement
+from singd.step.batch import Proposal
 from singd.step.directions import (
     Direction,
     graft,
@@ -24,7 +25,7 @@ from singd.step.directions import (
     scale_by_kl,
     write_averages,
 )
-from singd.step.factor_store import FactorStore, Proposal, State
+from singd.step.factor_store import FactorStore, State
 from singd.step.factor_updates import Normalization, Residuals, Statistics, update_factors
 from singd.step.fallback import Fallback
 from singd.step.groups import Group, is_due

@@ -16,7 +16,7 @@ from tests import imports
 TREES = imports.trees(singd)
 ORDER = (  # the lowest first
     *("update", "ops", "layers", "capture", "methods", "placement", "step", "state"),
-    *("diagnostics", "optimizer", "singd", "kfac", "convert", "choice", "", "testing"),
+    *("diagnostics", "passes", "optimizer", "singd", "kfac", "convert", "choice", "", "testing"),
 )
 FILES = sorted(Path(singd.__file__).parent.rglob("*.py"))
 PUBLIC = {m.__name__: m.__all__ for m in (structured, structured.kernels)}
@@ -71,3 +71,8 @@ def test_every_public_name_exists() -> None:
     assert len(FILES) > 5
     for package in (singd, structured):
         assert all(hasattr(package, name) for name in package.__all__)
+
+
+def test_files_are_short() -> None:
+    long = {path.name: len(path.read_text().splitlines()) for path in FILES}
+    assert {name: n for name, n in long.items() if n > 300} == {}

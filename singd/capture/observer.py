@@ -1,0 +1,27 @@
+"""What the capture asks of whoever decides what is captured."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from singd.capture.statistics import Columns, Side, Statistic
+from singd.capture.weight_matrix import WeightMatrix
+
+
+class Observer(Protocol):
+    """Who decides what is captured, and how it is summed up."""
+
+    def is_captured(self, matrix: WeightMatrix) -> bool:
+        """Whether statistics of a pass that begins now will be used."""
+
+    def prepare(self, matrix: WeightMatrix) -> None:
+        """Called before the statistics of a use are made."""
+
+    def piece_bytes(self, matrix: WeightMatrix) -> int | None:
+        """Bytes of patches that are summed at a time, at least; ``None`` for all at once."""
+
+    def summarize(self, matrix: WeightMatrix, side: Side, columns: Columns) -> Statistic:
+        """The statistic of one side of one use."""
+
+    def approximation(self, matrix: WeightMatrix) -> str:
+        """``"expand"`` or ``"reduce"``."""

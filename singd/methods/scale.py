@@ -1,0 +1,52 @@
+"""The scale of the curvature: first factors and damping that follow it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from singd import update
+from singd.methods.base import Averages, Options, Stack
+from structured import StructuredMatrix
+
+
+def needs_trace(options: Options) -> bool:
+    """Whether a step depends on the scale of ``S``, not only on ``H``."""
+    return bool(options["scale_init"] or options["relative_damping"])
+
+
+def dampings(averages: Averages, options: Options) -> tuple[Any, Any]:
+    """The damping of K and of C: a number, or ``[matrices, ...]`` if it is relative."""
+    if not options["relative_damping"]:
+        return options["damping"], options["damping"]
+    of_K, of_C = averages.input.mean(), averages.grad.mean()
+    if not options["kfac_like"]:
+        of_K = of_C = of_K * of_C
+    return options["damping"] * of_K, options["damping"] * of_C
+
+
+def begun(stack: Stack) -> Stack:
+    """The stack with factors that are still the identity scaled to their statistics."""
+    averages, factors, products = stack.statistics, stack.factors, dict(stack.products)
+    sides = {"input": "K", "grad": "C"}
+    for side, name in sides.items():
+        K, U = getattr(factors, name), getattr(averages, side)
+        scale = update.first_scale(K, U.mean())
+        if scale.is_cpu and not torch.compiler.is_compiling() and not bool((scale != 1).any()):
+            continue
+        factors = replace(factors, **{name: (scale * K).to(K.dtype)})
+        if U.kind == "whitened":
+            averages = replace(averages, **{side: replace(U, value=scale.square() * U.value)})
+        P = products.pop(2 * name, None)
+        if isinstance(P, StructuredMatrix):  # other products have no part in an update
+            products[2 * name] = (scale.square() * P).to(P.dtype)
+    stack.statistics = None
+    return Stack(factors, averages, products)
+
+
+def square_sum(X: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tr(X X^T) [...]`` of ``X [..., n, R]``, accumulated in ``dtype``."""
+    return torch.linalg.vector_norm(X, dim=(-2, -1), dtype=dtype).square()

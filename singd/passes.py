@@ -1,0 +1,65 @@
+"""What users say and ask of passes: which are not captured, what their loss is a mean over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+from torch import Tensor
+
+from singd.capture import requests
+from singd.step.pipeline import Parts
+
+
+class Passes:
+    """Contexts and calls around the passes of a model, a part of :class:`KroneckerOptimizer`."""
+
+    param_groups: list[dict[str, Any]]
+    _parts: Parts
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within this context forward passes are not captured."""
+        with requests.paused(self._parts.capture):
+            yield
+
+    def count_terms(self, terms: float | Tensor) -> None:
+        """Say how many terms the loss of this backward pass is a mean over.
+
+        For means over a number that the layers cannot know, such as the tokens that are not
+        padding. Counts add up over backward passes, and replace those of ``loss_average`` at the
+        coming step. ``zero_grad`` may come between the count and its backward pass.
+
+        Args:
+            terms: Number of terms; a tensor costs no wait for the device.
+        """
+        requests.count_terms(self._parts.capture, terms)
+
+    def close(self) -> None:
+        """Remove every hook from the model."""
+        self._parts.capture.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def curvature(self) -> Iterator[None]:
+        """Within this context backward passes feed the curvature alone.
+
+        For the true Fisher: sample labels from the model's output and call ``backward`` on the loss
+        of them in here. Gradients are as before when it ends, and until the next step no other pass
+        is captured.
+        """
+        given = [p for group in self.param_groups for p in group["params"]]
+        with requests.sampled(self._parts.capture, given):
+            yield
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were skipped so far; waits for the last one where that is not known yet."""
+        self._parts.skipping.settle()
+        return self._parts.skipping.total
