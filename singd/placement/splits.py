@@ -73,7 +73,7 @@ def gathered(tensors: Sequence[Tensor], splits: Sequence[Split]) -> list[Tensor]
     flat = torch.cat([local(t).flatten() for t in tensors])
     mine = torch.nn.functional.pad(flat, (0, longest - len(flat)))
     received = mine.new_empty(ranks, longest)
-    dist.all_gather_into_tensor(received.view(-1), mine, group=group)
+    dist.all_gather(list(received.unbind()), mine, group=group)
     found: list[list[Tensor]] = [[] for _ in tensors]
     for own, row in zip(parts, received, strict=True):
         pieces = row[: sum(shape.numel() for shape in own)].split([s.numel() for s in own])

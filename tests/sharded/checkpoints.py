@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -18,14 +17,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from singd import SINGD
-from tests.sharded.layouts import NAMES, Context, Layout
-from tests.sharded.setting import OPTIONS, Setting, data, net
-from tests.sharded.world import snapshot
-from tests.singd.runs import batches
+from singd.testing.sharded.rows import snapshot
+from singd.testing.sharded.setting import Ends, Layout, Setting, batches, net
+from tests.sharded.layouts import NAMES, Context
+from tests.sharded.scenarios import OPTIONS
 
-Ends = dict[str, Tensor]
 SAVED = 3  # steps before the checkpoint
-BATCHES = data() + batches(2, 14, 4, seed=5)
+BATCHES = batches(6)
 ALONE = "one process"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 

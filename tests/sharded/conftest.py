@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.sharded import checkpoints, frozen, parallel, scenarios
+from singd.testing.sharded.world import Ended, load, run
+from tests.sharded import checkpoints, frozen, kit, parallel, scenarios
 from tests.sharded.layouts import begin
-from tests.sharded.world import Ended, load, run
 
 LIMIT = 400  # seconds
 
@@ -29,8 +29,9 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> list[Ended]:
             assert time.monotonic() < deadline, "the ranks were not done in time"
             time.sleep(0.5)
         return load(folder)
-    modules = frozen, scenarios, checkpoints, parallel
+    modules = frozen, scenarios, checkpoints, parallel, kit
     cases = {name: case for module in modules for name, case in module.cases().items()}
+    cases |= kit.faults()
     try:
         return run(folder, begin, cases, limit=LIMIT)
     finally:

@@ -8,26 +8,25 @@ from typing import Any
 from torch import Tensor, nn
 
 from singd.ops.dtensor import local
-from tests.frozen.cases import CASES, OPTIONS
+from singd.testing.sharded.rows import snapshot
+from tests.frozen.cases import CASES
 from tests.frozen.train import WAYS, Run
 from tests.sharded.layouts import NAMES, Context
-from tests.sharded.world import snapshot
 
 #: Parameters that another module than their own reads: one group has them all.
 SHARED = ("net tied", "net unseen", "unseen, resumed")
 
-_STRUCTURES = ("hierarchical(1, 2)", "lower_toeplitz", "low_rank_upper(1)")
 _NETS = ("sequence", "conv2d", "grouped", "transposed2d", "attention", "attention, sizes", "heads")
-_WAYS = ("micro", "bad gradients", "bad inputs", "curvature", "precondition", "resumed",
-         "two groups", "added group", "closure", "paused", "new structures",
-         "frozen layer")  # fmt: skip
-_OTHERS = ("reduce", "norms by AdamW", "optional layers", "grafted to AdamW", "attention, micro")
+_WAYS = ("bad inputs", "curvature", "precondition", "resumed", "two groups", "added group",
+         "paused", "new structures", "frozen layer")  # fmt: skip
+_OPTIONS = ("no momentum", "bare", "loss is a sum", "max_dim, wide_structure", "patterns")
+_OTHERS = ("structure lower_toeplitz", "structure low_rank_upper(1)", "reduce", "norms by AdamW",
+           "optional layers", "grafted to AdamW", "attention, micro")  # fmt: skip
 
 _CHOSEN = [
     *SHARED,
     *(name for name in CASES if name.startswith("method")),
-    *(f"option {name}" for name in OPTIONS),
-    *(f"structure {name}" for name in _STRUCTURES),
+    *(f"option {name}" for name in _OPTIONS),
     *(f"net {name}" for name in _NETS),
     *(f"way {name}" for name in _WAYS),
     *_OTHERS,

@@ -4,47 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+
+from singd.testing.sharded.setting import Layout
 
 RANKS = 4
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a model is sharded, and which share of the samples this rank has.
-
-    Args:
-        mesh: Mesh of the ranks that share the data; other ranks of the world have their own.
-        ranks: Number of its ranks.
-        leaves: Shard every child in a group of its own, or all parameters in one.
-    """
-
-    mesh: DeviceMesh
-    leaves: bool = True
-
-    @property
-    def ranks(self) -> int:
-        return self.mesh.size()
-
-    @property
-    def rank(self) -> int:
-        """The number of this rank among those that share the data."""
-        number = 0
-        for dim in range(self.mesh.ndim):
-            number = number * self.mesh.size(dim) + self.mesh.get_local_rank(dim)
-        return number
-
-    def shard(self, model: nn.Module, **options: Any) -> nn.Module:
-        """Shard a model in place, and return it."""
-        for child in model.children() if self.leaves else ():
-            if any(True for _ in child.parameters()):
-                fully_shard(child, mesh=self.mesh, **options)
-        fully_shard(model, mesh=self.mesh, **options)
-        return model
 
 
 NAMES = ("4 ranks", "4 ranks, one group", "2 ranks", "2 by 2 ranks")

@@ -10,12 +10,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.sharded import checkpoints, frozen, parallel, scenarios
-from tests.sharded.world import Ended
-from tests.singd.runs import distance
+from singd.testing import check_sharded
+from singd.testing.sharded import compare
+from singd.testing.sharded.rows import TOLERANCES
+from singd.testing.sharded.world import Ended
+from tests.sharded import checkpoints, frozen, kit, parallel, scenarios
 
 FROZEN, SCENARIOS = frozen.cases(), scenarios.cases()
 CHECKPOINTS, PARALLEL = checkpoints.cases(), parallel.cases()
+KIT, FAULTS = kit.cases(), kit.faults()
+BOUNDS = {row.__name__: bound for row, bound in TOLERANCES.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -29,12 +33,8 @@ def _one_rank(tmp_path: Path) -> Iterator[None]:
 
 def check(name: str, ended: list[Ended], expected: Any, tolerance: float = 1e-10) -> None:
     """Raise ``AssertionError`` unless all ranks ended as expected."""
-    for rank, each in enumerate(ended):
-        assert not isinstance(each[name], str), f"rank {rank}: {each[name]}"
-        others = sorted(each[name].keys() ^ expected.keys())
-        assert not others, f"rank {rank}: {len(others)} other tensors, {others[:4]}"
-        assert distance(each[name], ended[0][name]) == 0.0, f"ranks 0 and {rank} differ"
-    assert distance(ended[0][name], expected) <= tolerance
+    fault = compare([each[name] for each in ended], expected, tolerance)
+    assert not fault, fault
 
 
 @pytest.mark.filterwarnings("ignore")  # those are tested elsewhere
@@ -59,3 +59,30 @@ def test_a_checkpoint(name: str, ended: list[Ended]) -> None:
 @pytest.mark.parametrize("name", PARALLEL)
 def test_tensor_parallelism(name: str, ended: list[Ended]) -> None:
     check(name, ended, parallel.alone(*PARALLEL[name][1:]))
+
+
+@pytest.mark.parametrize("name", KIT)
+def test_a_row_of_the_kit(name: str, ended: list[Ended]) -> None:
+    layout, method, row = KIT[name][1:]
+    tolerance = 0.0 if method == kit.EXACT else BOUNDS.get(row, 1e-10)
+    check(name, ended, kit.alone(layout, method, row), tolerance)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_fails_its_row(name: str, ended: list[Ended]) -> None:
+    layout, _, row = FAULTS[name][1:]
+    with pytest.raises(AssertionError, match=r"differs|other tensors"):
+        check(name, ended, kit.alone(layout, "SINGD", row), BOUNDS.get(row, 1e-9))
+
+
+def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters())
+
+
+def test_the_kit() -> None:
+    """By itself, with an optimizer of PyTorch, which takes unreduced gradients as they are."""
+    check_sharded(adamw, rows=["uneven_shares", "noise"])
+    with pytest.raises(AssertionError, match=r"row 'parameters_.*' fails: .* differs"):
+        check_sharded(adamw, rows=["parameters_that_are_not_sharded"])
+    with pytest.raises(ValueError, match=r"expected rows among uneven_shares, .*, got 'rows'"):
+        check_sharded(adamw, rows=["rows"])

@@ -1,4 +1,4 @@
-"""Four processes that run the same function, once for many cases."""
+"""Processes that run the same functions, many in one start."""
 
 from __future__ import annotations
 
@@ -7,35 +7,21 @@ import os
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing, nn
-
-from singd.ops.dtensor import whole
+from torch.multiprocessing.spawn import spawn
 
 Ended = dict[str, Any]
-"""What the cases of a world end with, by name; a text for an error."""
-
-
-def snapshot(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    """Copies of all weights and of every tensor in the state of the optimizer, whole."""
-    found = {}
-    for name, p in model.named_parameters():
-        found[name] = whole(p).detach().clone()
-        for key, value in optimizer.state.get(p, {}).items():
-            for i, t in enumerate(value if isinstance(value, list) else [value]):
-                if isinstance(t, Tensor):
-                    found[f"{name} {key}[{i}]"] = whole(t).detach().clone()
-    return found
+"""What cases end with, by name; a text for an error."""
 
 
 def _rank(
-    rank: int, ranks: int, folder: str, begin: Callable[[Path], Any], cases: dict[str, Any]
+    rank: int, ranks: int, folder: str, begin: Callable[[Path], Any], cases: Mapping[str, Any]
 ) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -62,7 +48,7 @@ def _rank(
 def run(
     folder: Path,
     begin: Callable[[Path], Any],
-    cases: dict[str, Any],
+    cases: Mapping[str, Any],
     ranks: int = 4,
     limit: int = 300,
 ) -> list[Ended]:
@@ -74,10 +60,11 @@ def run(
         cases: Functions and their further arguments, by name; the first is what ``begin`` returned.
         ranks: Number of processes.
         limit: Seconds until the processes are ended.
+
+    Raises:
+        TimeoutError: If they were not done in time.
     """
-    spawned: Any = multiprocessing.spawn(
-        _rank, (ranks, str(folder), begin, cases), nprocs=ranks, join=False
-    )
+    spawned: Any = spawn(_rank, (ranks, str(folder), begin, cases), nprocs=ranks, join=False)
     deadline = time.monotonic() + limit
     while not spawned.join(timeout=1):  # raises what a rank raised
         if time.monotonic() > deadline:

@@ -1,0 +1,122 @@
+"""The rows of :func:`singd.testing.check_sharded` for every method, and for faulty placements."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import cycle
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from singd import KFAC, SINGD, KLShampoo
+from singd.testing.sharded import SHARDED_ROWS, Setting
+from singd.testing.sharded.setting import Ends
+from tests.sharded.layouts import NAMES, Context
+from tests.sharded.scenarios import OPTIONS
+
+EXACT = "SINGD, bit by bit"
+
+METHODS: dict[str, Any] = {
+    "SINGD": partial(SINGD, **OPTIONS),
+    "SINGD as it is": SINGD,
+    EXACT: partial(SINGD, **OPTIONS | {"kl_clip": None, "lr": 0.02}),
+    "KFAC": KFAC,
+    "KLShampoo": KLShampoo,
+}
+
+
+class WrongScale(SINGD):
+    """Takes ranks for one, in the scale of the statistics."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, **OPTIONS)
+        self._parts.placement.size = 1
+
+
+class WithoutReduction(SINGD):
+    """Every rank goes by its own statistics, but says that it has those of all."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, **OPTIONS)
+        self._parts.placement.reduce = lambda statistics: statistics  # type: ignore[method-assign]
+
+
+class WithoutAverages(SINGD):
+    """Gradients of parameters that are not sharded are averaged by nobody."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, **OPTIONS)
+        self._parts.placement.average_gradients = lambda _: None  # type: ignore[method-assign]
+
+
+class LocalNorms(SINGD):
+    """Every rank bounds its step by the norms of what it holds."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, **OPTIONS | {"graft": "rms", "kl_clip": None, "lr": 0.01})
+        self._parts.placement.complete_norms = lambda norms: norms  # type: ignore[method-assign]
+
+
+class NoiseOfTheRank(SINGD):
+    """Every rank rounds with a seed of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        super().__init__(model, **OPTIONS | {"seed": rank})
+
+
+class HookOfTheShard(SINGD):
+    """Waits for the gradient of the sharded parameter, not for that of a pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, **OPTIONS)
+        self._parts.capture._meet = lambda *_: None  # type: ignore[method-assign]
+
+
+#: Every fault with a row that it fails.
+FAULTS: dict[type[SINGD], str] = {
+    WrongScale: "uneven_shares",
+    WithoutReduction: "uneven_shares",
+    WithoutAverages: "parameters_that_are_not_sharded",
+    LocalNorms: "uneven_shares",
+    NoiseOfTheRank: "noise",
+    HookOfTheShard: "passes_that_are_not_reduced",
+}
+
+
+def on_rank(context: Context, layout: str, method: str, row: str) -> Ends:
+    used = context.layouts[layout]
+    return SHARDED_ROWS[row](METHODS[method], Setting(used, used.ranks))
+
+
+def alone(layout: str, method: str, row: str) -> Ends:
+    return SHARDED_ROWS[row](METHODS[method], Setting(None, 2 if layout == "2 ranks" else 4))
+
+
+def faulty(context: Context, layout: str, fault: str, row: str) -> Ends:
+    used = context.layouts[layout]
+    (cls,) = (c for c in FAULTS if c.__name__ == fault)
+    return SHARDED_ROWS[row](cls, Setting(used, used.ranks))
+
+
+def cases() -> dict[str, Any]:
+    """Every row for every method, in a layout in turn."""
+    turns = [*NAMES, NAMES[0]]  # so that every method meets every layout
+    pairs = [
+        (method, row)
+        for row in SHARDED_ROWS
+        for method in METHODS
+        if row == "noise" or method != EXACT
+    ]
+    return {
+        f"{method}, {row}: {layout}": (on_rank, layout, method, row)
+        for (method, row), layout in zip(pairs, cycle(turns), strict=False)
+    }
+
+
+def faults() -> dict[str, Any]:
+    return {
+        f"{cls.__name__}, {row}": (faulty, NAMES[0], cls.__name__, row)
+        for cls, row in FAULTS.items()
+    }
