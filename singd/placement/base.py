@@ -76,7 +76,7 @@ class Holding:
             for slot, t in zip(slots, both, strict=True)
         ]
         wide = torch.promote_types(tensors[0].dtype, torch.float32)
-        norms = torch.stack(torch._foreach_norm([t.to(wide) for t in tensors]))
+        norms = torch.stack(torch._foreach_norm(tensors, 2, wide))
         return torch.linalg.vector_norm(norms.view(len(self.matrices), -1), dim=1)
 
     def scale_(self, kept: Tensor, scale: Tensor) -> None:
