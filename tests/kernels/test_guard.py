@@ -5,6 +5,7 @@ They run under Triton's interpreter, so no GPU is needed: the CPU is made a devi
 
 from __future__ import annotations
 
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from structured.kernels import Guarded, guard, integers, symmetric_product
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OPERATORS = torch.ops.structured
+DEFAULT = frozenset(guard.DEVICES)
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +119,7 @@ def test_one_that_is_broken_falls_back_for_good(kernel: Any, reason: str) -> Non
     assert twice.kernel.calls == calls
     (status,) = twice.status()
     assert not status.serves
-    assert reason in status.reason
+    assert re.fullmatch(rf"falls back to PyTorch: (\w+: .*)?{reason}\W*", status.reason)
 
 
 def test_devices_and_data_types_are_checked_one_by_one() -> None:
@@ -188,8 +190,38 @@ def test_threads_that_fail_together_warn_once() -> None:
     assert all(torch.equal(x, 2 * large) for x in found)
 
 
+def test_threads_that_begin_together_check_once() -> None:
+    barrier = threading.Barrier(2)
+    twice = guarded(right)
+
+    def first_use(x: Tensor) -> Tensor:
+        barrier.wait(60)
+        return twice(x)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(first_use, [numbers(), numbers()]))
+    assert all(torch.equal(x, 2 * numbers()) for x in found)
+    assert (twice.kernel.calls, twice.reference.calls) == (2 + 2, 2)
+
+
+def test_a_check_of_another_thread_counts() -> None:
+    """One that was under way when this one had to wait."""
+    twice = guarded(right)
+    twice(numbers())
+    assert twice._check(next(iter(twice.found)))
+    assert twice.reference.calls == 2
+
+
+def test_how_a_status_reads() -> None:
+    assert [str(row) for row in guarded(right).status()] == ["test::twice: not used yet"]
+    cuda, dtypes = torch.device("cuda", 1), (torch.float32, torch.bfloat16)
+    row = kernels.KernelStatus("test::twice", cuda, dtypes, "turned off")
+    assert str(row) == "test::twice on cuda:1 (float32, bfloat16): turned off"
+
+
 def test_other_devices_go_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "DEVICES", {"cuda"})
+    assert sorted(DEFAULT) == ["cuda"]
+    monkeypatch.setattr(guard, "DEVICES", DEFAULT)
     twice = guarded(right)
     assert torch.equal(twice(torch.ones(3)), torch.tensor([2.0, 2.0, 2.0]))
     assert twice.kernel.calls == 0
@@ -220,6 +252,13 @@ def test_the_check_draws_no_random_numbers_and_knows_no_autocast() -> None:
     assert twice.status()[0].serves
 
 
+@pytest.mark.parametrize("bound", [1, 3, 50])
+def test_the_integers_of_a_check_take_all_values(bound: int) -> None:
+    values = integers(30, 40, bound=bound, dtype=torch.float32, device=DEVICE)
+    assert values.shape == (30, 40)
+    assert values.unique().tolist() == list(range(-bound, bound + 1))
+
+
 def _squares(device: torch.device, dtypes: Any) -> Iterator[tuple[Tensor]]:
     yield (integers(40, 40, bound=9, dtype=dtypes[0], device=device),)
 
@@ -231,7 +270,8 @@ def test_a_variable_turns_all_off(monkeypatch: pytest.MonkeyPatch) -> None:
         warnings.simplefilter("error")
         assert torch.equal(twice(numbers()), 2 * numbers())
     assert twice.kernel.calls == 0
-    assert twice.status()[0].reason == "turned off by STRUCTURED_KERNELS=0"
+    (row,) = twice.status()
+    assert str(row) == f"test::twice on {row.device} (float32): turned off by STRUCTURED_KERNELS=0"
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from tests.mutants.faults import PACKAGE, Import, Mutant, module_of
 
 TESTS = PACKAGE.parent / "tests"
 FILES = sorted({*TESTS.glob("structured/test_*.py")} - {TESTS / "structured" / "test_broken.py"})
-FILES.append(TESTS / "kernels" / "test_gram.py")  # by Triton's interpreter
+FILES += [TESTS / "kernels" / name for name in ("test_gram.py", "test_guard.py")]  # interpreted
 COMPILING = ("compiled", "dynamic")  # laws
 EXAMPLES = 8  # of each law; the tests draw 20
 BUDGET = 30.0  # seconds of tests for one mutant, as they take without a fault and traced
