@@ -212,6 +212,30 @@ def test_a_check_of_another_thread_counts() -> None:
     assert twice.reference.calls == 2
 
 
+def test_lists_count_by_their_first_item_and_empty_ones_not_at_all() -> None:
+    def first(xs: list[Tensor], none: list[Tensor], places: list[int]) -> Tensor:
+        return right(xs[0])
+
+    def case(device: torch.device, dtypes: Any) -> Iterator[tuple[Any, ...]]:
+        yield [next(samples(device, dtypes))[0]], [], [3]
+
+    twice = Guarded("test::first", first, lambda xs, none, places: 2 * xs[0], case)
+    x = numbers(torch.float16)
+    assert torch.equal(twice([x], [], [3]), 2 * x)
+    assert list(twice.found) == [(x.device, (torch.float16,))]
+    assert twice.status()[0].serves
+
+
+def test_data_types_that_are_asked_for_count() -> None:
+    def case(device: torch.device, dtypes: Any) -> Iterator[tuple[Any, ...]]:
+        yield next(samples(device, dtypes))[0], dtypes[-1]
+
+    cast = Guarded("test::cast", lambda x, dtype: x.to(dtype), lambda x, dtype: x.to(dtype), case)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(cast(numbers(), dtype), numbers(dtype))
+    assert [row.dtypes[1:] for row in cast.status()] == [(torch.float16,), (torch.bfloat16,)]
+
+
 def test_how_a_status_reads() -> None:
     assert [str(row) for row in guarded(right).status()] == ["test::twice: not used yet"]
     cuda, dtypes = torch.device("cuda", 1), (torch.float32, torch.bfloat16)
