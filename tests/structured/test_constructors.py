@@ -30,7 +30,7 @@ def ones(*shape):
     return torch.ones(shape)
 
 
-class Sum(StructuredMatrix):
+class TwoParts(StructuredMatrix):
     """Diagonal matrices, stored as a sum of two."""
 
     d: torch.Tensor
@@ -77,7 +77,10 @@ WRONG = {
     "a negative count": (lambda: Tied(Diagonal(ones(3)), -1), "integer k >= 1, got -1"),
     "no classes": (lambda: Strided(Diagonal(ones(3))), "A: expected shape [..., k, q, q]"),
     "a negative size": (lambda: ScaledIdentity(ones(), -2), "size >= 0, got -2"),
-    "another class": (lambda: Sum(ones(2, 3), ones(3)), "Sum.e: expected shape [2, 3], got [3]"),
+    "another class": (
+        lambda: TwoParts(ones(2, 3), ones(3)),
+        "TwoParts.e: expected shape [2, 3], got [3]",
+    ),
     "integers": (lambda: Diagonal(ones(3)).to(torch.int64), "floating-point numbers, got"),
     "complex numbers": (lambda: Tied(Diagonal(ones(3)), 2).to(torch.complex64), "got torch.c"),
 }
