@@ -243,8 +243,9 @@ def precondition_by_products(KK: Operator, CC: Operator, G: Tensor) -> Tensor:
     """``C C^T G K K^T`` from the symmetric products."""
     if isinstance(KK, Diagonal) and isinstance(CC, Diagonal):  # as few passes as there can be
         return (G * KK.d[..., None, :]).mul_(CC.d[..., None])
-    for_rows = KK.mT if isinstance(KK, Dense) else KK  # a product with its transpose is plain
-    return Kronecker(CC, for_rows).apply_matrix(G)
+    if isinstance(KK, Dense):  # K K^T is symmetric; of few rows of G its product is slow
+        return CC.apply_overwriting(G @ KK.M)
+    return Kronecker(CC, KK).apply_matrix(G)
 
 
 def is_whitened(K: StructuredMatrix) -> bool:
