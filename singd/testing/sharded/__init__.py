@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 
 from singd.testing.conformance.training import Make
 from singd.testing.sharded import rows as _rows
@@ -69,6 +68,8 @@ def check_sharded(
 
 
 def _begin(folder: Path) -> Layout:
+    from torch.distributed.device_mesh import init_device_mesh  # takes time to import
+
     return Layout(init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from singd.ops.dtensor import local, whole
 from singd.testing.conformance.training import Make
@@ -20,8 +19,8 @@ from singd.testing.sharded.setting import Ends, Setting, batches, net
 def snapshot(model: Any, optimizer: Any) -> Ends:
     """Copies of all weights and of every tensor in the state of an optimizer, whole."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # it may have its whole parameters
+        if hasattr(module, "reshard"):  # under FSDP2 it may have its whole parameters
+            module.reshard()
     found = {}
     for name, p in model.named_parameters():
         found[name] = whole(p).detach().clone()

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 
 STEPS, ROWS = 4, 14
 F64 = torch.float64
@@ -24,17 +22,19 @@ class Layout:
     """How a model is sharded, and which share of the samples this rank has.
 
     Attributes:
-        mesh: Mesh of the ranks that share the data.
+        mesh: Mesh of the ranks that share the data, a
+            :class:`~torch.distributed.device_mesh.DeviceMesh`.
         leaves: Whether every child is sharded in a group of its own, or all parameters in one.
     """
 
-    mesh: DeviceMesh
+    mesh: Any
     leaves: bool = True
 
     @property
     def ranks(self) -> int:
         """Number of ranks that share the data."""
-        return self.mesh.size()
+        size: int = self.mesh.size()
+        return size
 
     @property
     def rank(self) -> int:
@@ -46,6 +46,8 @@ class Layout:
 
     def shard(self, model: Any, **options: Any) -> Any:
         """Shard a model in place, and return it."""
+        from torch.distributed.fsdp import fully_shard  # takes time to import
+
         for child in model.children() if self.leaves else ():
             if any(True for _ in child.parameters()):
                 fully_shard(child, mesh=self.mesh, **options)
