@@ -39,7 +39,7 @@ from benchmarks.peak import PeakBytes
 from benchmarks.results import RESULTS, Row, keep, read
 
 KEY = ("model", "dtype", "device", "method")
-EXACT = ("singd:diagonal+embeddings",)  # further methods
+FURTHER = ("singd", "singd:diagonal+embeddings")  # methods
 FACTORS = ("K", "C", "S_K", "S_C")  # the state that has the size of the statistics
 
 
@@ -153,7 +153,7 @@ def row(case: tuple[str, str, str], name: str, found: dict[str, int], sgd: dict[
 
 def cases(args: argparse.Namespace) -> list[tuple[tuple[str, str, str], str]]:
     """Model, dtype and device, and the method; SGD first, as others are compared with it."""
-    methods = args.methods.split(",") if args.methods else [*optimizers.names(), *EXACT]
+    methods = args.methods.split(",") if args.methods else [*optimizers.names(), *FURTHER]
     if args.peer and not args.methods:
         methods += [f"PyPI {name}" for name in optimizers.OURS]
     return [

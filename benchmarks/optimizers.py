@@ -33,7 +33,8 @@ def make(name: str, model: nn.Module, T: int, *, peer: bool = False) -> Any:
     """An optimizer that updates its factors, if it has any, at every ``T``-th step.
 
     Args:
-        name: One of :func:`names`, or ``singd:STRUCTURE`` with any structure.
+        name: One of :func:`names`, ``singd:STRUCTURE`` with any structure, or ``singd`` with those
+            of the default.
         model: What it trains.
         T: Steps between two updates.
         peer: Whether ``singd`` is the package of that name on PyPI.
@@ -60,7 +61,9 @@ def make(name: str, model: nn.Module, T: int, *, peer: bool = False) -> Any:
         return KFAC(model, **options)
     structure, _, embeddings = structure.partition("+")
     layers = [nn.Embedding] if embeddings else []
-    return SINGD(model, structures=(structure, structure), layers=layers, **options)
+    if structure:
+        options["structures"] = (structure, structure)
+    return SINGD(model, layers=layers, **options)
 
 
 def _second_order(method: str, model: nn.Module, T: int) -> optim.Optimizer:

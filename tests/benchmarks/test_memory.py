@@ -40,10 +40,12 @@ def test_the_peak_holds_what_must_be_there():
         ("vit", "singd:diagonal", 0.51),
         ("gpt", "singd:diagonal+embeddings", 0.515),  # the positions are one percent of it
         ("gpt", "singd:diagonal", 0.525),
+        ("gpt", "singd", 1.5),
+        ("vit", "singd", 1.5),
     ],
 )
-def test_half_the_state_of_adamw(monkeypatch, model, method, bound):
-    """The rest is AdamW's part, two numbers for each, and the factors."""
+def test_the_state_over_that_of_adamw(monkeypatch, model, method, bound):
+    """Half of it is the momentum; the rest is AdamW's part, two numbers for each, and factors."""
     whole = nets.BATCHES[model]
     monkeypatch.setitem(nets.BATCHES, model, lambda: tuple(t[:2] for t in whole()))
     ours, theirs = (measure(name, model)["state"] for name in (method, "adamw"))
