@@ -20,7 +20,8 @@ class Batch:
 
     def __init__(self, matrices: Sequence[WeightMatrix], group: Group, factors: Factors) -> None:
         self.matrices, self.group, self.factors = list(matrices), group, factors
-        self.products: Products | None = None
+        self._products: Products | None = None
+        self._versions: list[int] = []  # of the factors that they were made of
         self.views: list[dict[str, list[Tensor]]] = [
             {name: [t[i] for t in member.tensors()] for name, member in factors.members().items()}
             for i in range(len(self.matrices))
@@ -34,6 +35,23 @@ class Batch:
         }
         """The factors of every matrix alone, views."""
         self._places: dict[tuple[int, ...], Tensor] = {}
+
+    @property
+    def products(self) -> Products | None:
+        """What was cached of the factors; ``None`` once they have been written to."""
+        if self._products and not torch.compiler.is_compiling():
+            return self._products if self._versions == self._count_writes() else None
+        return self._products
+
+    @products.setter
+    def products(self, products: Products | None) -> None:
+        self._products = products
+        if products and not torch.compiler.is_compiling():
+            self._versions = self._count_writes()
+
+    def _count_writes(self) -> list[int]:
+        tensors = (t for member in self.factors.members().values() for t in member.tensors())
+        return [0 if t.is_inference() else t._version for t in tensors]
 
     def select(self, matrices: Sequence[WeightMatrix], *values: Any) -> tuple[Any, ...]:
         """What belongs to some of the matrices, of factors or products; copies, unless of all."""

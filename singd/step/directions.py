@@ -199,4 +199,6 @@ def _buffer(p: Tensor, state: State) -> Tensor:
     if "momentum_buffer" not in state[p]:
         state[p]["momentum_buffer"] = torch.zeros_like(p)
     buffer: Tensor = state[p]["momentum_buffer"]
+    if buffer.dtype != p.dtype:  # it was put there by somebody else
+        state[p]["momentum_buffer"] = buffer = buffer.to(p.dtype)
     return buffer

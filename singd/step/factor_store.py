@@ -124,13 +124,15 @@ class FactorStore:
             if not proposal.updated:
                 continue
             batch = proposal.batch
+            products = batch.products
             old, new = batch.factors.members(), proposal.factors.members()
             for name, member in new.items():
                 if member is not old[name]:
                     _copy(old[name], member, unless)
-            if batch.products and (unless is not None or cuda_graph.is_capturing()):
+            if products and (unless is not None or cuda_graph.is_capturing()):
                 for name, product in proposal.products.items():  # other graphs read their places
-                    _copy(batch.products[name], product, unless)
+                    _copy(products[name], product, unless)
+                batch.products = products
             else:
                 batch.products = proposal.products if unless is None else None
 

@@ -104,7 +104,7 @@ class Fallback:
             if "exp_avg" not in state[p]:
                 state[p] |= self.init(p)
             for name in self.state_names():
-                state[p][name] = _in_the_order_of(p, state[p][name])
+                state[p][name] = _like(p, state[p][name])
         options = self.options
         own = group["adamw"]
         decay = group["weight_decay"] if own["weight_decay"] is None else own["weight_decay"]
@@ -113,7 +113,7 @@ class Fallback:
             is_fused = self.is_fused(some)
             adamw(
                 [local(p) for p in some],
-                [_in_the_order_of(local(p), local(p.grad)) for p in some if p.grad is not None],
+                [_like(local(p), local(p.grad)) for p in some if p.grad is not None],
                 [local(s["exp_avg"]) for s in states],
                 [local(s["exp_avg_sq"]) for s in states],
                 [local(s["max_exp_avg_sq"]) for s in states if options["amsgrad"]],
@@ -195,8 +195,8 @@ def _is_packed(p: Tensor) -> bool:
     return p.is_contiguous() or torch.empty_like(p, device="meta").stride() == p.stride()
 
 
-def _in_the_order_of(p: Tensor, t: Tensor) -> Tensor:
-    """``t`` with its numbers in the order in memory that fused kernels expect: that of ``p``."""
-    if t.stride() == p.stride() or not _is_packed(p):
+def _like(p: Tensor, t: Tensor) -> Tensor:
+    """``t`` in the data type of ``p`` and, as fused kernels expect, in its order in memory."""
+    if t.dtype == p.dtype and (t.stride() == p.stride() or not _is_packed(p)):
         return t
-    return torch.empty_like(p, dtype=t.dtype, device=t.device).copy_(t)
+    return torch.empty_like(p, device=t.device).copy_(t)
