@@ -166,7 +166,7 @@ def test_half_a_state_is_an_error_and_moves_nothing(method: Any, spoil: Any) -> 
 
 @pytest.mark.parametrize("way", ["before", "after"])
 def test_hooks_that_drop_factors_while_a_state_is_loaded(way: str) -> None:
-    model, optimizer = started(SINGD, 1)
+    _, optimizer = started(SINGD, 1)
     other, fresh = started(SINGD, 1, 1)
 
     def without_factors(_: Any, state: dict[str, Any]) -> dict[str, Any]:
