@@ -87,7 +87,7 @@ def section(module: ModuleType) -> str:
 
 def entry(name: str, cells: list[str]) -> str:
     """One structure: the call, the picture, the docstring, the costs."""
-    options = ", ".join(p.name for p in catalogue.signature(name))
+    options = ", ".join(str(p).partition(":")[0] for p in catalogue.signature(name))
     call = f"{name}({options})" if options else name
     out = [heading(f"``{call}``", "~")]
     spec = catalogue.example(name)

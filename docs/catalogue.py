@@ -18,7 +18,11 @@ EXAMPLES = {
     "block_lower": "block_lower(dense, diagonal, 4)",
     "block_upper": "block_upper(lower_toeplitz, dense, 8)",
     "direct_sum": "direct_sum(dense, lower_toeplitz, 4)",
+    "group_algebra": "group_algebra(dihedral)",
     "hierarchical": "hierarchical(2, 3)",
+    "hypercomplex": "hypercomplex(2)",
+    "incidence": "incidence(divisors)",
+    "kron": "kron(lower_triangular, circulant, 3)",
     "low_rank_lower": "low_rank_lower(3)",
     "low_rank_upper": "low_rank_upper(-3)",
     "rotated": "rotated(diagonal, cosine)",
@@ -43,7 +47,7 @@ def signature(name: str) -> list[inspect.Parameter]:
     target = makers()[name]
     zeros = getattr(target, "zeros", None)
     parameters = list(inspect.signature(zeros or target).parameters.values())
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     return [p for p in parameters[1 if zeros else 0 :] if p.kind in positional]
 
 

@@ -18,12 +18,17 @@ from structured.block_triangular import (
     low_rank_lower,
     low_rank_upper,
 )
+from structured.centrosymmetric import centrosymmetric
 from structured.circulant import Circulant
 from structured.dense import Dense
 from structured.diagonal import Diagonal
 from structured.direct_sum import DirectSum
+from structured.group_algebra import GroupAlgebra
 from structured.hierarchical import Hierarchical
+from structured.hypercomplex import Hypercomplex, complex_numbers, quaternions
+from structured.incidence import Incidence
 from structured.inverse_root import divergence, inverse_root
+from structured.kron import Kron
 from structured.kronecker import Kronecker
 from structured.parameter import StructuredParameter
 from structured.rotated import Rotated
@@ -45,7 +50,11 @@ __all__ = [
     "Dense",
     "Diagonal",
     "DirectSum",
+    "GroupAlgebra",
     "Hierarchical",
+    "Hypercomplex",
+    "Incidence",
+    "Kron",
     "Kronecker",
     "LowerToeplitz",
     "LowerTriangular",
@@ -66,10 +75,13 @@ __all__ = [
     "UpperTriangular",
     "__version__",
     "add_symmetric_product_",
+    "centrosymmetric",
+    "complex_numbers",
     "divergence",
     "inverse_root",
     "low_rank_lower",
     "low_rank_upper",
     "parse",
+    "quaternions",
     "static",
 ]

@@ -22,6 +22,7 @@ from structured._core.matrix import Scalar, StructuredMatrix, at_least_float32, 
 from structured._core.numbers import above_rounding
 from structured._transforms.autocorrelation import autocorrelation
 from structured._transforms.fft import fft, irfft, rfft
+from structured._transforms.windows import windows
 
 
 def _power(F: Tensor) -> Tensor:
@@ -59,7 +60,7 @@ class Circulant(StructuredMatrix):
         backwards, n = self.c.flip(-1), self.n
         twice = torch.cat([backwards, backwards[..., : n - 1]], -1)
         # row i from the end is a window that begins i places later
-        return twice.unfold(-1, n, 1).flip(-2) if n else self.c[..., None] * self.c[..., None, :]
+        return windows(twice, n).flip(-2) if n else self.c[..., None] * self.c[..., None, :]
 
     @property
     def shape(self) -> Size:

@@ -21,6 +21,7 @@ from structured._core.dispatch import symmetric_product
 from structured._core.matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
 from structured._transforms.autocorrelation import autocorrelation
 from structured._transforms.fft import fft_length, irfft, rfft, smooth_length
+from structured._transforms.windows import windows
 
 _SUBSTITUTED = 512  # rows; below, a triangular solve is faster than a convolution (measured)
 
@@ -37,8 +38,7 @@ def _convolve(t: Tensor, X: Tensor, *, adjoint: bool = False) -> Tensor:
 def _dense_is_faster(n: int, m: int, dtype: torch.dtype) -> bool:
     """Whether matrix products beat FFTs for ``m`` columns; beyond n = 2048 they never do.
 
-    Measured by ``benchmarks.toeplitz_crossover`` and ``benchmarks.ops``. An FFT raises 16 bits to
-    32, which matrix units need not.
+    Measured (``benchmarks.ops``). An FFT raises 16 bits to 32, which matrix units need not.
     """
     most, columns = (1024, 2 * m) if dtype.itemsize > 2 else (2048, 8 * m)
     return n <= 128 or n <= min(512, 32 * m) or n <= min(most, columns)
@@ -61,13 +61,13 @@ def _last_rows(t: Tensor, count: int) -> Tensor:
     Backwards: row i from the end is a window of ``t`` that begins i places later.
     """
     padded = torch.nn.functional.pad(t.flip(-1), (0, count - 1))
-    return padded.unfold(-1, t.shape[-1], 1).flip(-2)
+    return windows(padded, t.shape[-1]).flip(-2)
 
 
 def _first_rows(t: Tensor, count: int) -> Tensor:
     """The first ``count`` rows of the upper Toeplitz matrix of ``t``, likewise."""
     padded = torch.nn.functional.pad(t, (count - 1, 0))
-    return padded.unfold(-1, t.shape[-1], 1).flip(-2)
+    return windows(padded, t.shape[-1]).flip(-2)
 
 
 def _multiply(t: Tensor, X: Tensor, *, adjoint: bool = False) -> Tensor:

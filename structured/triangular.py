@@ -28,52 +28,8 @@ from structured._core.matrix import (
     largest,
     trailing,
 )
-from structured._products.in_place import add_product_, plain
-
-_PANEL = 128  # columns of a Gram matrix; wider ones compute more that is thrown away
-_LEAF = 256  # rows; in smaller blocks the zeros cost less than the calls
-
-
-def _tril_(L: Tensor) -> Tensor:
-    """Zeros above the diagonal of ``L``, row by row as it lies in memory."""
-    return L.tril_() if L.stride(-1) == 1 else L.mT.triu_().mT
-
-
-def _tril(L: Tensor) -> Tensor:
-    """``tril(L)``; a copy first and zeros after take half the time of :func:`torch.tril`."""
-    if not plain(L):
-        return L.tril()
-    return _tril_(L.clone() if L.stride(-1) == 1 else L.mT.clone().mT)
-
-
-def _product(L: Tensor, X: Tensor) -> Tensor:
-    """``tril(L) X`` by halves: most of what is above the diagonal is neither read nor copied."""
-    h = L.shape[-1] // 2
-    if L.shape[-1] <= _LEAF:
-        return _tril(L) @ X
-    x1, x2 = X[..., :h, :], X[..., h:, :]
-    y2 = L[..., h:, :h] @ x1 + _product(L[..., h:, h:], x2)
-    return torch.cat([_product(L[..., :h, :h], x1), y2], -2)
-
-
-def _adjoint(L: Tensor, X: Tensor) -> Tensor:
-    """``tril(L)^T X``, likewise."""
-    h = L.shape[-1] // 2
-    if L.shape[-1] <= _LEAF:
-        return _tril(L).mT @ X
-    x1, x2 = X[..., :h, :], X[..., h:, :]
-    y1 = _adjoint(L[..., :h, :h], x1) + L[..., h:, :h].mT @ x2
-    return torch.cat([y1, _adjoint(L[..., h:, h:], x2)], -2)
-
-
-def _write_gram(out: Tensor, X: Tensor) -> None:
-    """The first columns of ``2 X X^T``, on and below the diagonal; above it, anything."""
-    columns = out.shape[-1]
-    wide = X.is_cpu and X.dtype.itemsize > 2  # matrix units prefer one large product
-    width = max(_PANEL, columns // 8) if wide else max(columns, 1)
-    for i in range(0, columns, width):
-        panel, rows = out[..., i:, i : i + width], X[..., i:, :]
-        add_product_(panel, rows, rows[..., : panel.shape[-1], :].mT, beta=0.0, alpha=2.0)
+from structured._products.in_place import plain
+from structured._products.triangular import adjoint, product, tril_, write_gram
 
 
 class _Triangular(StructuredMatrix):
@@ -132,7 +88,7 @@ class _Triangular(StructuredMatrix):
             corner = pad(U.triu(), (2 * h - n, 0, 0, R.shape[-2] - (n - h)))
             return self._build([R.tril(-self._shift) + corner])
         R = R.tril_(-self._shift)
-        R[..., : n - h, h - (n - h) :].add_(_tril_(U.mT).mT)
+        R[..., : n - h, h - (n - h) :].add_(tril_(U.mT).mT)
         return self._build([R])
 
     def _fold_twice(self, R: Tensor, U: Tensor) -> Self:
@@ -151,8 +107,8 @@ class _Triangular(StructuredMatrix):
         """The triangle of ``X X^T``, twice off the diagonal; at most 3/4 n^2 a column."""
         n, h, shift, batch = self.n, self.R.shape[-1], self._shift, X.shape[:-2]
         R, U = X.new_empty(*batch, n + shift, h), X.new_empty(*batch, n - h, n - h)
-        _write_gram(R[..., shift:, :], X)
-        _write_gram(U.mT, X[..., h:, :])
+        write_gram(R[..., shift:, :], X)
+        write_gram(U.mT, X[..., h:, :])
         return self._fold_twice(R, U)
 
     def diagonal(self) -> Tensor:
@@ -226,14 +182,14 @@ class LowerTriangular(_Triangular):
         h = self.R.shape[-1]
         x1, x2 = X[..., :h, :], X[..., h:, :]
         L1, B, L2 = self._blocks
-        return torch.cat([_product(L1, x1), B @ x1 + _product(L2, x2)], -2)
+        return torch.cat([product(L1, x1), B @ x1 + product(L2, x2)], -2)
 
     def apply_transpose(self, X: Tensor) -> Tensor:
         """``[L1^T x1 + B^T x2, L2^T x2]``."""
         h = self.R.shape[-1]
         x1, x2 = X[..., :h, :], X[..., h:, :]
         L1, B, L2 = self._blocks
-        return torch.cat([_adjoint(L1, x1) + B.mT @ x2, _adjoint(L2, x2)], -2)
+        return torch.cat([adjoint(L1, x1) + B.mT @ x2, adjoint(L2, x2)], -2)
 
     def orthogonal_project(self, M: Tensor) -> Self:
         """The lower triangle of ``M [..., n, n]``."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from structured._core.checks import check_arguments
-from structured._core.exponential import exponential
+from structured._core.exponential import can_be_counted, exponential
 from structured._core.member import Member, Scalar
 from structured._core.numbers import at_least_float32, solve_dense
 
@@ -79,11 +79,17 @@ class Algebra(Member):
         return self.orthogonal_project(torch.linalg.matrix_exp(dense).to(self.dtype))
 
     def _exp_by_products(self) -> Self:
-        """The same, for structures whose products cost less than those of dense matrices."""
+        """The same, for structures whose products cost less than those of dense matrices.
+
+        Compiled, and within transforms such as ``vmap``, by the dense matrix: how many products it
+        takes depends on the numbers.
+        """
         if not self.n:
             return self.clone()
         wide = self.to(at_least_float32(self.dtype))
         mean = wide.trace() / self.n
+        if not can_be_counted(mean):
+            return Algebra.exp(self)
         norm = wide.add_scaled_identity(-mean).frobenius_norm()
         return exponential(wide, mean, norm).to(self.dtype)
 

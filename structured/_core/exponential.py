@@ -19,14 +19,18 @@ from structured._products.in_place import plain
 M_ = TypeVar("M_", bound=Member)
 
 _NORM = 0.5  # up to here the polynomial is exact: 0.5^17 / 17! < 1e-19
-_HIDDEN = 24  # squarings where their number cannot be looked up
+_ON_META = 8  # squarings where there are no numbers to tell
+
+
+def can_be_counted(t: Tensor) -> bool:
+    """Whether a number of squarings can depend on ``t``: not compiled, nor within a transform."""
+    return plain() and not hasattr(t, "fake_mode")
 
 
 def exponential(A: M_, mean: Tensor, norm: Tensor) -> M_:
-    """``exp(A)``, by 6 products and ``log2(norm) + 1`` squarings.
+    """``exp(A)``, by 6 products and about ``log2(norm) + 1`` squarings.
 
-    How many are needed is read off the numbers, which on a GPU waits for them. Where there are none
-    (compiled, under ``vmap``, on meta) it is 24 for everything, and beyond a norm of 2^23 NaN.
+    How many are needed is read off the numbers, which on a GPU waits for them.
 
     Args:
         A: A member, in float32 or wider.
@@ -36,13 +40,10 @@ def exponential(A: M_, mean: Tensor, norm: Tensor) -> M_:
     steps = (norm.detach() / _NORM).log2().ceil().nan_to_num(0, 0, 0).clamp(min=0)
     scale = torch.exp2(-steps)
     E = (scale * mean).exp() * _polynomial(scale * A.add_scaled_identity(-mean))
-    known = plain(steps) and type(steps) is Tensor and not steps.is_meta
-    most = (int(steps.max()) if steps.numel() else 0) if known else _HIDDEN
+    most = _ON_META if steps.is_meta else int(steps.max()) if steps.numel() else 0
     for k in range(most):
         E = E.matmul(E).map(lambda new, old, k=k: _where(steps > k, new, old), E)
-    if known:
-        return E
-    return E.map(lambda t: _where(steps > most, torch.full_like(t, torch.nan), t))
+    return E
 
 
 def _where(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ class Member(Stored, Operator):
         """
         if not isinstance(other, Member):
             return super().__matmul__(other)
-        if _alike(self, other):
+        if (type(self) is type(other) and self.layout == other.layout) or _alike(self, other):
             return self.matmul(other)
         for A, B in ((self.mT, other), (self, other.mT)):
             if isinstance(A, Member) and isinstance(B, Member) and _alike(A, B):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -151,6 +152,18 @@ class Operator(ABC):
         """
         where = places(index, len(self.shape))
         return self.to_dense()[index] if where is None else entries(self, where)
+
+    def to_structure(self, structure: Any) -> Any:
+        """The member of another structure nearest to this matrix: the same one, where it has it.
+
+        Writes the matrix out. From a structure into a larger one and back nothing changes.
+
+        Args:
+            structure: As for :func:`structured.parse`.
+        """
+        # Structures are made of operators: what reads their names is found at the time of the call.
+        parse = sys.modules["structured"].parse
+        return parse(structure).from_dense(self.to_dense())
 
     def sample(self, m: int, *, generator: Generator | None = None) -> Tensor:
         """``m`` columns ``A z`` with standard normal ``z``, ``[..., n, m]``: covariance A A^T."""

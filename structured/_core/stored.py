@@ -259,26 +259,33 @@ class Stored(Convertible):
         return member
 
 
-def zero_of(key: tuple[Any, ...], statics: Iterable[Tensor]) -> Any:
-    """The zero record with the given :meth:`Stored.key`, on the CPU in float64.
+def zero_of(
+    key: tuple[Any, ...],
+    statics: Iterable[Tensor],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float64,
+) -> Any:
+    """The zero record with the given :meth:`Stored.key`.
 
     Args:
         key: Made without batch dimensions.
         statics: The static tensors, ordered as :meth:`Stored.static_tensors`.
+        device: Of its tensors.
+        dtype: Of its numbers.
     """
-    rest = iter(statics)
-    cpu, wide = torch.device("cpu"), torch.float64
+    rest, where = iter(statics), torch.device(device)
     cls, parts, values = key
     built = [
-        zero_of(part, rest)
+        zero_of(part, rest, device=where, dtype=dtype)
         if part and isinstance(part[0], type)
-        else torch.zeros(part, dtype=wide, device=cpu)
+        else torch.zeros(part, dtype=dtype, device=where)
         for part in parts
     ]
     static = [
-        convert(next(rest), cpu, wide)
+        convert(next(rest), where, dtype)
         if isinstance(v, Size)
-        else map_value(lambda t: convert(t, cpu, wide), v)
+        else map_value(lambda t: convert(t, where, dtype), v)
         for v in values
     ]
     return cls._unflatten(built, static)

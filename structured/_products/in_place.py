@@ -21,12 +21,17 @@ def plain(*tensors: Tensor) -> bool:
     What is written into memory made by hand has no place there for derivatives, or for the
     dimension that ``vmap`` hides. The compiler plans its memory itself.
     """
-    if torch.compiler.is_compiling():
-        return False
-    # PyTorch has no public name for these two; within torch.func and dual levels nothing is plain.
-    if torch._C._functorch.peek_interpreter_stack() or forward_ad._current_level >= 0:
+    # PyTorch has no public name for dual levels; within them and torch.func nothing is plain.
+    if torch.compiler.is_compiling() or transformed() or forward_ad._current_level >= 0:
         return False
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` is at work; compiled code does not say."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._functorch.peek_interpreter_stack())  # without a public name
 
 
 def plus_product(Y: Tensor, A: Tensor, B: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from structured._core.spec import Structure, StructureLike, parse
 from structured.testing.conduct import CONDUCT
 from structured.testing.laws import ALGEBRA, assert_close
 from structured.testing.members import MEMBERS
+from structured.testing.solves import SOLVES
 from structured.testing.strategies import SIZES, cases, structures
 from structured.testing.transforms import TRANSFORMS
 
@@ -39,7 +40,7 @@ __all__ = ["LAWS", "assert_close", "check", "structures"]
 Law = Callable[..., None]
 
 LAWS: Mapping[str, Law] = MappingProxyType(
-    {law.__name__: law for law in (*ALGEBRA, *MEMBERS, *CONDUCT, *TRANSFORMS)}
+    {law.__name__: law for law in (*ALGEBRA, *SOLVES, *MEMBERS, *CONDUCT, *TRANSFORMS)}
 )
 
 

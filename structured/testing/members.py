@@ -15,6 +15,7 @@ from torch import Tensor
 from structured._core.lazy import Product, Sum
 from structured._core.matrix import Operator, StructuredMatrix
 from structured._core.spec import Structure
+from structured.dense import Dense
 from structured.testing.laws import assert_close
 
 _MANY = 4096  # random numbers, of which mean and variance are known to 5 / sqrt(4096)
@@ -104,11 +105,13 @@ def batch_shapes(A: StructuredMatrix, B: StructuredMatrix) -> None:
 
 
 def from_dense(structure: Structure, A: StructuredMatrix, M: Tensor) -> None:
-    """``from_dense`` reads members back, and finds the nearest of any other matrix."""
+    """``from_dense`` and ``to_structure`` read members back, and find the nearest of others."""
     ways: dict[str, Callable[[Tensor], StructuredMatrix]] = {"structure": structure.from_dense}
     read: Any = getattr(structure.factory, "from_dense", None)  # of a class
     if read is not None:
         ways["class"] = lambda M: read(M, *structure.options)
+    ways["member"] = lambda M: Dense(M).to_structure(structure)
+    assert_close(A.to_structure("dense"), A.to_dense(), "to_structure('dense')")
     for name, way in ways.items():
         again, nearest = way(A.to_dense()), way(M)
         assert again.layout == A.layout, f"from_dense of a {name}: {again!r}, expected {A!r}"

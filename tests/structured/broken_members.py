@@ -129,3 +129,9 @@ class MultipliesItsTransposeBackwards(LowerTriangular):
 class TracesTheRoot(LowerTriangular):
     def squared_rows(self):
         return self.diagonal().square()
+
+
+@fails("from_dense")
+class TurnsIntoTheTranspose(LowerTriangular):
+    def to_structure(self, structure):
+        return self.mT.to_structure(structure)

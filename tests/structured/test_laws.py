@@ -2,9 +2,10 @@
 
 import pytest
 
-from structured import block_circulant, circulant, parse, rotated, toeplitz, triangular
+from structured import block_circulant, circulant, parse, rotated, toeplitz
 from structured._products import gram, in_place
-from structured._transforms import autocorrelation, cosine
+from structured._products import triangular as triangular_products
+from structured._transforms import autocorrelation, cosine, hadamard
 from structured.testing import LAWS, check
 from tests.structured.specs import ALIASES, NESTINGS, SPECS
 
@@ -37,15 +38,15 @@ BY_FFT = [
 BY_BLOCKS = [
     ("lower_toeplitz", toeplitz, "_block_size", lambda n, dtype: 2),
     ("upper_toeplitz", toeplitz, "_block_size", lambda n, dtype: 1),
-    ("lower_triangular", triangular, "_LEAF", 1),
-    ("upper_triangular", triangular, "_LEAF", 1),
+    ("lower_triangular", triangular_products, "_LEAF", 1),
+    ("upper_triangular", triangular_products, "_LEAF", 1),
     ("upper_toeplitz", toeplitz, "_gram_is_faster", never),
-    ("lower_triangular", triangular, "_PANEL", 1),
-    ("upper_triangular", triangular, "_PANEL", 2),
+    ("lower_triangular", triangular_products, "_PANEL", 1),
+    ("upper_triangular", triangular_products, "_PANEL", 2),
     ("rotated(diagonal, cosine)", cosine, "_LARGEST", (12, 2)),
     ("rotated(diagonal, cosine)", rotated, "_COLUMNS", 1),
     ("rotated(lower_triangular, hadamard)", rotated, "_COLUMNS", 2),
-    ("rotated(lower_triangular, hadamard)", rotated, "_LARGEST", 2),
+    ("rotated(lower_triangular, hadamard)", hadamard, "_LARGEST", 2),
     ("block_diagonal(2)", in_place, "_PANEL", 64),
     ("tied(3, block_diagonal(2))", in_place, "_PANEL", 64),
     ("block_diagonal(2)", in_place, "_LARGE", 1),

@@ -7,9 +7,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.peak import PeakBytes
-from structured import parse, toeplitz, triangular
+from structured import parse, toeplitz
 from structured._core.numbers import tabulated
-from structured._products import in_place
+from structured._products import in_place, triangular
 from structured._products.in_place import _PANEL, add_product_, panels, write_product_
 from structured._transforms import autocorrelation, cosine
 from structured._transforms.fft import factors
@@ -233,5 +233,5 @@ def test_panels_of_a_triangular_gram_matrix(n, dtype):
     X = torch.randint(-3, 4, (n, 2), generator=torch.Generator().manual_seed(0)).to(dtype)
     for columns in (n, n // 2):
         out = torch.empty(n, columns, dtype=dtype)
-        triangular._write_gram(out, X)
+        triangular.write_gram(out, X)
         assert torch.equal(out.tril(), (2 * X @ X[:columns].mT).tril())
