@@ -39,15 +39,20 @@ class Batch:
     @property
     def products(self) -> Products | None:
         """What was cached of the factors; ``None`` once they have been written to."""
-        if self._products and not torch.compiler.is_compiling():
-            return self._products if self._versions == self._count_writes() else None
-        return self._products
+        return None if self._products and self._were_written() else self._products
 
     @products.setter
     def products(self, products: Products | None) -> None:
         self._products = products
-        if products and not torch.compiler.is_compiling():
-            self._versions = self._count_writes()
+        self._note_versions()
+
+    @torch.compiler.disable
+    def _note_versions(self) -> None:
+        self._versions = self._count_writes()
+
+    @torch.compiler.disable
+    def _were_written(self) -> bool:
+        return self._versions != self._count_writes()
 
     def _count_writes(self) -> list[int]:
         tensors = (t for member in self.factors.members().values() for t in member.tensors())
