@@ -99,8 +99,8 @@ class Incidence(StructuredMatrix):
 
     v: Tensor  # [..., p]
     places: Tensor = static()  # [p], i n + j
-    chains: Tensor = static()
-    size: int = static()
+    chains: Tensor = static()  # [3, chains]
+    size: int = static()  # n
 
     dimensions = ("p",)
 

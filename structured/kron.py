@@ -59,8 +59,8 @@ class Kron(StructuredMatrix):
     """
 
     T: Tensor  # [..., p, q], for each number of A and of C
-    first: Key = static()
-    last: Key = static()
+    first: Key = static()  # structure of A
+    last: Key = static()  # structure of C
     sizes: tuple[int, int] = static()  # (n / k, k)
 
     dimensions = ("p q",)
