@@ -73,5 +73,7 @@ def test_an_error_of_skipped_steps_names_the_parameter_and_the_cause(method: Any
             mean_loss(model(X), y).backward()
             optimizer.step()
 
-    with pytest.raises(FloatingPointError, match=r"0\.weight: its gradient is not finite in 2 step"):
+    with pytest.raises(
+        FloatingPointError, match=r"0\.weight: its gradient is not finite in 2 step"
+    ):
         train()
