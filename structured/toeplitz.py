@@ -98,9 +98,8 @@ def _substitute(t: Tensor, Y: Tensor) -> Tensor:
     """``T^{-1} Y`` for the lower Toeplitz matrix of ``t`` and ``Y [..., n, m]``.
 
     Forward substitution, where what the first half adds to the second is one convolution. The
-    residual is that of the substitution up to the rounding of an FFT. The series of the inverse,
-    found by Newton's iteration, costs as much and loses all digits of an ill-conditioned member:
-    each step squares its errors.
+    residual is that of the substitution up to the rounding of an FFT. Newton's iteration for the
+    inverse series loses all digits of an ill-conditioned member: each step squares its errors.
     """
     n = t.shape[-1]
     if n <= _SUBSTITUTED:

@@ -37,9 +37,8 @@ class _Triangular(StructuredMatrix):
 
     With ``L = [[L1, 0], [B, L2]]``, ``R`` holds ``[L1; B]`` as it stands and ``L2^T`` in the places
     above the diagonal of ``L1`` (rectangular full packed format; Gustavson et al., ACM TOMS 37(2),
-    2010). The three blocks are views of ``R``, so products run on matrix blocks, without index
-    tables, and skip the half of the work that meets the zero block. The upper
-    form stores its transpose.
+    2010). The three blocks are views of ``R``, so products run on matrix blocks and skip the half
+    of the work that meets the zero block. The upper form stores its transpose.
     """
 
     R: Tensor  # [..., n + 1 - n % 2, (n + 1) // 2]
@@ -294,9 +293,5 @@ class UpperTriangular(_Triangular):
         return self.mT._solve_transpose(X)
 
     def inverse(self) -> Self:
-        """Back substitution.
-
-        Raises:
-            RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
-        """
+        """As of the lower form."""
         return self._build([self.mT.inverse().R])

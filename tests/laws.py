@@ -24,11 +24,11 @@ from hypothesis import settings
 
 from structured.testing import LAWS, check
 from tests.structured.algebras import ALGEBRAS
-from tests.structured.specs import NESTINGS, SPECS
+from tests.structured.specs import FURTHER, NESTINGS, SPECS
 from tests.structured.test_families import SPECS as DEEP
 
 STRUCTURES: dict[str, tuple[Any, Any]] = {
-    **{spec: (spec, sizes) for spec, sizes in SPECS.items()},
+    **{spec: (spec, sizes) for spec, sizes in (SPECS | FURTHER).items()},
     **{
         f"{algebra.__name__} (to_dense alone)": (algebra, ALGEBRAS[algebra]) for algebra in ALGEBRAS
     },

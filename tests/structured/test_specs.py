@@ -9,12 +9,12 @@ from torch import Tensor
 import structured
 from structured import Circulant, Dense, Diagonal, StructuredMatrix, Tied, parse
 from structured._core.spec import known, snake_case
-from tests.structured.specs import SPECS
+from tests.structured.specs import FURTHER, SPECS
 
 
 def test_every_structure_is_tested():
     ours = {word for word in known() if word in map(snake_case, structured.__all__)}
-    assert ours <= {word for spec in SPECS for word in re.findall("[a-z_]+", spec)}
+    assert ours <= {word for spec in SPECS | FURTHER for word in re.findall("[a-z_]+", spec)}
 
 
 @pytest.mark.parametrize("n", [-1, 2.0, "3"])
