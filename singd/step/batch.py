@@ -19,6 +19,8 @@ class Batch:
     """Equal matrices and their factors, side by side along a first dimension."""
 
     def __init__(self, matrices: Sequence[WeightMatrix], group: Group, factors: Factors) -> None:
+        self._eager_note_versions = torch.compiler.disable(self._note_versions)  # not at import
+        self._eager_were_written = torch.compiler.disable(self._were_written)
         self.matrices, self.group, self.factors = list(matrices), group, factors
         self._products: Products | None = None
         self._versions: list[int] = []  # of the factors that they were made of
@@ -39,18 +41,16 @@ class Batch:
     @property
     def products(self) -> Products | None:
         """What was cached of the factors; ``None`` once they have been written to."""
-        return None if self._products and self._were_written() else self._products
+        return None if self._products and self._eager_were_written() else self._products
 
     @products.setter
     def products(self, products: Products | None) -> None:
         self._products = products
-        self._note_versions()
+        self._eager_note_versions()
 
-    @torch.compiler.disable
     def _note_versions(self) -> None:
         self._versions = self._count_writes()
 
-    @torch.compiler.disable
     def _were_written(self) -> bool:
         return self._versions != self._count_writes()
 

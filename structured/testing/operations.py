@@ -55,7 +55,9 @@ OPERATIONS = {
         lambda o: o.K.inverse(),
         lambda o: torch.linalg.inv(o.K).abs() @ o.K @ torch.linalg.inv(o.K).abs(),
     ),
-    "exp": Operation(lambda o: (o.A / 8).exp(), lambda o: torch.linalg.matrix_exp(o.A / 8)),
+    "exp": Operation(  # as a matrix: a part of size 0 may store a number that has no place in it
+        lambda o: (o.A / 8).exp().to_dense(), lambda o: torch.linalg.matrix_exp(o.A / 8)
+    ),
     "logdet": Operation(
         lambda o: o.K.logdet(), lambda o: torch.linalg.slogdet(o.K).logabsdet.abs() + o.K.shape[-1]
     ),
