@@ -23,16 +23,21 @@ STRUCTURED: Groups = {
         *("UpperTriangular", "LowerToeplitz", "UpperToeplitz", "Circulant", "BlockCirculant"),
         "Hierarchical",
     ),
+    "Algebras": (
+        *("GroupAlgebra", "centrosymmetric", "Incidence"),
+        *("Hypercomplex", "complex_numbers", "quaternions"),
+    ),
     "Compositions": (
         *("BlockLower", "BlockUpper", "low_rank_lower", "low_rank_upper", "DirectSum", "Tied"),
-        *("Strided", "Rotated", "Transposed"),
+        *("Strided", "Rotated", "Transposed", "Kron"),
     ),
-    "Operators": ("Operator", "Kronecker"),
+    "Operators": ("Operator", "Kronecker", "Sum", "Product", "Outer"),
     "Roots of matrices": ("inverse_root", "divergence"),
     "Training and extending": ("StructuredParameter", "static", "add_symmetric_product_"),
 }
 SINGD: Groups = {
     "Optimizers": ("KroneckerOptimizer", "SINGD", "KLShampoo", "KFAC"),
+    "Structures from a budget": ("choose_structures",),
     "Methods of your own": ("Method", "Factors", "Averages"),
     "Layers": ("Layer", "register_layer"),
 }
@@ -103,7 +108,7 @@ def entry(package: ModuleType, name: str) -> Iterator[str]:
     elif not inspect.isclass(thing):
         yield f".. autofunction:: {path}"
     elif issubclass(thing, StructuredMatrix):
-        own = [k for k in vars(thing) if not hasattr(StructuredMatrix, k)]
+        own = [k for k in vars(thing) if k[0] != "_" and not hasattr(StructuredMatrix, k)]
         yield f".. autoclass:: {path}"
         yield f"   :members: {', '.join(['zeros', *own])}\n"
         yield from fields(thing)
@@ -133,7 +138,8 @@ def kind(cls: type, name: str) -> str:
 def fields(cls: type[StructuredMatrix]) -> Iterator[str]:
     """What a structure stores, with the comment that says the shape."""
     for name, comment in shapes(cls):
-        yield f"   | ``{name}``: {literal(comment)}"
+        if comment:
+            yield f"   | ``{name}``: {literal(comment)}"
 
 
 def shapes(cls: type[StructuredMatrix]) -> Iterable[tuple[str, str]]:

@@ -165,8 +165,8 @@ def choose_structures(
             weights' momentum, ``budget=1`` is the state of AdamW.
         candidates: Specs that are compared on every side; the cheapest are taken in any case.
         damping: Damping in units of the mean eigenvalue of ``S``.
-        layers: As in :class:`singd.SINGD`.
-        loss_average: As in :class:`singd.SINGD`.
+        layers: Further types to precondition, as in :class:`singd.SINGD`.
+        loss_average: What the losses are means over, as in :class:`singd.SINGD`.
         max_dim: Size beyond which a side is diagonal.
 
     Raises:

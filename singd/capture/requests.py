@@ -51,7 +51,7 @@ def restart(capture: Capture, changed: Mapping[WeightMatrix, bool]) -> None:
     """Forget statistics that are of no use to factors that changed.
 
     Args:
-        capture: Where they are.
+        capture: What holds the statistics.
         changed: Matrices whose factors changed, and whether their structures did.
     """
     for matrix, is_restructured in changed.items():

@@ -25,7 +25,7 @@ class Split:
     Attributes:
         group: Process group.
         dim: Dimension of the parameter.
-        ends: Where the part of each rank ends along it.
+        ends: Ends of the parts of the ranks along it.
     """
 
     group: Any

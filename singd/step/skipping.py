@@ -29,7 +29,7 @@ class SkippedSteps:
 
         Args:
             found_inf: Whether it was skipped, a truth value on the device.
-            undo: Called then, if it was.
+            undo: Function that is called then, if it was.
         """
         host, event = found_inf.to("cpu", non_blocking=True), None  # pinned, where that is a copy
         if found_inf.is_cuda:

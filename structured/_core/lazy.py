@@ -72,7 +72,7 @@ class Lazy(Composite):
 
 
 class _OfOneSize(Lazy):
-    """What sums and products share: parts of one size, those of their own kind taken apart."""
+    """What sums and products share: parts of one size, whose kind is not their own."""
 
     def __init__(self, *parts: Operator) -> None:
         super().__init__(*self._flat(parts))

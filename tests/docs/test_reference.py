@@ -42,7 +42,8 @@ def test_every_member_of_the_base_class_is_in_one_group() -> None:
 
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids=lambda structure: structure.__name__)
-def test_every_stored_tensor_has_its_shape(structure: type[StructuredMatrix]) -> None:
-    shapes = dict(reference.shapes(structure))
-    assert shapes
-    assert all(shapes.values()), shapes
+def test_every_field_has_its_shape_or_is_an_argument(structure: type[StructuredMatrix]) -> None:
+    fields, text = dict(reference.shapes(structure)), structure.__doc__ or ""
+    assert fields
+    for name, comment in fields.items():
+        assert comment or f"\n        {name}: " in text, name
