@@ -17,6 +17,8 @@ from singd.ops import dispatch, reference
 from singd.ops.reference import EXACT, Indices
 from singd.ops.stochastic_rounding import WHOLE, Rounding, name_keys
 
+_COPIED = 1 << 18
+
 
 def momentum_step_(
     params: Sequence[Tensor],
@@ -110,20 +112,30 @@ def _fused_sgd_(
     momentum: float,
     weight_decay: float,
 ) -> None:
-    """PyTorch's kernel on the CPU, of dense numbers in float32 or float64."""
-    torch._fused_sgd_(
-        list(params),
-        [d.to(p.dtype).contiguous() for p, d in zip(params, directions, strict=True)],
-        list(buffers),
-        grad_scale=None if scale is None else scale.float().reciprocal(),
-        lr=lr,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        dampening=0.0,
-        nesterov=False,
-        maximize=False,
-        is_first_step=False,
-    )
+    """PyTorch's kernel on the CPU, of dense numbers in float32 or float64.
+
+    Directions that are parts of larger tensors are copied, about ``_COPIED`` numbers at a time.
+    """
+    start = count = 0
+    for end, p in enumerate(params, 1):
+        count += p.numel()
+        if count < _COPIED and end < len(params):
+            continue
+        some = slice(start, end)
+        torch._fused_sgd_(
+            list(params[some]),
+            [d.to(p.dtype).contiguous() for d in directions[some]],
+            list(buffers[some]),
+            grad_scale=None if scale is None else scale.float().reciprocal(),
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+        )
+        start, count = end, 0
 
 
 def _is_fused(params: Sequence[Tensor], buffers: Sequence[Tensor]) -> bool:

@@ -104,6 +104,8 @@ def take_step(
             if report.cause is not None:
                 return report
     unless = report.found_inf
+    for d in directions:
+        del d.gradient  # a copy that nothing reads from here on
     store.write(proposed, unless)
     write_averages(directions, state, unless)
     if not descend:
