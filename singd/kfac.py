@@ -51,6 +51,7 @@ class KFAC(KroneckerOptimizer):
         adamw: Mapping[str, Any] | None = None,
         process_group: Any = None,
         data: Any = None,
+        places: Any = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -76,4 +77,5 @@ class KFAC(KroneckerOptimizer):
             telemetry=telemetry,
             process_group=process_group,
             data=data,
+            places=places,
         )

@@ -18,9 +18,9 @@ from singd.ops import cuda_graph
 from singd.passes import Passes
 from singd.placement import Placement, find_placement, unwrapped
 from singd.state import checkpoint
-from singd.state.loading import copies, fitting, names
+from singd.state.loading import copies, fitting, names, spread
 from singd.state.plan import Plan, make_plan
-from singd.step.attempt import attempt, ensure
+from singd.step.attempt import attempt, ensure, place
 from singd.step.factor_store import FactorStore
 from singd.step.fallback import Fallback
 from singd.step.groups import as_groups, check_group, check_watching, counters, parameter_of
@@ -63,6 +63,7 @@ class KroneckerOptimizer(Passes, Optimizer):
         telemetry: Function that is called after every step with :func:`singd.diagnostics.describe`.
         process_group: Process group of the ranks that share the data, if not all do.
         data: Mesh, or names of its dimensions, over which samples differ, of a sharded model.
+        places: Where factors of a sharded model are worked on, see :mod:`singd.placement.places`.
 
     Raises:
         TypeError: If ``model`` or ``params`` is of the wrong kind.
@@ -85,6 +86,7 @@ class KroneckerOptimizer(Passes, Optimizer):
         telemetry: Callable[[dict[str, Any]], None] | None = None,
         process_group: Any = None,
         data: Any = None,
+        places: Any = None,
     ) -> None:
         model, is_reduced = unwrapped(model)
         check_model(model)
@@ -96,8 +98,8 @@ class KroneckerOptimizer(Passes, Optimizer):
         method.check(options)
         self.model, self.telemetry = model, telemetry
         fallback = Fallback(adamw, options["lr"], self.adamw_ratio)
-        self._data = data
-        placement = find_placement(model, process_group, data, is_reduced=is_reduced)
+        self._sharding = data, places
+        placement = find_placement(model, process_group, data, places, is_reduced=is_reduced)
         self._connect(method, placement, SkippedSteps(), fallback, max_skipped, types)
         self._parts.parameters.expected.update(
             parameter_of(p) for group in groups for p in group["params"]
@@ -158,7 +160,8 @@ class KroneckerOptimizer(Passes, Optimizer):
         """
         parts = self._parts
         parts.placement.prepare()
-        return make_plan(type(self).__name__, parts.parameters, parts.store, parts.fallback)
+        place(parts)
+        return make_plan(type(self).__name__, parts)
 
     # The step -----------------------------------------------------------------------------------
 
@@ -230,6 +233,7 @@ class KroneckerOptimizer(Passes, Optimizer):
             self._ensure()
 
         def pack(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+            spread(self._parts, self.param_groups, state)
             return checkpoint.pack(state, names(self._parts, self.param_groups))
 
         handle = self.register_state_dict_post_hook(pack, prepend=True)  # others see the result
@@ -255,7 +259,7 @@ class KroneckerOptimizer(Passes, Optimizer):
             return fitted
 
         def restore(_: Optimizer) -> None:
-            self.state.update(copies(self.param_groups, fitted))
+            self.state.update(copies(self._parts, self.param_groups, fitted))
             self._parts.parameters.bind(self.param_groups)
 
         handles = [
@@ -288,7 +292,7 @@ class KroneckerOptimizer(Passes, Optimizer):
         if copied is None:  # a part of loading a checkpoint
             return
         method, skipping, fallback, max_skipped, layers = copied
-        placement = find_placement(self.model, None, self._data, is_reduced=False)
+        placement = find_placement(self.model, None, *self._sharding, is_reduced=False)
         self._connect(method, placement, skipping, fallback, max_skipped, layers)
         parameters = self._parts.parameters
         given = [p for group in self.param_groups for p in group["params"]]

@@ -68,6 +68,8 @@ class KLShampoo(KroneckerOptimizer):
         telemetry: Callable[[dict[str, Any]], None] | None = None,
         adamw: Mapping[str, Any] | None = None,
         process_group: Any = None,
+        data: Any = None,
+        places: Any = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -93,4 +95,6 @@ class KLShampoo(KroneckerOptimizer):
             max_skipped=max_skipped,
             telemetry=telemetry,
             process_group=process_group,
+            data=data,
+            places=places,
         )

@@ -110,6 +110,9 @@ class SINGD(KroneckerOptimizer):
             DistributedDataParallel.
         data: Mesh, or names of dimensions of the parameters' mesh, over which samples differ, of a
             model with tensor parallelism; ``()`` if they do not. FSDP2 and HSDP need no such name.
+        places: Where factors of a sharded model are worked on: ``"everywhere"``, ``"columns"`` or
+            ``"owned"``, or a mapping from patterns of parameter names to these; the cheapest if
+            ``None``.
 
         warn_unsupported: *Compatibility.* Accepted for scripts written for PyPI ``singd``; nothing
             is left untrained, so there is nothing to warn of.
@@ -155,6 +158,7 @@ class SINGD(KroneckerOptimizer):
         layers: Collection[type[nn.Module]] | str = (),
         process_group: Any = None,
         data: Any = None,
+        places: Any = None,
         warn_unsupported: bool | None = None,
         init_grad_scale: float | None = None,
     ) -> None:
@@ -201,4 +205,5 @@ class SINGD(KroneckerOptimizer):
             telemetry=telemetry,
             process_group=process_group,
             data=data,
+            places=places,
         )

@@ -109,8 +109,15 @@ def stack_gradients(
         matrices: Equal matrices.
         whole: Gradients in place of ``p.grad``, of parameters that are sharded.
     """
+    return stack_parts(matrices, [matrix.gradients(whole) for matrix in matrices])
+
+
+def stack_parts(matrices: Sequence[WeightMatrix], parts: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Equal matrices ``[matrices, ..., d_out, d_in]`` of their parts, weight and bias.
+
+    May share memory with a part.
+    """
     first = matrices[0]
-    parts = [matrix.gradients(whole) for matrix in matrices]
     weights = [m.to_matrix(part[0]) for m, part in zip(matrices, parts, strict=True)]
     if first.bias is None:
         return weights[0][None] if len(weights) == 1 else torch.stack(weights)

@@ -179,6 +179,15 @@ class Method(ABC):
         """The options that the stored factors depend on: if they change, factors are fitted."""
         return ()
 
+    def needs_factors(self, factors: Any, options: Options) -> bool:
+        """Whether :meth:`summarize` depends on the numbers of factors, not on their shapes alone.
+
+        Args:
+            factors: Factors of one matrix.
+            options: Options of the parameter group.
+        """
+        return self.needs_activations
+
     def update_all(self, stacks: Iterable[Stack], options: Options, step: int) -> Iterator[Any]:
         """:meth:`update` of many stacks of one group, in order; a place for a fused form."""
         for stack in stacks:

@@ -154,6 +154,10 @@ class InverseFree(Method):
             return Statistic(Dense(S))
         return Statistic(update.statistic(K.to(wide), X.to(wide)))
 
+    def needs_factors(self, factors: InverseFreeFactors, options: Options) -> bool:
+        """Whether a factor is applied to the columns."""
+        return is_whitened(factors.K) or is_whitened(factors.C)
+
     # Updates ------------------------------------------------------------------------------------
 
     def update(

@@ -61,6 +61,10 @@ class KroneckerFactored(Method):
         S = factors.S_K if side == "input" else factors.S_C
         return Statistic(S.project_gram(columns.tensor().to(S.dtype)))
 
+    def needs_factors(self, factors: KFACFactors, options: Options) -> bool:
+        """Covariances need none."""
+        return False
+
     def update(
         self, factors: KFACFactors, statistics: Averages, options: Options, step: int
     ) -> KFACFactors:

@@ -1,15 +1,18 @@
 """Placements: which ranks hold what. Nothing else in the package knows of ranks."""
 
-from singd.placement.base import Holding, Placement, Slot
+from singd.placement.base import Holding, Placement, Slot, Work
 from singd.placement.find import find_placement, unwrapped
+from singd.placement.places import Demand
 from singd.placement.replicated import DataParallel, OneProcess
 
 __all__ = [
     "DataParallel",
+    "Demand",
     "Holding",
     "OneProcess",
     "Placement",
     "Slot",
+    "Work",
     "find_placement",
     "unwrapped",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from singd.capture.statistics import KroneckerStatistics
 from singd.capture.weight_matrix import WeightMatrix, stack_gradients
 from singd.ops.stochastic_rounding import WHOLE
+from singd.placement.places import Demand
 
 Statistics = Mapping[WeightMatrix, KroneckerStatistics]
 
@@ -89,6 +91,29 @@ class Holding:
         kept.mul_(scale.view(-1, *[1] * (kept.ndim - 1)))
 
 
+@dataclass
+class Work:
+    """Equal matrices whose directions this rank can make.
+
+    Attributes:
+        matrices: Matrices with a gradient.
+        apply: Makes their directions of gradients ``[matrices, ..., d_out, d_in]``.
+    """
+
+    matrices: list[WeightMatrix]
+    apply: Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Made:
+    """Matrices, and what this rank holds of their gradients and directions."""
+
+    matrices: list[WeightMatrix]
+    holding: Holding
+    gradient: Tensor
+    direction: Tensor
+
+
 class Placement(ABC):
     """Which ranks hold which part of parameters, statistics and factors.
 
@@ -105,6 +130,38 @@ class Placement(ABC):
     def prepare(self) -> None:
         """Called before a step, or whenever the parameters of the model are looked up."""
         return
+
+    def place(
+        self, layouts: Mapping[WeightMatrix, Any], demand: Callable[[WeightMatrix], Demand]
+    ) -> None:
+        """Choose where the factors of matrices are worked on; what was chosen before stays.
+
+        Args:
+            layouts: All matrices that are preconditioned, each with what its factors depend on: if
+                that changes it is placed anew.
+            demand: Says what the factors of a matrix need.
+        """
+        return
+
+    def place_of(self, matrix: WeightMatrix) -> str:
+        """Where the factors of a matrix are worked on, one of :data:`~singd.placement.PLACES`."""
+        return "everywhere"
+
+    def owner_of(self, matrix: WeightMatrix) -> int | None:
+        """The rank that alone has the factors of a matrix; ``None`` if all have them."""
+        return None
+
+    def holds(self, matrix: WeightMatrix) -> bool:
+        """Whether this rank has the factors of a matrix."""
+        return True
+
+    def spread(self, items: Sequence[tuple[WeightMatrix, Tensor, Tensor | None]]) -> list[Tensor]:
+        """Tensors that the owners of matrices have, in parts on all ranks, for a checkpoint.
+
+        Args:
+            items: Matrices, each with a tensor of the same shape, and the tensor of its owner.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no owners")
 
     @abstractmethod
     def agree(self, numbers: Sequence[float | Tensor], like: Tensor) -> list[float]:
@@ -134,6 +191,19 @@ class Placement(ABC):
     def gradients(self, matrices: Sequence[WeightMatrix]) -> Tensor:
         """Whole gradients of equal matrices, ``[matrices, ..., d_out, d_in]``."""
         return stack_gradients(matrices)
+
+    def directions(
+        self, works: Iterable[Work], alike: Iterable[Sequence[WeightMatrix]]
+    ) -> Iterator[Made]:
+        """What this rank holds of all directions.
+
+        Args:
+            works: Directions that this rank can make, as many as it has factors for.
+            alike: All matrices with a gradient, one list for each group of parameters.
+        """
+        for work in works:
+            G, holding = self.gradients(work.matrices), self.holding(work.matrices)
+            yield Made(work.matrices, holding, holding.keep(G), holding.keep(work.apply(G)))
 
     def holding(self, matrices: Sequence[WeightMatrix]) -> Holding:
         """What this rank holds of equal matrices; made once."""

@@ -12,10 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from singd.ops.dtensor import is_distributed
 from singd.placement.base import Placement
+from singd.placement.places import check_places
 from singd.placement.replicated import DataParallel, OneProcess
 
 
-def find_placement(model: nn.Module, group: Any, data: Any, *, is_reduced: bool) -> Placement:
+def find_placement(
+    model: nn.Module, group: Any, data: Any, places: Any = None, *, is_reduced: bool
+) -> Placement:
     """The placement of a model.
 
     Args:
@@ -24,21 +27,27 @@ def find_placement(model: nn.Module, group: Any, data: Any, *, is_reduced: bool)
             rank; all ranks if ``None``.
         data: Mesh, or names of its dimensions, over which samples differ, of a model that is
             sharded; ``None`` for all dimensions under FSDP2 alone.
+        places: Where factors of a sharded model are worked on: one of
+            :data:`~singd.placement.places.PLACES`, or places by patterns of parameter names; the
+            cheapest if ``None``.
         is_reduced: Whether a wrapper averages gradients in the backward pass.
 
     Raises:
         ValueError: If the options do not fit the model, or it is sharded in another way.
     """
+    check_places(places)
     _refuse_flat(model)
     if any(map(is_distributed, model.parameters())):
-        from singd.placement.sharded import Sharded, data_groups  # takes time to import
+        from singd.placement.mesh import data_groups  # these take time to import
+        from singd.placement.sharded import Sharded
 
         if group is not None:
             raise ValueError(
                 "process_group: expected None for a sharded model, whose mesh is known; data names "
                 "the dimensions over which samples differ"
             )
-        return Sharded(model, data_groups(model, data), averages_gradients=not is_reduced)
+        groups = data_groups(model, data)
+        return Sharded(model, groups, places, averages_gradients=not is_reduced)
     if data is not None:
         raise ValueError(
             f"data: expected None for a model that is whole on every rank, got {data!r}: use "

@@ -73,8 +73,13 @@ class DataParallel(Placement):
             for t in side.tensors()
         ]
         sum_packed_(tensors, self.groups)
+        return self.count(statistics)
+
+    def count(self, statistics: Statistics) -> Statistics:
+        """Statistics with the counts of all ranks, of matrices of which some rank saw rows."""
+        device = next(iter(statistics.values())).input.tensors()[0].device
         counts = [(one.rows, one.samples, one.loss_terms) for one in statistics.values()]
-        numbers = torch.tensor(counts, dtype=torch.float64, device=tensors[0].device)
+        numbers = torch.tensor(counts, dtype=torch.float64, device=device)
         found: dict[WeightMatrix, KroneckerStatistics] = {}
         summed = sum_(numbers, self.groups).tolist()
         for (matrix, one), own in zip(statistics.items(), summed, strict=True):
@@ -102,20 +107,26 @@ def sum_(t: Tensor, groups: Iterable[Any]) -> Tensor:
     return t
 
 
-def sum_packed_(tensors: Sequence[Tensor], groups: Sequence[Any], size: int = 1 << 24) -> None:
+def sum_packed_(
+    tensors: Sequence[Tensor], groups: Sequence[Any], size: int = 1 << 24, to: int | None = None
+) -> None:
     """:func:`sum_` of many tensors, in few reductions.
 
     Args:
         tensors: Tensors, changed in place.
-        groups: Process groups of a mesh.
+        groups: Process groups of a mesh; one, if the sum is for one rank.
         size: Numbers from which no more are reduced at a time: they are copied for it.
+        to: The rank that needs the sum, if not all do.
     """
-    for pack in _packs(tensors, size):
-        flat = sum_(torch.cat([t.flatten() for t in pack]), groups)
-        pieces = flat.split([t.numel() for t in pack])
-        torch._foreach_copy_(
-            pack, [piece.view(t.shape) for piece, t in zip(pieces, pack, strict=True)]
-        )
+    for pack in _packs(tensors, size) if groups else ():
+        flat = torch.cat([t.flatten() for t in pack])
+        if to is None:
+            sum_(flat, groups)
+        else:
+            dist.reduce(flat, group=groups[0], group_dst=to)
+        if to is None or to == dist.get_rank(groups[0]):
+            pieces = zip(flat.split([t.numel() for t in pack]), pack, strict=True)
+            torch._foreach_copy_(pack, [piece.view(t.shape) for piece, t in pieces])
 
 
 def _packs(tensors: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:

@@ -51,9 +51,13 @@ def split_of(p: Any) -> Split | None:
         return None
     mesh, dim = p.device_mesh, p.placements[split[0]].dim
     ranks, size = mesh.size(split[0]), p.shape[dim]
+    return Split(mesh.get_group(split[0]), dim, ends_of(size, ranks))
+
+
+def ends_of(size: int, ranks: int) -> tuple[int, ...]:
+    """Where the part of each rank ends, of ``size`` rows."""
     each = -(-size // ranks)
-    ends = tuple(min(size, each * (rank + 1)) for rank in range(ranks))
-    return Split(mesh.get_group(split[0]), dim, ends)
+    return tuple(min(size, each * (rank + 1)) for rank in range(ranks))
 
 
 def gathered(tensors: Sequence[Tensor], splits: Sequence[Split]) -> list[Tensor]:

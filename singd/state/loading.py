@@ -7,7 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from singd.capture.weight_matrix import WeightMatrix
+from singd.ops.dtensor import whole
 from singd.state import checkpoint
+from singd.step.factor_store import state_key
 from singd.step.fallback import check_rates
 from singd.step.groups import Group, check_group
 from singd.step.initial import expected_values
@@ -49,13 +52,68 @@ def fitting(
     return fitted
 
 
-def copies(groups: Sequence[Group], fitted: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
-    """Copies of the values, by parameter: PyTorch casts to the parameter's dtype, or shares."""
-    return {
-        p: {k: checkpoint.copied(v, k, p) for k, v in fitted["state"][number].items()}
-        for p, number, _ in _numbered(groups, fitted)
-        if number in fitted["state"]
-    }
+def copies(
+    parts: Parts, groups: Sequence[Group], fitted: Mapping[str, Any]
+) -> dict[Tensor, dict[str, Any]]:
+    """Copies of the values, by parameter: PyTorch casts to the parameter's dtype, or shares.
+
+    Factors are whole, and only where this rank has them.
+    """
+    found = {}
+    for p, number, _ in _numbered(groups, fitted):
+        if number in fitted["state"]:
+            entry = {k: _whole(v) for k, v in fitted["state"][number].items()}
+            found[p] = {
+                k: checkpoint.copied(v, k, p)
+                for k, v in entry.items()
+                if not isinstance(v, list) or _is_held(parts, p, k)
+            }
+    return found
+
+
+def spread(parts: Parts, groups: Sequence[Group], state_dict: Mapping[str, Any]) -> None:
+    """Put factors that one rank has into a state as DTensors; all ranks do so together.
+
+    Args:
+        parts: The objects that take a step.
+        groups: Groups of the optimizer.
+        state_dict: What ``Optimizer.state_dict`` returns, changed in place.
+    """
+    placement, state = parts.placement, state_dict["state"]
+    groups_of = parts.parameters.preconditioned()
+    owned = [m for m in groups_of if placement.owner_of(m) is not None]
+    if not owned or not state:
+        return
+    numbers = {p: number for p, number, _ in _numbered(groups, state_dict)}
+    items: list[tuple[WeightMatrix, Tensor, Tensor | None]] = []
+    lists: list[list[Tensor]] = []
+    for matrix in owned:
+        number = numbers[matrix.weight]
+        entry = state[number] = dict(state.get(number, {}))
+        for name, member in parts.store.template(matrix, groups_of[matrix]).members().items():
+            key = state_key(matrix, name)
+            like = member.tensors()
+            held = entry.pop(key, None) or [None] * len(like)  # all ranks then have it last
+            items += [(matrix, t, own) for t, own in zip(like, held, strict=True)]
+            entry[key] = list[Tensor]()
+            lists += [entry[key]] * len(like)
+    for into, t in zip(lists, placement.spread(items), strict=True):
+        into.append(t)
+
+
+def _is_held(parts: Parts, p: Tensor, key: str) -> bool:
+    """Whether this rank has a factor of a parameter."""
+    label = key.rpartition(".")[0]
+    return all(
+        parts.placement.holds(matrix)
+        for matrix in parts.parameters.matrices
+        if matrix.weight is p and matrix.label == label
+    )
+
+
+def _whole(value: Any) -> Any:
+    """Factors gathered from all ranks."""
+    return [whole(v) for v in value] if isinstance(value, list) else value
 
 
 def _numbered(groups: Sequence[Group], state: Mapping[str, Any]) -> list[tuple[Any, Any, Group]]:

@@ -11,9 +11,7 @@ from torch import Tensor
 from singd.capture.weight_matrix import WeightMatrix, owners_of
 from singd.ops.dtensor import local
 from singd.step import grafting
-from singd.step.factor_store import FactorStore
-from singd.step.fallback import Fallback
-from singd.step.parameters import Parameters
+from singd.step.pipeline import Parts
 
 
 @dataclass(frozen=True)
@@ -57,15 +55,14 @@ def _times(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "1"
 
 
-def make_plan(rule: str, parameters: Parameters, store: FactorStore, fallback: Fallback) -> Plan:
+def make_plan(rule: str, parts: Parts) -> Plan:
     """The plan of an optimizer; nothing is allocated.
 
     Args:
         rule: Name of the method.
-        parameters: What trains each parameter.
-        store: Structures of the factors.
-        fallback: AdamW's options.
+        parts: The objects that take a step.
     """
+    parameters, store, fallback = parts.parameters, parts.store, parts.fallback
     ours: dict[Tensor, list[WeightMatrix]] = {}
     for matrix in parameters.preconditioned():
         for p in matrix.parameters:
@@ -88,7 +85,7 @@ def make_plan(rule: str, parameters: Parameters, store: FactorStore, fallback: F
                 for matrix in ours[p]:
                     own = parameters.group_of[matrix.weight]
                     structures = ", ".join(map(str, store.structures(matrix, own)))
-                    if p is matrix.weight:
+                    if p is matrix.weight and parts.placement.holds(matrix):
                         factors = store.fresh(matrix, own, None, "meta")
                         stored += sum(nbytes(m.tensors()) for m in factors.members().values())
         elif p.requires_grad:

@@ -74,8 +74,16 @@ def attempt(
 def ensure(parts: Parts, groups: Sequence[Group], state: State) -> None:
     """Make factors where there are none, or where the state or the options changed."""
     parts.parameters.check(groups, state)
-    changed = parts.store.ensure(parts.parameters.preconditioned(), state)
+    place(parts)
+    changed = parts.store.ensure(parts.parameters.preconditioned(), state, parts.placement)
     requests.restart(parts.capture, changed)
+
+
+def place(parts: Parts) -> None:
+    """Choose where the factors of matrices that are new are worked on."""
+    groups = parts.parameters.preconditioned()
+    layouts = parts.store.layouts(groups)
+    parts.placement.place(layouts, lambda matrix: parts.store.demand(matrix, groups[matrix]))
 
 
 def _loss_averages(parts: Parts, groups: Sequence[Group]) -> set[str | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from singd.ops.dtensor import is_distributed, local
 from singd.ops.momentum_step import momentum_step_
 from singd.ops.reductions import inner_product, total
 from singd.ops.stochastic_rounding import Rounding
-from singd.placement import Holding, Placement, Slot
+from singd.placement import Holding, Placement, Slot, Work
 from singd.step.batch import Proposal
 from singd.step.factor_store import State
 from singd.step.grafting import graft_
@@ -60,21 +61,38 @@ class Direction:
 
 
 def precondition(
-    proposed: Sequence[Proposal], method: Method, placement: Placement
+    proposed: Sequence[Proposal],
+    method: Method,
+    placement: Placement,
+    groups: Mapping[WeightMatrix, Group],
 ) -> list[Direction]:
-    """The directions of all matrices that have a gradient."""
-    directions = []
+    """The directions of all matrices that have a gradient.
+
+    Args:
+        proposed: The factors that this rank has.
+        method: Makes directions.
+        placement: Brings gradients to factors.
+        groups: All matrices that are preconditioned, each with its group.
+    """
+    works = []
     for proposal in proposed:
-        batch = proposal.batch
-        some = [matrix for matrix in batch.matrices if matrix.has_gradient]
+        some = [matrix for matrix in proposal.batch.matrices if matrix.has_gradient]
         if some:
-            factors, products = batch.select(some, proposal.factors, proposal.products)
-            G = placement.gradients(some)
-            value = method.precondition(factors, G, products)
-            holding = placement.holding(some)
-            kept = holding.keep(G), holding.keep(value)
-            directions.append(Direction(some, batch.group, holding, *kept))
-    return directions
+            works.append(Work(some, functools.partial(_apply, method, proposal, some)))
+    alike: dict[int, list[WeightMatrix]] = {}
+    for matrix, group in groups.items():
+        if matrix.has_gradient:
+            alike.setdefault(id(group), []).append(matrix)
+    return [
+        Direction(m.matrices, groups[m.matrices[0]], m.holding, m.gradient, m.direction)
+        for m in placement.directions(works, alike.values())
+    ]
+
+
+def _apply(method: Method, proposal: Proposal, some: list[WeightMatrix], G: Tensor) -> Tensor:
+    """The directions of some matrices of a batch for their gradients."""
+    factors, products = proposal.batch.select(some, proposal.factors, proposal.products)
+    return method.precondition(factors, G, products)
 
 
 def graft(

@@ -6,6 +6,7 @@ the factors: what is reset, reloaded or replaced there counts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from singd.capture.weight_matrix import WeightMatrix
 from singd.methods.base import Factors, Method, Products
 from singd.ops import cuda_graph
+from singd.placement import Demand, Placement
 from singd.step.batch import Batch, Proposal
 from singd.step.groups import Group
 from singd.step.skipping import write_
@@ -40,16 +42,18 @@ class FactorStore:
         self.batches: list[Batch] = []
         self._batch_of: dict[WeightMatrix, Batch] = {}
         self._layouts: dict[WeightMatrix, tuple[Any, ...]] = {}
+        self._templates: dict[WeightMatrix, Factors] = {}  # of those that other ranks have
         self._structures: dict[WeightMatrix, tuple[Structure, ...]] = {}
 
     def ensure(
-        self, groups: Mapping[WeightMatrix, Group], state: State
+        self, groups: Mapping[WeightMatrix, Group], state: State, placement: Placement
     ) -> dict[WeightMatrix, bool]:
         """Make factors where there are none, and take over what the state holds instead of ours.
 
         Args:
             groups: The matrices that are preconditioned, each with the group of its weight.
             state: State of the optimizer.
+            placement: Says which factors this rank has.
 
         Returns:
             Matrices whose factors changed, and whether their structures did.
@@ -58,8 +62,7 @@ class FactorStore:
             ValueError: If the state of a matrix is incomplete or of another shape.
         """
         changed: dict[WeightMatrix, bool] = {}
-        choices = {id(g): self.method.layout(g) for g in groups.values()}
-        layouts = {m: self._layout(m, g, choices[id(g)]) for m, g in groups.items()}
+        layouts = self.layouts(groups)
         if layouts != self._layouts:
             for matrix in groups:
                 before = self._structures.get(matrix)
@@ -69,7 +72,7 @@ class FactorStore:
                         changed[matrix] = True
                         _forget(matrix, state, self._batch_of.get(matrix))
             self._layouts = layouts
-            self._arrange(groups, state)
+            self._arrange(groups, state, placement)
         for batch in self.batches:
             for matrix, views in zip(batch.matrices, batch.views, strict=True):
                 if self._adopt(matrix, batch, views, state):
@@ -77,9 +80,15 @@ class FactorStore:
                     changed.setdefault(matrix, False)
         return changed
 
+    def layouts(self, groups: Mapping[WeightMatrix, Group]) -> dict[WeightMatrix, tuple[Any, ...]]:
+        """What the factors of matrices depend on besides statistics."""
+        choices = {id(g): self.method.layout(g) for g in groups.values()}
+        return {m: self._layout(m, g, choices[id(g)]) for m, g in groups.items()}
+
     def factors(self, matrix: WeightMatrix) -> Factors:
-        """The factors of one matrix."""
-        return self._batch_of[matrix].one[matrix]
+        """The factors of one matrix; where another rank has them, :meth:`template`."""
+        batch = self._batch_of.get(matrix)
+        return self._templates[matrix] if batch is None else batch.one[matrix]
 
     def holds(self, matrix: WeightMatrix, group: Group) -> bool:
         """Whether there are factors of ``matrix``, made for its weight and options as they are."""
@@ -112,6 +121,34 @@ class FactorStore:
         )
         return factors
 
+    def template(self, matrix: WeightMatrix, group: Group) -> Factors:
+        """Factors of zeros that take no memory: of what shapes, data types and device they are."""
+        weight, structures = matrix.weight, self.structures(matrix, group)
+        factors: Factors = self.method.init(
+            matrix.shape, structures, group, dtype=weight.dtype, device="meta"
+        )
+        return factors.map(
+            lambda t: torch.zeros((), dtype=t.dtype, device=weight.device).expand(t.shape)
+        )
+
+    def demand(self, matrix: WeightMatrix, group: Group) -> Demand:
+        """What the factors of a matrix need, in numbers and operations."""
+        factors = self.template(matrix, group)
+        sides = list(factors.members().values())[:2]
+        counts = [sum(t.numel() for t in side.tensors()) for side in sides]
+        P, item = math.prod(matrix.shape), matrix.weight.element_size()
+        pairs = list(zip(counts, sides, strict=True))
+        return Demand(
+            numbers=P,
+            statistics=sum(counts) * max(item, 4) if self.method.needs_activations else 0,
+            itemsize=item,
+            apply=sum(2.0 * count * P / max(side.n, 1) for count, side in pairs),
+            update=sum(6.0 * count * side.n for count, side in pairs),
+            interval=group["T"],
+            needs_factors=self.method.needs_factors(factors, group),
+            is_split=False,
+        )
+
     def products(self, batch: Batch) -> Products:
         """The products of the factors of a batch, made if they are not there."""
         if batch.products is None:
@@ -143,12 +180,20 @@ class FactorStore:
         weight = matrix.weight
         return weight.shape, weight.dtype, weight.device, id(group), choices
 
-    def _arrange(self, groups: Mapping[WeightMatrix, Group], state: State) -> None:
+    def _arrange(
+        self, groups: Mapping[WeightMatrix, Group], state: State, placement: Placement
+    ) -> None:
         """Sort equal matrices into batches; factors that are there are copied into them."""
         alike: dict[Any, list[WeightMatrix]] = {}
+        self._templates = {}
         for matrix, layout in self._layouts.items():
+            if not placement.holds(matrix):
+                factors = self._templates[matrix] = self.template(matrix, groups[matrix])
+                _drop(matrix, state, factors)
+                continue
             _, dtype, device, group, _ = layout
-            key = (group, matrix.shape, self._structures[matrix], dtype, device)
+            own = placement.place_of(matrix)
+            key = (group, matrix.shape, self._structures[matrix], dtype, device, own)
             alike.setdefault(key, []).append(matrix)
         self.batches, self._batch_of = [], {}
         for matrices in alike.values():
@@ -215,6 +260,12 @@ def _forget(matrix: WeightMatrix, state: State, batch: Batch | None) -> None:
     """Drop the factors of a matrix: they were of another structure."""
     for name in batch.factors.members() if batch is not None else ():
         state.get(matrix.weight, {}).pop(state_key(matrix, name), None)
+
+
+def _drop(matrix: WeightMatrix, state: State, factors: Factors) -> None:
+    """Drop the factors of a matrix: another rank has them."""
+    for name in factors.members():
+        state[matrix.weight].pop(state_key(matrix, name), None)
 
 
 def _drop_unknown(matrix: WeightMatrix, state: State, factors: Factors) -> None:

@@ -46,7 +46,14 @@ class StepObserver:
     def summarize(self, matrix: WeightMatrix, side: Side, columns: Columns) -> Statistic:
         """The statistic that the method asks for."""
         group = self.parts.parameters.group_of[matrix.weight]
-        return self.parts.method.summarize(self.parts.store.factors(matrix), side, columns, group)
+        factors = self.parts.store.factors(matrix)
+        statistic = self.parts.method.summarize(factors, side, columns, group)
+        if statistic.kind == "whitened" and not self.parts.placement.holds(matrix):
+            raise RuntimeError(
+                f"{matrix.name}: its statistics need its factors, which another rank owns: make "
+                "the optimizer after torch.set_float32_matmul_precision"
+            )
+        return statistic
 
     def approximation(self, matrix: WeightMatrix) -> str:
         """``"expand"`` or ``"reduce"``."""

@@ -90,7 +90,8 @@ def take_step(
         wanted = residuals if observe else None
         proposed = update_factors(store, placement, statistics, norm, wanted)
     with scope("singd::directions"):
-        directions = precondition(proposed, parts.method, placement)
+        groups = parameters.preconditioned()
+        directions = precondition(proposed, parts.method, placement, groups)
         graft(directions, placement, state, parts.fallback.options)
         quadratic = scale_by_kl(directions, placement)
     norms = {k: v for d in directions for k, v in d.norms(placement).items()} if observe else {}
@@ -172,12 +173,24 @@ def find_cause(
     proposed: Iterable[Proposal],
     directions: Iterable[Direction],
 ) -> str | None:
-    """The first parameter whose gradient, statistics, factors or direction are not finite."""
-    placement = parts.placement
-    used = [p for p in parts.parameters.group_of if p.grad is not None]
-    place = _first([[_values(local(p.grad))] for p in used if p.grad is not None], placement)
-    if place is not None:
-        return f"{parts.parameters.name(used[place])}: its gradient is not finite"
+    """The first parameter whose gradient, statistics, factors or direction are not finite.
+
+    All ranks find a cause if one of them does.
+    """
+    cause = _find_cause(parts, statistics, proposed, directions)
+    count = parts.placement.complete(torch.tensor(float(cause is not None)))
+    return cause or ("a number on another rank is not finite" if bool(count) else None)
+
+
+def _find_cause(
+    parts: Parts,
+    statistics: Statistics,
+    proposed: Iterable[Proposal],
+    directions: Iterable[Direction],
+) -> str | None:
+    for p in parts.parameters.group_of:
+        if p.grad is not None and not bool(_values(local(p.grad)).isfinite().all()):
+            return f"{parts.parameters.name(p)}: its gradient is not finite"
     for matrix, one in statistics.items():
         sums = (*one.input.tensors(), *one.grad.tensors())
         if not all(bool(t.isfinite().all()) for t in sums):
@@ -189,9 +202,9 @@ def find_cause(
                 if place is not None:
                     return f"{proposal.batch.matrices[place].name}: its factor {name} is not finite"
     for d in directions:
-        place = _first(d.holding.parts(d.value), placement)
-        if place is not None:
-            return f"{d.matrices[place].name}: its direction is not finite"
+        for matrix, ts in zip(d.matrices, d.holding.parts(d.value), strict=True):
+            if not all(bool(t.isfinite().all()) for t in ts):
+                return f"{matrix.name}: its direction is not finite"
     return None
 
 
@@ -199,15 +212,6 @@ def _not_finite(t: Tensor) -> int | None:
     """The first item of ``t [b, ...]`` that is not finite."""
     finite = t.isfinite().flatten(1).all(1).tolist()
     return None if all(finite) else finite.index(False)
-
-
-def _first(items: Sequence[Sequence[Tensor]], placement: Placement) -> int | None:
-    """The first item with a number that is not finite on some rank."""
-    if not items:
-        return None
-    bad = torch.stack([torch.stack([~t.isfinite().all() for t in item]).any() for item in items])
-    found: list[float] = placement.complete(bad.float()).tolist()
-    return next((i for i, count in enumerate(found) if count), None)
 
 
 # Ranks -------------------------------------------------------------------------------------------

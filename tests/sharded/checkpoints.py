@@ -34,13 +34,16 @@ class Trainer:
     Args:
         layout: Layout of this rank; ``None`` for one process.
         group: Process group of one process, where there are several.
+        places: Where factors are worked on.
     """
 
-    def __init__(self, layout: Layout | None, group: Any = None) -> None:
+    def __init__(
+        self, layout: Layout | None, group: Any = None, places: str = "everywhere"
+    ) -> None:
         self.setting = Setting(layout, 4 if layout is None else layout.ranks)
         self.model = self.setting.shard(net())
         options = OPTIONS | {"graft": "adamw", "kl_clip": None, "lr": 0.02}
-        self.optimizer = SINGD(self.model, process_group=group, **options)
+        self.optimizer = SINGD(self.model, process_group=group, places=places, **options)
 
     def train(self, part: slice) -> Ends:
         for X, y in BATCHES[part]:
@@ -66,43 +69,41 @@ class Trainer:
         )
 
 
-def make(context: Context, layout: str) -> Trainer:
+def make(context: Context, layout: str, places: str = "everywhere") -> Trainer:
     if layout == ALONE:
-        return Trainer(None, context.single.get_group())
-    return Trainer(context.layouts[layout])
+        return Trainer(None, context.single.get_group(), places)
+    return Trainer(context.layouts[layout], None, places)
 
 
-def save(context: Context, layout: str) -> Ends:
+def save(context: Context, layout: str, places: str) -> Ends:
     """Ranks save in two forms, and go on."""
-    run = make(context, layout)
+    run = make(context, layout, places)
     run.train(slice(SAVED))
-    run.save(context.folder / "sharded")
+    run.save(context.folder / places)
     both = get_state_dict(run.model, run.optimizer, options=WHOLE)
     if dist.get_rank() == 0:
-        torch.save(both, context.folder / "whole.pt")
+        torch.save(both, context.folder / f"{places}.pt")
     dist.barrier()
     return run.train(slice(SAVED, None))
 
 
-def resume(context: Context, layout: str) -> Ends:
+def resume(context: Context, layout: str, saved: str, places: str) -> Ends:
     """Other ranks load what was saved."""
-    run = make(context, layout)
+    run = make(context, layout, places)
     if layout == ALONE:
-        run.load(context.folder / "sharded", no_dist=True)
+        run.load(context.folder / saved, no_dist=True)
     else:
         mesh = context.layouts[layout].mesh
-        run.load(
-            context.folder / "sharded", process_group=mesh.get_group() if mesh.ndim == 1 else None
-        )
+        run.load(context.folder / saved, process_group=mesh.get_group() if mesh.ndim == 1 else None)
     return run.train(slice(SAVED, None))
 
 
-def resume_whole(context: Context, layout: str) -> Ends:
+def resume_whole(context: Context, layout: str, whole: str, places: str) -> Ends:
     """Whole tensors are loaded, which only the first rank has where there are several."""
-    run = make(context, layout)
+    run = make(context, layout, places)
     saved: Any = {}, {}
     if layout == ALONE or dist.get_rank() == 0:
-        saved = torch.load(context.folder / "whole.pt", weights_only=False)
+        saved = torch.load(context.folder / f"{whole}.pt", weights_only=False)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=layout != ALONE)
     set_model_state_dict(run.model, saved[0], options=options)
     set_optimizer_state_dict(run.model, run.optimizer, saved[1], options=options)
@@ -121,17 +122,25 @@ def resume_from_one(context: Context, layout: str) -> Ends:
     return run.train(slice(SAVED, None))
 
 
-def alone(layout: str) -> Ends:
+def alone(*_: str) -> Ends:
     """One process that is never interrupted."""
     return Trainer(None).train(slice(None))
 
 
+E, O = "everywhere", "owned"
+_CASES: list[tuple[Any, ...]] = [  # those that save come first
+    (save, NAMES[0], E),
+    (save, NAMES[0], O),
+    *((resume, to, E, E) for to in (NAMES[1], NAMES[2], NAMES[3], ALONE)),
+    *((resume, to, O, O) for to in (NAMES[0], NAMES[2], NAMES[3], ALONE)),
+    (resume, NAMES[1], O, E),
+    (resume, NAMES[2], E, O),
+    *((resume_whole, to, E, E) for to in (NAMES[0], NAMES[3], ALONE)),
+    *((resume_whole, to, O, O) for to in (NAMES[0], ALONE)),
+    (resume_from_one, NAMES[0]),
+    (resume_from_one, NAMES[3]),
+]
+
+
 def cases() -> dict[str, Any]:
-    """Those that save come first."""
-    return {
-        "checkpoint saved: 4 ranks": (save, NAMES[0]),
-        **{f"checkpoint of 4 ranks: {to}": (resume, to) for to in (*NAMES, ALONE)},
-        **{f"whole checkpoint: {to}": (resume_whole, to) for to in (*NAMES[:2], NAMES[3], ALONE)},
-        "checkpoint of one process: 4 ranks": (resume_from_one, NAMES[0]),
-        "checkpoint of one process: 2 by 2 ranks": (resume_from_one, NAMES[3]),
-    }
+    return {f"{case[0].__name__}: {', '.join(case[1:])}": case for case in _CASES}

@@ -12,7 +12,7 @@ from singd.testing.sharded.world import Ended, load, run
 from tests.sharded import checkpoints, frozen, kit, parallel, scenarios
 from tests.sharded.layouts import begin
 
-LIMIT = 400  # seconds
+LIMIT = 900  # seconds
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,9 @@ _OPTIONS = ("no momentum", "bare", "loss is a sum", "max_dim, wide_structure", "
 _OTHERS = ("structure lower_toeplitz", "structure low_rank_upper(1)", "reduce", "norms by AdamW",
            "optional layers", "grafted to AdamW", "attention, micro")  # fmt: skip
 
+_OWNED = ("net tied", "net grouped", "net transposed2d", "net attention", "net heads",
+          "way resumed", "way added group", "way new structures", "optional layers")  # fmt: skip
+
 _CHOSEN = [
     *SHARED,
     *(name for name in CASES if name.startswith("method")),
@@ -33,9 +36,10 @@ _CHOSEN = [
 ]
 
 
-def sharded(context: Context, layout: str, name: str) -> dict[str, Tensor]:
+def sharded(context: Context, layout: str, name: str, places: str) -> dict[str, Tensor]:
     """One configuration on the ranks of a layout."""
     used = context.layouts[layout]
+    case = replace(CASES[name], ranks=used.ranks, options=CASES[name].options | {"places": places})
 
     class Sharded(Run):
         def wrapped(self, model: nn.Module) -> nn.Module:
@@ -45,14 +49,14 @@ def sharded(context: Context, layout: str, name: str) -> dict[str, Tensor]:
             if self.rank == 0:
                 super().spoil(local(gradient))
 
-    run = Sharded(replace(CASES[name], ranks=used.ranks), used.rank)
-    WAYS[CASES[name].way](run)
+    run = Sharded(case, used.rank)
+    WAYS[case.way](run)
     ended = snapshot(run.model, run.optimizer)
     run.optimizer.close()
     return ended
 
 
-def alone(layout: str, name: str) -> dict[str, Tensor]:
+def alone(layout: str, name: str, places: str) -> dict[str, Tensor]:
     """The same in one process."""
     run = Run(replace(CASES[name], ranks=1))
     WAYS[CASES[name].way](run)
@@ -60,9 +64,11 @@ def alone(layout: str, name: str) -> dict[str, Tensor]:
 
 
 def cases() -> dict[str, Any]:
-    """Every configuration in one layout, in turn."""
+    """Every configuration in one layout, in turn; some where one rank has the factors."""
     found = {}
     for number, name in enumerate(_CHOSEN):
         layout = NAMES[1] if name in SHARED else NAMES[number % len(NAMES)]
-        found[f"{name}: {layout}"] = (sharded, layout, name)
+        found[f"{name}: {layout}"] = (sharded, layout, name, "everywhere")
+        if name in _OWNED:
+            found[f"{name}, owned: {layout}"] = (sharded, layout, name, "owned")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -21,8 +22,22 @@ METHODS: dict[str, Any] = {
     "SINGD": partial(SINGD, **OPTIONS),
     "SINGD as it is": SINGD,
     EXACT: partial(SINGD, **OPTIONS | {"kl_clip": None, "lr": 0.02}),
+    "SINGD, owned": partial(SINGD, places="owned", **OPTIONS),
     "KFAC": KFAC,
+    "KFAC, owned": partial(KFAC, places="owned"),
     "KLShampoo": KLShampoo,
+    "KLShampoo, owned": partial(KLShampoo, places="owned"),
+}
+_SOME = ("uneven_shares", "passes_that_are_not_reduced", "a_gradient_that_is_not_finite")
+ROWS: dict[str, Iterable[str]] = {
+    "SINGD": SHARDED_ROWS,
+    "SINGD as it is": ("uneven_shares", "noise"),
+    EXACT: ("noise",),
+    "SINGD, owned": (*_SOME, "a_rank_without_samples", "parameters_that_are_not_sharded", "noise"),
+    "KFAC": _SOME,
+    "KFAC, owned": _SOME[:1],
+    "KLShampoo": (*_SOME, "parameters_that_are_not_sharded"),
+    "KLShampoo, owned": _SOME[:1],
 }
 
 
@@ -101,17 +116,12 @@ def faulty(context: Context, layout: str, fault: str, row: str) -> Ends:
 
 
 def cases() -> dict[str, Any]:
-    """Every row for every method, in a layout in turn."""
-    turns = [*NAMES, NAMES[0]]  # so that every method meets every layout
-    pairs = [
-        (method, row)
-        for row in SHARDED_ROWS
-        for method in METHODS
-        if row == "noise" or method != EXACT
-    ]
+    """The rows of every method, each in a layout in turn."""
+    turns = cycle([*NAMES, NAMES[0]])  # so that every row meets every layout, by and by
+    pairs = [(method, row) for method in METHODS for row in ROWS[method]]
     return {
         f"{method}, {row}: {layout}": (on_rank, layout, method, row)
-        for (method, row), layout in zip(pairs, cycle(turns), strict=False)
+        for (method, row), layout in zip(pairs, turns, strict=False)
     }
 
 

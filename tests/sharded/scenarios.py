@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from singd import SINGD
 from singd.ops.dtensor import local
+from singd.state.plan import nbytes
 from singd.testing.sharded.rows import evaluation, snapshot
 from singd.testing.sharded.setting import Ends, Layout, Setting, batches, net
 from tests.sharded.layouts import NAMES, Context
@@ -63,6 +64,29 @@ def not_finite(setting: Setting) -> Ends:
         optimizer.step()
         assert optimizer.skipped == (step > 0)
     return snapshot(model, optimizer)
+
+
+def owned(setting: Setting) -> Ends:
+    """Every factor is on one rank, and the plan says on which."""
+    model = setting.shard(net())
+    optimizer = singd(model, places="owned")
+    for X, y in batches(2):
+        optimizer.zero_grad()
+        setting.backward(model, X, y)
+        optimizer.step()
+    if setting.layout is not None:
+        held = torch.tensor([float("K" in optimizer.state[m.weight]) for m in _linear(model)])
+        whole_state = sum(nbytes(state) for state in optimizer.state.values())
+        assert optimizer.plan().state_bytes == whole_state
+        for dim in range(setting.layout.mesh.ndim):
+            torch.distributed.all_reduce(held, group=setting.layout.mesh.get_group(dim))
+        copies = setting.layout.mesh.size(0) if setting.layout.mesh.ndim == 2 else 1
+        assert held.tolist() == [copies] * 6
+    return snapshot(model, optimizer)
+
+
+def _linear(model: nn.Module) -> list[nn.Linear]:
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
 
 
 def checkpointed(setting: Setting, use_reentrant: bool) -> Ends:
@@ -198,6 +222,8 @@ SCENARIOS: dict[str, Callable[[Setting], Ends]] = (
         "counted terms": counted,
         "compiled": compiled,
         "never called": functional,
+        "owned": owned,
+        "owned, again": owned,
         "mixed precision": mixed,
     }
     | {

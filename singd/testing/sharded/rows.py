@@ -21,13 +21,15 @@ def snapshot(model: Any, optimizer: Any) -> Ends:
     for module in model.modules():
         if hasattr(module, "reshard"):  # under FSDP2 it may have its whole parameters
             module.reshard()
-    found = {}
-    for name, p in model.named_parameters():
-        found[name] = whole(p).detach().clone()
-        for key, value in optimizer.state.get(p, {}).items():
-            for i, t in enumerate(value if isinstance(value, list) else [value]):
-                if isinstance(t, Tensor):
-                    found[f"{name} {key}[{i}]"] = whole(t).detach().clone()
+    found = {name: whole(p).detach().clone() for name, p in model.named_parameters()}
+    names = {p: name for name, p in model.named_parameters()}
+    saved = optimizer.state_dict()  # some rank may have state that others have not
+    for group, numbered in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        for p, number in zip(group["params"], numbered["params"], strict=True):
+            for key, value in saved["state"].get(number, {}).items():
+                for i, t in (value if isinstance(value, dict) else {0: value}).items():
+                    if isinstance(t, Tensor):
+                        found[f"{names[p]} {key}[{i}]"] = whole(t).detach().clone()
     return found
 
 

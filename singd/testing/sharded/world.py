@@ -30,7 +30,7 @@ def _rank(
         init_method=f"file://{folder}/meet",
         rank=rank,
         world_size=ranks,
-        timeout=timedelta(seconds=20),
+        timeout=timedelta(seconds=60),
     )
     context, ended = begin(Path(folder)), {}
     for name, (function, *args) in cases.items():
@@ -38,6 +38,7 @@ def _rank(
             ended[name] = function(context, *args)
         except BaseException:  # of torch.distributed.checkpoint are some
             ended[name] = traceback.format_exc()
+            traceback.print_exc()  # others may never end
     torch.save(ended, Path(folder, f"{rank}.part"))
     os.replace(Path(folder, f"{rank}.part"), Path(folder, str(rank)))
     with contextlib.suppress(RuntimeError):  # ranks that disagree have said so

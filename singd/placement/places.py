@@ -1,0 +1,181 @@
+"""Where the factors of a sharded matrix are worked on, chosen by what each place costs.
+
+With ``P`` numbers in a matrix, ``S`` in its statistics, ``W`` ranks and T steps between updates, a
+rank sends and receives these numbers in a step, and does this share of the work:
+
+==============  =====================  ===============  ===================================
+place           traffic                factors held on  work of a rank
+==============  =====================  ===============  ===================================
+``everywhere``  ``P + 2 S / T``        all ranks        all
+``columns``     ``2 P / W + 2 S / T``  all ranks        updates, and 1 / W of directions
+``owned``       ``2 P / W + S / T``    one rank         that of its own matrices
+==============  =====================  ===============  ===================================
+
+``everywhere`` gathers gradients. ``columns`` multiplies rows of a gradient with K, exchanges rows
+for columns, and multiplies those with C. ``owned`` sends every gradient to the one rank that has
+its factors, and directions back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+from singd.capture.weight_matrix import WeightMatrix
+
+PLACES = ("everywhere", "columns", "owned")
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What the factors of one matrix need.
+
+    Attributes:
+        numbers: Numbers in the matrix.
+        statistics: Bytes of its statistics.
+        itemsize: Bytes of a number in its gradient.
+        apply: Floating-point operations of a direction.
+        update: Those of an update of the factors.
+        interval: Steps between two updates.
+        needs_factors: Whether statistics cannot be summed without the factors.
+        is_split: Whether a direction is made by a product with each factor.
+    """
+
+    numbers: int
+    statistics: int
+    itemsize: int
+    apply: float
+    update: float
+    interval: int
+    needs_factors: bool
+    is_split: bool
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What times are estimated by.
+
+    Attributes:
+        bandwidth: Bytes a second that a rank sends.
+        speed: Floating-point operations a second.
+        latency: Seconds that a collective takes at least.
+    """
+
+    bandwidth: float = 50e9
+    speed: float = 200e12
+    latency: float = 2e-5
+
+
+def seconds(place: str, demand: Demand, ranks: int, count: int, machine: Machine) -> float:
+    """Estimated time that a step takes longer by one matrix, without latencies.
+
+    Args:
+        place: One of :data:`PLACES`.
+        demand: What the matrix needs.
+        ranks: Number of ranks.
+        count: Number of matrices that ranks may share.
+        machine: What times are estimated by.
+    """
+    d, T = demand, demand.interval
+    whole, part = d.numbers * d.itemsize, 2 * d.numbers * d.itemsize / ranks
+    if place == "everywhere":
+        sent, work = whole + 2 * d.statistics / T, d.apply + d.update / T
+    elif place == "columns":
+        sent, work = part + 2 * d.statistics / T, d.apply / ranks + d.update / T
+    else:
+        sent = part + d.statistics / T
+        work = (d.apply + d.update / T) / min(ranks, count)
+    return sent / machine.bandwidth + work / machine.speed
+
+
+def choose(
+    demands: Mapping[WeightMatrix, Demand],
+    given: Any,
+    ranks: int,
+    machine: Machine = Machine(),
+) -> dict[WeightMatrix, str]:
+    """The place of every matrix.
+
+    Args:
+        demands: What the factors of each matrix need, of all that may have any place.
+        given: A place for all; or places by patterns of parameter names; the cheapest if ``None``.
+        ranks: Number of ranks.
+        machine: What times are estimated by.
+    """
+    found: dict[WeightMatrix, str] = {}
+    free = {}
+    for matrix, demand in demands.items():
+        wanted = _wanted(given, matrix.name)
+        if wanted is None:
+            free[matrix] = demand
+        else:
+            found[matrix] = wanted if _may_have(wanted, demand) else "everywhere"
+    updates = max((1.0 / demand.interval for demand in free.values()), default=1.0)
+    latencies = {"everywhere": 2.0, "columns": 4.0, "owned": 2.0 + ranks * updates}
+
+    def total(place: str) -> float:
+        times = [
+            seconds(_fitting(place, demand), demand, ranks, len(free), machine)
+            for demand in free.values()
+        ]
+        return sum(times) + latencies[place] * machine.latency
+
+    best = min(PLACES, key=total)
+    return found | {matrix: _fitting(best, demand) for matrix, demand in free.items()}
+
+
+def _wanted(given: Any, name: str) -> str | None:
+    if not isinstance(given, Mapping):
+        return given
+    return next((place for pattern, place in given.items() if fnmatch(name, pattern)), None)
+
+
+def _may_have(place: str, demand: Demand) -> bool:
+    """Whether a matrix can have a place."""
+    return {
+        "everywhere": True,
+        "columns": demand.is_split,
+        "owned": not demand.needs_factors,
+    }[place]
+
+
+def _fitting(place: str, demand: Demand) -> str:
+    """A place, or the next best one that a matrix can have."""
+    order = {"owned": ("owned", "columns"), "columns": ("columns",)}.get(place, ())
+    return next((each for each in order if _may_have(each, demand)), "everywhere")
+
+
+def owners(
+    demands: Mapping[WeightMatrix, Demand], ranks: int, before: Mapping[WeightMatrix, int]
+) -> dict[WeightMatrix, int]:
+    """The rank that owns each matrix: the one with the least work so far, the largest first.
+
+    Args:
+        demands: What the factors of each matrix need.
+        ranks: Number of ranks.
+        before: Owners that are fixed.
+    """
+
+    def work(demand: Demand) -> float:
+        return demand.apply + demand.update / demand.interval
+
+    loads = [0.0] * ranks
+    for matrix, rank in before.items():
+        if matrix in demands:
+            loads[rank] += work(demands[matrix])
+    found = {matrix: before[matrix] for matrix in demands if matrix in before}
+    left: Iterable[WeightMatrix] = (matrix for matrix in demands if matrix not in before)
+    for matrix in sorted(left, key=lambda m: (-work(demands[m]), m.key)):
+        rank = loads.index(min(loads))
+        loads[rank] += work(demands[matrix])
+        found[matrix] = rank
+    return found
+
+
+def check_places(given: Any) -> None:
+    """Raise ``ValueError`` unless it is a place, or places by patterns, or ``None``."""
+    for place in given.values() if isinstance(given, Mapping) else [given]:
+        if place is not None and place not in PLACES:
+            raise ValueError(f"places: expected one of {', '.join(PLACES)}, got {place!r}")

@@ -1,0 +1,71 @@
+"""How factors that one rank has are stored: split by rows, on the mesh of their weight.
+
+So PyTorch's distributed checkpoints load them on any number of ranks, whoever owns them there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from singd.capture.weight_matrix import WeightMatrix
+from singd.placement.exchange import all_to_all
+from singd.placement.splits import ends_of
+
+Item = tuple[WeightMatrix, Tensor, Tensor | None]
+"""A matrix, a tensor of the shape of one of its factors', and that of the rank that has it."""
+
+
+def spread(items: Sequence[Item], owners: Mapping[WeightMatrix, int], group: Any) -> list[Tensor]:
+    """The tensors of owners as DTensors, by one collective for each data type.
+
+    Args:
+        items: The same on all ranks, but for what an owner has.
+        owners: The rank that owns each matrix.
+        group: Process group by which the weights are split.
+    """
+    found: dict[int, Tensor] = {}
+    me, ranks = dist.get_rank(group), range(dist.get_world_size(group))
+    for dtype in {like.dtype: None for _, like, _ in items}:
+        chosen = [i for i, (_, like, _) in enumerate(items) if like.dtype == dtype]
+        held = [t for i in chosen if (t := items[i][2]) is not None]
+        sent = [[_rows(t, rank, len(ranks)) for t in held] for rank in ranks]
+        theirs = [[i for i in chosen if owners[items[i][0]] == rank] for rank in ranks]
+        shapes = [[_rows(items[i][1], me, len(ranks)).shape for i in own] for own in theirs]
+        like = items[chosen[0]][1].new_empty(0)
+        received = all_to_all(sent, shapes, like, group)
+        for own, pieces in zip(theirs, received, strict=True):
+            found |= zip(own, pieces, strict=True)
+    return [
+        _stored(found[i], matrix.weight, like.shape) for i, (matrix, like, _) in enumerate(items)
+    ]
+
+
+def _rows(t: Tensor, rank: int, ranks: int) -> Tensor:
+    """The rows that a rank stores; a number is stored by all."""
+    if not t.ndim:
+        return t
+    ends = (0, *ends_of(len(t), ranks))
+    return t[ends[rank] : ends[rank + 1]]
+
+
+def _stored(part: Tensor, weight: Any, shape: torch.Size) -> Tensor:
+    """A part as a DTensor beside a weight, with memory of its own."""
+    part = part.clone()
+    if not shape:
+        return part
+    placements = [Replicate() if p.is_replicate() else Shard(0) for p in weight.placements]
+    strides = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        part.contiguous(),
+        weight.device_mesh,
+        placements,
+        run_check=False,
+        shape=shape,
+        stride=strides,
+    )
