@@ -154,10 +154,7 @@ class KroneckerOptimizer(Passes, Optimizer):
             parts.capture.watch(self.model, new)
 
     def plan(self) -> Plan:
-        """Which rule trains each parameter of the model, and what it stores.
-
-        Nothing is allocated: the model may be on the meta device.
-        """
+        """What trains each parameter, and what is stored; the model may be on the meta device."""
         parts = self._parts
         parts.placement.prepare()
         place(parts)

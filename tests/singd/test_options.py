@@ -46,6 +46,7 @@ OTHERS: dict[str, list[Any]] = {
     "layers": [[nn.Dropout], [nn.Linear]],
     "adamw": [{"lr": -1.0}, {"betas": (0.9, 1.0)}],
     "telemetry": [1],
+    "places": ["nowhere", {"*": "here"}],
 }
 ANYTHING: set[str] = {"model", "params", "warn_unsupported", "init_grad_scale"} | {
     "process_group",  # see tests/frameworks/test_fsdp.py
