@@ -172,9 +172,15 @@ def head() -> list[str]:
 
 
 def markdown(rows: dict[str, list[str]]) -> str:
-    """The table in Markdown."""
-    lines = [head(), ["---", *["--:"] * (len(OPERATIONS) + 1)], *rows.values()]
+    """The table in Markdown; products with A and with its transpose share a column."""
+    lines = [joined(head()), ["---", *["--:"] * len(OPERATIONS)], *map(joined, rows.values())]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def joined(cells: list[str]) -> list[str]:
+    """Cells of which the third and the fourth are one, said once if they are equal."""
+    both = ", ".join(dict.fromkeys(cells[2:4]))
+    return [*cells[:2], both, *cells[4:]]
 
 
 if __name__ == "__main__":
