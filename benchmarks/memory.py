@@ -187,7 +187,9 @@ def plot(path: Path, table: Sequence[Row]) -> None:
             )
             ax.set_yticks(list(places), [r["method"] for r in rows])
             ax.set(title=model, xlabel="MB")
-        ax.legend(frameon=False, loc="lower right")
+        figure.legend(
+            *ax.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3
+        )
         figure.savefig(path, dpi=110)
 
 
