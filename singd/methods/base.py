@@ -95,6 +95,12 @@ class Method(ABC):
     is preconditioned.
     """
 
+    is_split = False
+    """Whether a direction is a product with each factor: :meth:`apply_grad` of :meth:`apply_input`.
+
+    Then ranks that have rows of a gradient can make their share of it.
+    """
+
     identity: tuple[str, ...] = ("structures",)
     """Options that a checkpoint must share with the optimizer that loads it."""
 
@@ -187,6 +193,17 @@ class Method(ABC):
             options: Options of the parameter group.
         """
         return self.needs_activations
+
+    def apply_input(self, factors: Any, G: Tensor, products: Products) -> Tensor:
+        """The product of some rows of gradients, ``[matrices, rows, d_in]``, with the input factor.
+
+        Arguments are those of :meth:`precondition`; the result may be wider.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is not split")
+
+    def apply_grad(self, factors: Any, G: Tensor, products: Products) -> Tensor:
+        """The product of the other factor with some columns ``[matrices, d_out, columns]``."""
+        raise NotImplementedError(f"{type(self).__name__} is not split")
 
     def update_all(self, stacks: Iterable[Stack], options: Options, step: int) -> Iterator[Any]:
         """:meth:`update` of many stacks of one group, in order; a place for a fused form."""

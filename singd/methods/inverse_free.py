@@ -56,6 +56,7 @@ class InverseFree(Method):
     Source: Lin et al., arXiv 2312.05705, Figure 3.
     """
 
+    is_split = True
     identity = ("structures", "kfac_like", "max_dim", "wide_structure")
 
     def check(self, options: Options) -> None:
@@ -232,9 +233,25 @@ class InverseFree(Method):
         KK, CC = (products[k].to(wide) if k in products else None for k in ("KK", "CC"))
         if KK is not None and CC is not None:
             return precondition_by_products(KK, CC, X).to(G.dtype)
-        K, C = K.to(wide), C.to(wide)
-        Y = (K.apply(K.apply_transpose(X.mT)) if KK is None else KK.apply(X.mT)).mT
-        return (C.apply(C.apply_transpose(Y)) if CC is None else CC.apply(Y)).to(G.dtype)
+        return _apply(C, CC, _apply(K, KK, X.mT).mT).to(G.dtype)
+
+    def apply_input(self, factors: InverseFreeFactors, G: Tensor, products: Products) -> Tensor:
+        """``G K K^T``."""
+        wide = torch.promote_types(factors.K.dtype, factors.C.dtype)
+        return _apply(factors.K, products.get("KK"), G.to(wide).mT).mT
+
+    def apply_grad(self, factors: InverseFreeFactors, G: Tensor, products: Products) -> Tensor:
+        """``C C^T G``."""
+        return _apply(factors.C, products.get("CC"), G)
+
+
+def _apply(K: StructuredMatrix, KK: Any, X: Tensor) -> Tensor:
+    """``K K^T X`` in the data type of X, by the product if there is one."""
+    if KK is not None:
+        product: Tensor = KK.to(X.dtype).apply(X)
+        return product
+    K = K.to(X.dtype)
+    return K.apply(K.apply_transpose(X))
 
 
 def product_of(K: StructuredMatrix) -> Operator | None:

@@ -30,6 +30,8 @@ class KFACFactors(Factors):
 class KroneckerFactored(Method):
     """KFAC (Martens & Grosse, arXiv 1503.05671): averages of the factors, and their inverses."""
 
+    is_split = True
+
     def check(self, options: Options) -> None:
         """Raise ``ValueError`` if an option is out of range."""
         in_range("lr_cov", options["lr_cov"], 0.0, 1.0)
@@ -79,3 +81,12 @@ class KroneckerFactored(Method):
         """``(S_C + lambda I)^-1 G (S_K + lambda I)^-1``."""
         K, C = factors.inverse_K, factors.inverse_C
         return precondition_by_products(K, C, G.to(K.dtype)).to(G.dtype)
+
+    def apply_input(self, factors: KFACFactors, G: Tensor, products: Products) -> Tensor:
+        """``G (S_K + lambda I)^-1``."""
+        K = factors.inverse_K
+        return K.apply(G.to(K.dtype).mT).mT
+
+    def apply_grad(self, factors: KFACFactors, G: Tensor, products: Products) -> Tensor:
+        """``(S_C + lambda I)^-1 G``."""
+        return factors.inverse_C.apply(G.to(factors.inverse_C.dtype))

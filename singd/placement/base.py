@@ -98,10 +98,14 @@ class Work:
     Attributes:
         matrices: Matrices with a gradient.
         apply: Makes their directions of gradients ``[matrices, ..., d_out, d_in]``.
+        apply_input: The half of it that may be given some rows; what it makes may be wider.
+        apply_grad: The other half, which may be given some columns.
     """
 
     matrices: list[WeightMatrix]
     apply: Callable[[Tensor], Tensor]
+    apply_input: Callable[[Tensor], Tensor]
+    apply_grad: Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -162,6 +166,10 @@ class Placement(ABC):
             items: Matrices, each with a tensor of the same shape, and the tensor of its owner.
         """
         raise NotImplementedError(f"{type(self).__name__} has no owners")
+
+    def traffic(self, matrix: WeightMatrix) -> float:
+        """Bytes that this rank sends in a step for a matrix, on average over steps."""
+        return 0.0
 
     @abstractmethod
     def agree(self, numbers: Sequence[float | Tensor], like: Tensor) -> list[float]:

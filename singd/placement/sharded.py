@@ -8,8 +8,11 @@ part of the direction.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,13 +22,14 @@ from torch.distributed.fsdp import FSDPModule
 
 from singd.capture.weight_matrix import WeightMatrix, stack_gradients, stack_parts
 from singd.ops.dtensor import is_distributed, local, whole
-from singd.placement.base import Made, Statistics, Work
-from singd.placement.exchange import Exchange
+from singd.placement.base import Made, Slot, Statistics, Work
+from singd.placement.columns import direction_rows, has_rows
+from singd.placement.exchange import Exchange, box_of
 from singd.placement.local import LocalHolding, group_places
 from singd.placement.mesh import largest_mesh
 from singd.placement.places import Demand, choose, owners
 from singd.placement.replicated import DataParallel, sum_, sum_packed_
-from singd.placement.splits import Split, gathered, split_of
+from singd.placement.splits import Split, ends_of, gathered, split_of
 from singd.placement.storage import Item, spread
 
 
@@ -80,7 +84,10 @@ class Sharded(DataParallel):
             return
         for matrix in new:
             self._owners.pop(matrix, None)
-        self._demands |= {matrix: demand(matrix) for matrix in new}
+        for matrix in new:
+            needed = demand(matrix)
+            by_rows = has_rows(matrix, [self._split(p) for p in matrix.parameters])
+            self._demands[matrix] = replace(needed, is_split=needed.is_split and by_rows)
         self._places |= dict.fromkeys(new, "everywhere")
         groups = {matrix: self._group_of(matrix) for matrix in self._demands}
         shared = next((group for group in groups.values() if group is not None), None)
@@ -117,6 +124,37 @@ class Sharded(DataParallel):
         """Whether this rank has the factors of a matrix."""
         owner = self._owners.get(matrix)
         return owner is None or owner == dist.get_rank(self._group_of(matrix))
+
+    def traffic(self, matrix: WeightMatrix) -> float:
+        """Bytes that this rank sends in a step: gradients, directions, and statistics every T."""
+        demand, place = self._demands[matrix], self.place_of(matrix)
+        group = self._group_of(matrix)
+        me, W = dist.get_rank(group), dist.get_world_size(group)
+        sizes = [dist.get_world_size(g) for g in self.groups if place != "owned" or g is not group]
+        shares = [2 * (n - 1) / n for n in sizes]
+        held = [self._part_sizes(matrix, rank) for rank in range(W)]
+        if place == "columns":
+            rows, d = matrix.shape[-2:]
+            mine = held[me] // d if d else 0
+            columns = [b - a for a, b in itertools.pairwise((0, *ends_of(d, W)))]
+            numbers = held[me] - mine * columns[me] + (rows - mine) * columns[me]
+        elif place == "owned":
+            is_mine = self._owners[matrix] == me
+            numbers = sum(held) - held[me] if is_mine else held[me]
+            shares.append((W - 1) / W)
+        else:
+            numbers = (W - 1) * max(held)
+        return numbers * demand.itemsize + sum(shares) * demand.statistics / demand.interval
+
+    def _part_sizes(self, matrix: WeightMatrix, rank: int) -> int:
+        """How many numbers of a matrix a rank holds."""
+        found = 0
+        for p in matrix.parameters:
+            split = self._split(p)
+            if split is not None:
+                box = box_of(matrix, p, split, rank)
+                found += math.prod(side.stop - side.start for side in box)
+        return found
 
     # A step -------------------------------------------------------------------------------------
 
@@ -192,6 +230,8 @@ class Sharded(DataParallel):
             if work.matrices[0] in self._owners:
                 values = work.apply(self.gradients(work.matrices))
                 whole |= {m: m.split(t) for m, t in zip(work.matrices, values, strict=True)}
+            elif self.place_of(work.matrices[0]) == "columns":
+                yield self._by_columns(work)
             else:
                 yield from super().directions([work], ())
         same = [[m for m in matrices if m in self._owners] for matrices in alike]
@@ -229,6 +269,34 @@ class Sharded(DataParallel):
     def spread(self, items: Sequence[Item]) -> list[Tensor]:
         """Tensors of owners as DTensors that are split as the weights are, along rows."""
         return spread(items, self._owners, self._group_of(items[0][0]))
+
+    def _by_columns(self, work: Work) -> Made:
+        """What this rank holds of directions that all ranks make together."""
+        *_, d_in = work.matrices[0].shape
+        rows = torch.stack([self._rows(matrix) for matrix in work.matrices])
+        split = self._split(work.matrices[0].weight)
+        if split is None:
+            raise RuntimeError(f"{work.matrices[0].name} has lost its rows")
+        made = direction_rows(work, rows, split)
+        own: dict[WeightMatrix, tuple[Tensor, Tensor]] = dict(
+            zip(work.matrices, zip(rows, made, strict=True), strict=True)
+        )
+        holding = self.make_holding(work.matrices)
+
+        def part(slot: Slot, which: int) -> Tensor:
+            t = own[slot.matrix][which]
+            is_bias = slot.parameter is slot.matrix.bias
+            return t[:, -1] if is_bias else t[:, : d_in - (slot.matrix.bias is not None)]
+
+        gradient, direction = (
+            holding.joined(functools.partial(part, which=which)) for which in (0, 1)
+        )
+        return Made(work.matrices, holding, gradient, direction)
+
+    def _rows(self, matrix: WeightMatrix) -> Tensor:
+        """This rank's rows of a gradient, with those of the bias as the last column."""
+        parts = [self._held_gradient(matrix, p) for p in matrix.parameters]
+        return torch.cat([parts[0].flatten(1), *(bias[:, None] for bias in parts[1:])], dim=1)
 
     def complete(self, sums: Tensor) -> Tensor:
         """The sums over all ranks."""

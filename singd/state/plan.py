@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from singd.capture.weight_matrix import WeightMatrix, owners_of
-from singd.ops.dtensor import local
+from singd.ops.dtensor import is_distributed, local
 from singd.step import grafting
 from singd.step.pipeline import Parts
 
@@ -24,11 +24,16 @@ class Row:
     rule: str
     structures: str
     state_bytes: int
+    place: str = ""
+    sent_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an optimizer does with every parameter of a model; prints as a table."""
+    """What an optimizer does with every parameter of a model; prints as a table.
+
+    Of a sharded model it is what this rank stores and sends.
+    """
 
     rows: tuple[Row, ...]
     adamw_bytes: int  # what AdamW would store for the same parameters
@@ -38,12 +43,21 @@ class Plan:
         """Bytes of optimizer state, once every parameter has been stepped."""
         return sum(row.state_bytes for row in self.rows)
 
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes that this rank sends in a step, on average; FSDP2's own are not counted."""
+        return sum(row.sent_bytes for row in self.rows)
+
     def __str__(self) -> str:
-        head = ("parameter", "shape", "layer", "rule", "structures", "state bytes")
-        body = [
+        head = ["parameter", "shape", "layer", "rule", "structures", "state bytes"]
+        body: list[tuple[str, ...]] = [
             (r.parameter, _times(r.shape), r.layer, r.rule, r.structures, f"{r.state_bytes:,}")
             for r in self.rows
         ]
+        if any(r.place for r in self.rows):
+            head += ["place", "bytes sent a step"]
+            sent = [f"{r.sent_bytes:,.0f}" if r.place else "" for r in self.rows]
+            body = [(*b, r.place, n) for b, r, n in zip(body, self.rows, sent, strict=True)]
         widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *body)]
         ratio = self.state_bytes / self.adamw_bytes if self.adamw_bytes else float("nan")
@@ -70,7 +84,7 @@ def make_plan(rule: str, parts: Parts) -> Plan:
     counter = nbytes(torch.tensor(0.0))
     rows, adamw = [], 0
     for name, p, module, _ in owners_of(parameters.model):
-        kind, structures, stored = "frozen", "", 0
+        kind, structures, stored, place, sent = "frozen", "", 0, "", 0.0
         if p in parameters.group_of:
             group = parameters.group_of[p]
             of_adamw = len(fallback.state_names()) * nbytes(p) + counter
@@ -85,13 +99,22 @@ def make_plan(rule: str, parts: Parts) -> Plan:
                 for matrix in ours[p]:
                     own = parameters.group_of[matrix.weight]
                     structures = ", ".join(map(str, store.structures(matrix, own)))
+                    if p is matrix.weight and is_distributed(p):
+                        place = _place(parts, matrix)
+                        sent += parts.placement.traffic(matrix)
                     if p is matrix.weight and parts.placement.holds(matrix):
                         factors = store.fresh(matrix, own, None, "meta")
                         stored += sum(nbytes(m.tensors()) for m in factors.members().values())
         elif p.requires_grad:
             kind = "not given"
-        rows.append(Row(name, tuple(p.shape), type(module).__name__, kind, structures, stored))
+        layer = type(module).__name__
+        rows.append(Row(name, tuple(p.shape), layer, kind, structures, stored, place, sent))
     return Plan(tuple(rows), adamw)
+
+
+def _place(parts: Parts, matrix: WeightMatrix) -> str:
+    owner = parts.placement.owner_of(matrix)
+    return parts.placement.place_of(matrix) + ("" if owner is None else f" by {owner}")
 
 
 def nbytes(value: Any) -> int:

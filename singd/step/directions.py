@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,7 +78,9 @@ def precondition(
     for proposal in proposed:
         some = [matrix for matrix in proposal.batch.matrices if matrix.has_gradient]
         if some:
-            works.append(Work(some, functools.partial(_apply, method, proposal, some)))
+            made = (method.precondition, method.apply_input, method.apply_grad)
+            halves = [functools.partial(_apply, function, proposal, some) for function in made]
+            works.append(Work(some, *halves))
     alike: dict[int, list[WeightMatrix]] = {}
     for matrix, group in groups.items():
         if matrix.has_gradient:
@@ -89,10 +91,12 @@ def precondition(
     ]
 
 
-def _apply(method: Method, proposal: Proposal, some: list[WeightMatrix], G: Tensor) -> Tensor:
-    """The directions of some matrices of a batch for their gradients."""
+def _apply(
+    function: Callable[..., Tensor], proposal: Proposal, some: list[WeightMatrix], G: Tensor
+) -> Tensor:
+    """A function of the method, of the factors of some matrices of a batch and of gradients."""
     factors, products = proposal.batch.select(some, proposal.factors, proposal.products)
-    return method.precondition(factors, G, products)
+    return function(factors, G, products)
 
 
 def graft(

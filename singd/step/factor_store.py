@@ -146,7 +146,7 @@ class FactorStore:
             update=sum(6.0 * count * side.n for count, side in pairs),
             interval=group["T"],
             needs_factors=self.method.needs_factors(factors, group),
-            is_split=False,
+            is_split=self.method.is_split,
         )
 
     def products(self, batch: Batch) -> Products:

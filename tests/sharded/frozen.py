@@ -26,6 +26,8 @@ _OTHERS = ("structure lower_toeplitz", "structure low_rank_upper(1)", "reduce", 
 _OWNED = ("net tied", "net grouped", "net transposed2d", "net attention", "net heads",
           "way resumed", "way added group", "way new structures", "optional layers")  # fmt: skip
 
+_COLUMNS = ("net sequence", "net conv2d", "structure lower_toeplitz", "structure low_rank_upper(1)")
+
 _CHOSEN = [
     *SHARED,
     *(name for name in CASES if name.startswith("method")),
@@ -71,4 +73,6 @@ def cases() -> dict[str, Any]:
         found[f"{name}: {layout}"] = (sharded, layout, name, "everywhere")
         if name in _OWNED:
             found[f"{name}, owned: {layout}"] = (sharded, layout, name, "owned")
+        if name in _COLUMNS:
+            found[f"{name}, columns: {layout}"] = (sharded, layout, name, "columns")
     return found

@@ -23,6 +23,11 @@ METHODS: dict[str, Any] = {
     "SINGD as it is": SINGD,
     EXACT: partial(SINGD, **OPTIONS | {"kl_clip": None, "lr": 0.02}),
     "SINGD, owned": partial(SINGD, places="owned", **OPTIONS),
+    "SINGD, columns": partial(SINGD, places="columns", **OPTIONS),
+    "SINGD, columns, without products": partial(
+        SINGD, places="columns", keep_products=False, **OPTIONS
+    ),
+    "KFAC, columns": partial(KFAC, places="columns"),
     "KFAC": KFAC,
     "KFAC, owned": partial(KFAC, places="owned"),
     "KLShampoo": KLShampoo,
@@ -34,6 +39,9 @@ ROWS: dict[str, Iterable[str]] = {
     "SINGD as it is": ("uneven_shares", "noise"),
     EXACT: ("noise",),
     "SINGD, owned": (*_SOME, "a_rank_without_samples", "parameters_that_are_not_sharded", "noise"),
+    "SINGD, columns": (*_SOME, "a_rank_without_samples", "parameters_that_are_not_sharded"),
+    "SINGD, columns, without products": _SOME[:1],
+    "KFAC, columns": _SOME[:1],
     "KFAC": _SOME,
     "KFAC, owned": _SOME[:1],
     "KLShampoo": (*_SOME, "parameters_that_are_not_sharded"),
