@@ -334,7 +334,7 @@ def _compared(
 def dense(run: Run) -> list[Row]:
     """The dense path of the step at n = 4096: gram, product, preconditioning."""
     from singd import update
-    from singd.methods.inverse_free import precondition_by_products, product_of
+    from singd.methods.directions import precondition_by_products, product_of
     from structured import Dense
 
     n = run.size(4096, 32)

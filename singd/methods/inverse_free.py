@@ -13,6 +13,7 @@ from singd import update
 from singd.capture.statistics import Columns, Side, Statistic
 from singd.methods import batched
 from singd.methods.base import Averages, Factors, Method, Options, Products, Stack
+from singd.methods.directions import apply_outer, precondition_by_products, product_of
 from singd.methods.options import (
     by_name,
     choice,
@@ -28,9 +29,6 @@ from singd.ops.precision import product_dtype, rounds_products
 from structured import (
     Dense,
     Diagonal,
-    Kronecker,
-    Operator,
-    Outer,
     Structure,
     StructuredMatrix,
     add_symmetric_product_,
@@ -233,40 +231,16 @@ class InverseFree(Method):
         KK, CC = (products[k].to(wide) if k in products else None for k in ("KK", "CC"))
         if KK is not None and CC is not None:
             return precondition_by_products(KK, CC, X).to(G.dtype)
-        return _apply(C, CC, _apply(K, KK, X.mT).mT).to(G.dtype)
+        return apply_outer(C, CC, apply_outer(K, KK, X.mT).mT).to(G.dtype)
 
     def apply_input(self, factors: InverseFreeFactors, G: Tensor, products: Products) -> Tensor:
         """``G K K^T``."""
         wide = torch.promote_types(factors.K.dtype, factors.C.dtype)
-        return _apply(factors.K, products.get("KK"), G.to(wide).mT).mT
+        return apply_outer(factors.K, products.get("KK"), G.to(wide).mT).mT
 
     def apply_grad(self, factors: InverseFreeFactors, G: Tensor, products: Products) -> Tensor:
         """``C C^T G``."""
-        return _apply(factors.C, products.get("CC"), G)
-
-
-def _apply(K: StructuredMatrix, KK: Any, X: Tensor) -> Tensor:
-    """``K K^T X`` in the data type of X, by the product if there is one."""
-    if KK is not None:
-        product: Tensor = KK.to(X.dtype).apply(X)
-        return product
-    K = K.to(X.dtype)
-    return K.apply(K.apply_transpose(X))
-
-
-def product_of(K: StructuredMatrix) -> Operator | None:
-    """``K K^T`` as an operator that costs less than K and its transpose one after the other."""
-    product = K.outer()
-    return None if isinstance(product, Outer) else product
-
-
-def precondition_by_products(KK: Operator, CC: Operator, G: Tensor) -> Tensor:
-    """``C C^T G K K^T`` from the symmetric products."""
-    if isinstance(KK, Diagonal) and isinstance(CC, Diagonal):  # as few passes as there can be
-        return (G * KK.d[..., None, :]).mul_(CC.d[..., None])
-    if isinstance(KK, Dense):  # K K^T is symmetric; of few rows of G its product is slow
-        return CC.apply_overwriting(G @ KK.M)
-    return Kronecker(CC, KK).apply_matrix(G)
+        return apply_outer(factors.C, products.get("CC"), G)
 
 
 def is_whitened(K: StructuredMatrix) -> bool:

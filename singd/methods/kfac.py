@@ -12,7 +12,7 @@ from torch import Tensor
 from singd import update
 from singd.capture.statistics import Columns, Side, Statistic
 from singd.methods.base import Averages, Factors, Method, Options, Products
-from singd.methods.inverse_free import precondition_by_products
+from singd.methods.directions import precondition_by_products
 from singd.methods.options import in_range
 from structured import Dense, Structure, StructuredMatrix
 

@@ -9,10 +9,8 @@ part of the direction.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,14 +20,15 @@ from torch.distributed.fsdp import FSDPModule
 
 from singd.capture.weight_matrix import WeightMatrix, stack_gradients, stack_parts
 from singd.ops.dtensor import is_distributed, local, whole
+from singd.placement.assignment import Assignment
 from singd.placement.base import Made, Slot, Statistics, Work
-from singd.placement.columns import direction_rows, has_rows
-from singd.placement.exchange import Exchange, box_of
+from singd.placement.columns import direction_rows
+from singd.placement.exchange import Exchange
 from singd.placement.local import LocalHolding, group_places
 from singd.placement.mesh import largest_mesh
-from singd.placement.places import Demand, choose, owners
+from singd.placement.places import Demand
 from singd.placement.replicated import DataParallel, sum_, sum_packed_
-from singd.placement.splits import Split, ends_of, gathered, split_of
+from singd.placement.splits import Split, gathered
 from singd.placement.storage import Item, spread
 
 
@@ -54,15 +53,32 @@ class Sharded(DataParallel):
         by_name = {group.group_name: group for group in [*mesh.get_all_groups(), *data]}
         self.all_groups = list(by_name.values())
         self.device = torch.device(mesh.device_type)
-        self.given = places
+        self._assigned = Assignment(data, places)
         self._modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
-        self._splits: dict[Tensor, Split | None] = {}
-        self._layouts: dict[WeightMatrix, Any] = {}  # of those that are preconditioned
-        self._demands: dict[WeightMatrix, Demand] = {}
-        self._places: dict[WeightMatrix, str] = {}
-        self._owners: dict[WeightMatrix, int] = {}
         self._whole: dict[WeightMatrix, list[Tensor]] = {}
         self._exchanges: dict[tuple[WeightMatrix, ...], Exchange] = {}
+
+    def place(
+        self, layouts: Mapping[WeightMatrix, Any], demand: Callable[[WeightMatrix], Demand]
+    ) -> None:
+        """Choose the place of every matrix that has none yet, and the owners among ranks."""
+        self._assigned.place(layouts, demand)
+
+    def place_of(self, matrix: WeightMatrix) -> str:
+        """Where the factors of a matrix are worked on."""
+        return self._assigned.place_of(matrix)
+
+    def owner_of(self, matrix: WeightMatrix) -> int | None:
+        """The rank that alone has the factors, within the process group that splits the matrix."""
+        return self._assigned.owners.get(matrix)
+
+    def holds(self, matrix: WeightMatrix) -> bool:
+        """Whether this rank has the factors of a matrix."""
+        return self._assigned.holds(matrix)
+
+    def traffic(self, matrix: WeightMatrix) -> float:
+        """Bytes that this rank sends in a step: gradients, directions, and statistics every T."""
+        return self._assigned.traffic(matrix)
 
     def prepare(self) -> None:
         """Let modules have their sharded parameters, which a pass without a backward leaves whole.
@@ -72,105 +88,21 @@ class Sharded(DataParallel):
         for module in self._modules:
             module.reshard()
 
-    # Places -------------------------------------------------------------------------------------
-
-    def place(
-        self, layouts: Mapping[WeightMatrix, Any], demand: Callable[[WeightMatrix], Demand]
-    ) -> None:
-        """Choose the place of every matrix that has none yet, and the owners among ranks."""
-        new = [m for m, layout in layouts.items() if self._layouts.get(m) != layout]
-        self._layouts = dict(layouts)
-        if not new:
-            return
-        for matrix in new:
-            self._owners.pop(matrix, None)
-        for matrix in new:
-            needed = demand(matrix)
-            by_rows = has_rows(matrix, [self._split(p) for p in matrix.parameters])
-            self._demands[matrix] = replace(needed, is_split=needed.is_split and by_rows)
-        self._places |= dict.fromkeys(new, "everywhere")
-        groups = {matrix: self._group_of(matrix) for matrix in self._demands}
-        shared = next((group for group in groups.values() if group is not None), None)
-        if shared is not None:
-            ranks = dist.get_world_size(shared)
-            split = {m: self._demands[m] for m in new if groups[m] is shared}
-            self._places |= choose(split, self.given, ranks)
-            owned = {m: d for m, d in self._demands.items() if self._places[m] == "owned"}
-            self._owners = owners(owned, ranks, self._owners)
-
-    def _group_of(self, matrix: WeightMatrix) -> Any:
-        """The process group by which all parameters of a matrix are split, if there is one."""
-        groups = set()
-        for p in matrix.parameters:
-            split = self._split(p)
-            groups.add(None if split is None else split.group)
-        group = groups.pop()
-        return group if not groups and group in self.groups else None
-
-    def _split(self, p: Tensor) -> Split | None:
-        if p not in self._splits:
-            self._splits[p] = split_of(p)
-        return self._splits[p]
-
-    def place_of(self, matrix: WeightMatrix) -> str:
-        """Where the factors of a matrix are worked on."""
-        return self._places.get(matrix, "everywhere")
-
-    def owner_of(self, matrix: WeightMatrix) -> int | None:
-        """The rank that alone has the factors, within the process group that splits the matrix."""
-        return self._owners.get(matrix)
-
-    def holds(self, matrix: WeightMatrix) -> bool:
-        """Whether this rank has the factors of a matrix."""
-        owner = self._owners.get(matrix)
-        return owner is None or owner == dist.get_rank(self._group_of(matrix))
-
-    def traffic(self, matrix: WeightMatrix) -> float:
-        """Bytes that this rank sends in a step: gradients, directions, and statistics every T."""
-        demand, place = self._demands[matrix], self.place_of(matrix)
-        group = self._group_of(matrix)
-        me, W = dist.get_rank(group), dist.get_world_size(group)
-        sizes = [dist.get_world_size(g) for g in self.groups if place != "owned" or g is not group]
-        shares = [2 * (n - 1) / n for n in sizes]
-        held = [self._part_sizes(matrix, rank) for rank in range(W)]
-        if place == "columns":
-            rows, d = matrix.shape[-2:]
-            mine = held[me] // d if d else 0
-            columns = [b - a for a, b in itertools.pairwise((0, *ends_of(d, W)))]
-            numbers = held[me] - mine * columns[me] + (rows - mine) * columns[me]
-        elif place == "owned":
-            is_mine = self._owners[matrix] == me
-            numbers = sum(held) - held[me] if is_mine else held[me]
-            shares.append((W - 1) / W)
-        else:
-            numbers = (W - 1) * max(held)
-        return numbers * demand.itemsize + sum(shares) * demand.statistics / demand.interval
-
-    def _part_sizes(self, matrix: WeightMatrix, rank: int) -> int:
-        """How many numbers of a matrix a rank holds."""
-        found = 0
-        for p in matrix.parameters:
-            split = self._split(p)
-            if split is not None:
-                box = box_of(matrix, p, split, rank)
-                found += math.prod(side.stop - side.start for side in box)
-        return found
-
     # A step -------------------------------------------------------------------------------------
 
     def reduce(self, statistics: Statistics) -> Statistics:
         """The sums over all ranks, in place; of a matrix with an owner on that rank alone."""
-        shared = {m: one for m, one in statistics.items() if m not in self._owners}
+        shared = {m: one for m, one in statistics.items() if m not in self._assigned.owners}
         found = dict(super().reduce(shared))
-        owned = {m: one for m, one in statistics.items() if m in self._owners}
+        owned = {m: one for m, one in statistics.items() if m in self._assigned.owners}
         if not owned:
             return found
-        group = self._group_of(next(iter(owned)))
+        group = self._assigned.group_of(next(iter(owned)))
         tensors = {m: [*one.input.tensors(), *one.grad.tensors()] for m, one in owned.items()}
         others = [each for each in self.groups if each is not group]
         sum_packed_([t for ts in tensors.values() for t in ts], others)
         for rank in range(dist.get_world_size(group)):
-            own = [t for m, ts in tensors.items() if self._owners[m] == rank for t in ts]
+            own = [t for m, ts in tensors.items() if self._assigned.owners[m] == rank for t in ts]
             sum_packed_(own, [group], to=rank)
         counted = self.count(owned)
         return found | {m: one for m, one in counted.items() if self.holds(m)}
@@ -196,7 +128,7 @@ class Sharded(DataParallel):
     @property
     def _travelling(self) -> list[WeightMatrix]:
         """The matrices with owners that have a gradient."""
-        return [m for m in self._layouts if m in self._owners and m.has_gradient]
+        return [m for m in self._assigned.layouts if m in self._assigned.owners and m.has_gradient]
 
     def _by_dtype(
         self, matrices: Sequence[WeightMatrix]
@@ -211,8 +143,7 @@ class Sharded(DataParallel):
     def _exchange(self, matrices: Sequence[WeightMatrix]) -> Exchange:
         key = tuple(matrices)
         if key not in self._exchanges:
-            splits = {p: s for p, s in self._splits.items() if s is not None}
-            self._exchanges[key] = Exchange(matrices, self._owners, splits)
+            self._exchanges[key] = Exchange(matrices, self._assigned.owners, self._assigned.splits)
         return self._exchanges[key]
 
     def _held_gradient(self, matrix: WeightMatrix, p: Tensor) -> Tensor:
@@ -227,14 +158,14 @@ class Sharded(DataParallel):
         """What this rank holds of all directions; those of owners come back by one exchange."""
         whole: dict[WeightMatrix, list[Tensor]] = {}
         for work in works:
-            if work.matrices[0] in self._owners:
+            if work.matrices[0] in self._assigned.owners:
                 values = work.apply(self.gradients(work.matrices))
                 whole |= {m: m.split(t) for m, t in zip(work.matrices, values, strict=True)}
-            elif self.place_of(work.matrices[0]) == "columns":
+            elif self._assigned.place_of(work.matrices[0]) == "columns":
                 yield self._by_columns(work)
             else:
                 yield from super().directions([work], ())
-        same = [[m for m in matrices if m in self._owners] for matrices in alike]
+        same = [[m for m in matrices if m in self._assigned.owners] for matrices in alike]
         held: dict[tuple[WeightMatrix, Tensor], Tensor] = {}
         for matrices, like in self._by_dtype(self._travelling):
             held |= self._exchange(matrices).from_owners(whole, like)
@@ -251,12 +182,12 @@ class Sharded(DataParallel):
 
     def gradients(self, matrices: Sequence[WeightMatrix]) -> Tensor:
         """Whole gradients of equal matrices, ``[matrices, ..., d_out, d_in]``."""
-        if matrices[0] in self._owners:
+        if matrices[0] in self._assigned.owners:
             return stack_parts(matrices, [self._whole[matrix] for matrix in matrices])
         found: dict[Tensor, Tensor] = {}
         packs: dict[Any, list[tuple[Tensor, Tensor, Split]]] = {}
         for p in {p: None for matrix in matrices for p in matrix.parameters}:
-            split = self._split(p)
+            split = self._assigned.split(p)
             if p.grad is not None and split is None:
                 found[p] = whole(p.grad)
             elif p.grad is not None and split is not None:
@@ -268,13 +199,13 @@ class Sharded(DataParallel):
 
     def spread(self, items: Sequence[Item]) -> list[Tensor]:
         """Tensors of owners as DTensors that are split as the weights are, along rows."""
-        return spread(items, self._owners, self._group_of(items[0][0]))
+        return spread(items, self._assigned.owners, self._assigned.group_of(items[0][0]))
 
     def _by_columns(self, work: Work) -> Made:
         """What this rank holds of directions that all ranks make together."""
         *_, d_in = work.matrices[0].shape
         rows = torch.stack([self._rows(matrix) for matrix in work.matrices])
-        split = self._split(work.matrices[0].weight)
+        split = self._assigned.split(work.matrices[0].weight)
         if split is None:
             raise RuntimeError(f"{work.matrices[0].name} has lost its rows")
         made = direction_rows(work, rows, split)

@@ -1,0 +1,33 @@
+"""Products of gradients with factors, one after the other or by the products of factors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from structured import Dense, Diagonal, Kronecker, Operator, Outer, StructuredMatrix
+
+
+def apply_outer(K: StructuredMatrix, KK: Any, X: Tensor) -> Tensor:
+    """``K K^T X`` in the data type of X, by the product if there is one."""
+    if KK is not None:
+        product: Tensor = KK.to(X.dtype).apply(X)
+        return product
+    K = K.to(X.dtype)
+    return K.apply(K.apply_transpose(X))
+
+
+def product_of(K: StructuredMatrix) -> Operator | None:
+    """``K K^T`` as an operator that costs less than K and its transpose one after the other."""
+    product = K.outer()
+    return None if isinstance(product, Outer) else product
+
+
+def precondition_by_products(KK: Operator, CC: Operator, G: Tensor) -> Tensor:
+    """``C C^T G K K^T`` from the symmetric products."""
+    if isinstance(KK, Diagonal) and isinstance(CC, Diagonal):  # as few passes as there can be
+        return (G * KK.d[..., None, :]).mul_(CC.d[..., None])
+    if isinstance(KK, Dense):  # K K^T is symmetric; of few rows of G its product is slow
+        return CC.apply_overwriting(G @ KK.M)
+    return Kronecker(CC, KK).apply_matrix(G)

@@ -1,0 +1,128 @@
+"""Which rank works on the factors of which matrix, and what it sends for that."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from singd.capture.weight_matrix import WeightMatrix
+from singd.ops.dtensor import local
+from singd.placement.columns import has_rows
+from singd.placement.exchange import box_of
+from singd.placement.places import Demand, choose, owners
+from singd.placement.splits import Split, ends_of, split_of
+
+
+class Assignment:
+    """The places of matrices, which stay once they are chosen.
+
+    Args:
+        data: Process groups of the ranks that see different samples.
+        given: A place for all matrices, or places by patterns of parameter names; the cheapest if
+            ``None``.
+
+    Attributes:
+        layouts: What the factors of every matrix depend on that is preconditioned.
+        owners: The ranks that alone have the factors of a matrix, within the process group that
+            splits it.
+        splits: How parameters are split, of those that are over one process group.
+    """
+
+    def __init__(self, data: Sequence[Any], given: Any) -> None:
+        self.data, self.given = list(data), given
+        self.layouts: dict[WeightMatrix, Any] = {}
+        self.owners: dict[WeightMatrix, int] = {}
+        self.splits: dict[Tensor, Split] = {}
+        self._known: set[Tensor] = set()
+        self._demands: dict[WeightMatrix, Demand] = {}
+        self._places: dict[WeightMatrix, str] = {}
+
+    def place(
+        self, layouts: Mapping[WeightMatrix, Any], demand: Callable[[WeightMatrix], Demand]
+    ) -> None:
+        """Choose the place of every matrix that has none yet, and the owners among ranks."""
+        new = [m for m, layout in layouts.items() if self.layouts.get(m) != layout]
+        self.layouts = dict(layouts)
+        if not new:
+            return
+        for matrix in new:
+            self.owners.pop(matrix, None)
+        for matrix in new:
+            needed = demand(matrix)
+            by_rows = has_rows(matrix, [self.split(p) for p in matrix.parameters])
+            self._demands[matrix] = replace(needed, is_split=needed.is_split and by_rows)
+        self._places |= dict.fromkeys(new, "everywhere")
+        groups = {matrix: self.group_of(matrix) for matrix in self._demands}
+        shared = next((group for group in groups.values() if group is not None), None)
+        if shared is not None:
+            ranks = dist.get_world_size(shared)
+            split = {m: self._demands[m] for m in new if groups[m] is shared}
+            self._places |= choose(split, self.given, ranks)
+            owned = {m: d for m, d in self._demands.items() if self._places[m] == "owned"}
+            self.owners = owners(owned, ranks, self.owners)
+
+    def group_of(self, matrix: WeightMatrix) -> Any:
+        """The process group by which all parameters of a matrix are split, if there is one."""
+        groups = set()
+        for p in matrix.parameters:
+            split = self.split(p)
+            groups.add(None if split is None else split.group)
+        group = groups.pop()
+        return group if not groups and group in self.data else None
+
+    def split(self, p: Tensor) -> Split | None:
+        """How a parameter is split; ``None`` if it is whole, or split over several groups."""
+        if p not in self._known:
+            self._known.add(p)
+            found = split_of(p)
+            if found is not None:
+                self.splits[p] = found
+        return self.splits.get(p)
+
+    def place_of(self, matrix: WeightMatrix) -> str:
+        """Where the factors of a matrix are worked on."""
+        return self._places.get(matrix, "everywhere")
+
+    def holds(self, matrix: WeightMatrix) -> bool:
+        """Whether this rank has the factors of a matrix."""
+        owner = self.owners.get(matrix)
+        return owner is None or owner == dist.get_rank(self.group_of(matrix))
+
+    def traffic(self, matrix: WeightMatrix) -> float:
+        """Bytes that this rank sends in a step: gradients, directions, and statistics every T."""
+        demand, place = self._demands[matrix], self.place_of(matrix)
+        group = self.group_of(matrix)
+        me, W = dist.get_rank(group), dist.get_world_size(group)
+        sizes = [dist.get_world_size(g) for g in self.data if place != "owned" or g is not group]
+        shares = [2 * (n - 1) / n for n in sizes]
+        held = [self._part_sizes(matrix, rank) for rank in range(W)]
+        if place == "columns":
+            rows, d = matrix.shape[-2:]
+            mine = held[me] // d if d else 0
+            columns = [b - a for a, b in itertools.pairwise((0, *ends_of(d, W)))]
+            numbers = held[me] - mine * columns[me] + (rows - mine) * columns[me]
+        elif place == "owned":
+            is_mine = self.owners[matrix] == me
+            numbers = sum(held) - held[me] if is_mine else held[me]
+            shares.append((W - 1) / W)
+        elif group is not None:
+            numbers = (W - 1) * max(held)
+        else:  # gathered parameter by parameter
+            numbers = sum(p.numel() - local(p).numel() for p in matrix.parameters)
+        return numbers * demand.itemsize + sum(shares) * demand.statistics / demand.interval
+
+    def _part_sizes(self, matrix: WeightMatrix, rank: int) -> int:
+        """How many numbers of a matrix a rank holds."""
+        found = 0
+        for p in matrix.parameters:
+            split = self.split(p)
+            if split is not None:
+                box = box_of(matrix, p, split, rank)
+                found += math.prod(side.stop - side.start for side in box)
+        return found
