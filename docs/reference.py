@@ -64,7 +64,7 @@ MEMBERS: Groups = {
         "add_scaled_identity",
     ),
     "Projections": (
-        *("project", "project_gram", "orthogonal_project"),
+        *("project", "project_gram", "orthogonal_project", "orthogonal_project_gram"),
         *("closed_under_transpose", "closed_under_congruence"),
     ),
     "Inverses": ("solve", "solve_member", "inverse"),

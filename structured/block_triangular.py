@@ -39,6 +39,28 @@ class _BlockTriangular(StructuredMatrix):
     B: Tensor  # [..., n1, n2] (upper) or [..., n2, n1] (lower)
     C: StructuredMatrix  # [..., n2, n2]
 
+    @classmethod
+    def zeros(
+        cls,
+        n: int,
+        first: StructureLike,
+        last: StructureLike,
+        split: int,
+        *,
+        batch_shape: Sequence[int] = (),
+        **opts: Any,
+    ) -> Self:
+        """The zero matrix of size ``n`` with structures ``first`` and ``last`` on the diagonal.
+
+        ``split`` is a slice index: 15 gives ``first`` at most 15 rows, -15 ``last`` at most 15.
+        """
+        n1, n2 = split_sizes(n, split)
+        A = parse(first)(n1, batch_shape=batch_shape, **opts)
+        C = parse(last)(n2, batch_shape=batch_shape, **opts)
+        sizes = {"n1": n1, "n2": n2}
+        rows, columns = (sizes[letter] for letter in cls.dimensions[1].split())
+        return cls(A, torch.zeros(*batch_shape, rows, columns, **opts), C)
+
     @property
     def shape(self) -> Size:
         """``[..., n, n]``."""
@@ -87,26 +109,6 @@ class BlockUpper(_BlockTriangular):
 
     dimensions = ("n1 n1", "n1 n2", "n2 n2")
 
-    @classmethod
-    def zeros(
-        cls,
-        n: int,
-        first: StructureLike,
-        last: StructureLike,
-        split: int,
-        *,
-        batch_shape: Sequence[int] = (),
-        **opts: Any,
-    ) -> Self:
-        """The zero matrix of size ``n`` with structures ``first`` and ``last`` on the diagonal.
-
-        ``split`` is a slice index: 15 gives ``first`` at most 15 rows, -15 ``last`` at most 15.
-        """
-        n1, n2 = split_sizes(n, split)
-        A = parse(first)(n1, batch_shape=batch_shape, **opts)
-        C = parse(last)(n2, batch_shape=batch_shape, **opts)
-        return cls(A, torch.zeros(*batch_shape, n1, n2, **opts), C)
-
     def to_dense(self) -> Tensor:
         """``[[A, B], [0, C]]``."""
         top = torch.cat([self.A.to_dense(), self.B], -1)
@@ -150,6 +152,12 @@ class BlockUpper(_BlockTriangular):
         x1, x2 = self._split(X)
         return self._build([self.A.project_gram(x1), 2 * (x1 @ x2.mT), self.C.project_gram(x2)])
 
+    def orthogonal_project_gram(self, X: Tensor) -> Self:
+        """``[[P(x1 x1^T), x1 x2^T], [0, P(x2 x2^T)]]``."""
+        x1, x2 = self._split(X)
+        A, C = self.A.orthogonal_project_gram(x1), self.C.orthogonal_project_gram(x2)
+        return self._build([A, x1 @ x2.mT, C])
+
     def gram(self) -> Self:
         """``[[Pi(A^T A), 2 A^T B], [0, Pi(B^T B + C^T C)]]``."""
         C = self.C.gram() + self.C.project_gram(self.B.mT)
@@ -176,26 +184,6 @@ class BlockLower(_BlockTriangular):
     """``[[A, 0], [B, C]]`` for members ``A`` and ``C`` of any two structures."""
 
     dimensions = ("n1 n1", "n2 n1", "n2 n2")
-
-    @classmethod
-    def zeros(
-        cls,
-        n: int,
-        first: StructureLike,
-        last: StructureLike,
-        split: int,
-        *,
-        batch_shape: Sequence[int] = (),
-        **opts: Any,
-    ) -> Self:
-        """The zero matrix of size ``n`` with structures ``first`` and ``last`` on the diagonal.
-
-        ``split`` is a slice index: 15 gives ``first`` at most 15 rows, -15 ``last`` at most 15.
-        """
-        n1, n2 = split_sizes(n, split)
-        A = parse(first)(n1, batch_shape=batch_shape, **opts)
-        C = parse(last)(n2, batch_shape=batch_shape, **opts)
-        return cls(A, torch.zeros(*batch_shape, n2, n1, **opts), C)
 
     def to_dense(self) -> Tensor:
         """``[[A, 0], [B, C]]``."""
@@ -239,6 +227,12 @@ class BlockLower(_BlockTriangular):
         """``[[Pi(x1 x1^T), 0], [2 x2 x1^T, Pi(x2 x2^T)]]``."""
         x1, x2 = self._split(X)
         return self._build([self.A.project_gram(x1), 2 * (x2 @ x1.mT), self.C.project_gram(x2)])
+
+    def orthogonal_project_gram(self, X: Tensor) -> Self:
+        """``[[P(x1 x1^T), 0], [x2 x1^T, P(x2 x2^T)]]``."""
+        x1, x2 = self._split(X)
+        A, C = self.A.orthogonal_project_gram(x1), self.C.orthogonal_project_gram(x2)
+        return self._build([A, x2 @ x1.mT, C])
 
     def gram(self) -> Self:
         """``[[Pi(A^T A + B^T B), 0], [2 C^T B, Pi(C^T C)]]``."""

@@ -97,6 +97,12 @@ class DirectSum(StructuredMatrix):
         x1, x2 = self._split(X)
         return self._build([self.A.project_gram(x1), self.C.project_gram(x2)])
 
+    def orthogonal_project_gram(self, X: Tensor) -> Self:
+        """``[[P(x1 x1^T), 0], [0, P(x2 x2^T)]]``."""
+        x1, x2 = self._split(X)
+        A, C = self.A.orthogonal_project_gram(x1), self.C.orthogonal_project_gram(x2)
+        return self._build([A, C])
+
     def gram(self) -> Self:
         """Part by part."""
         return self._build([self.A.gram(), self.C.gram()])

@@ -167,6 +167,11 @@ class Hierarchical(StructuredMatrix):
         middle = X.narrow(-2, self.top.shape[-2], self.d.shape[-1])
         return self._projected(sums_of_squares(middle), at_ends(X, *self._sizes) @ X.mT)
 
+    def orthogonal_project_gram(self, X: Tensor) -> Self:
+        """The same rows and diagonal, once."""
+        middle = X.narrow(-2, self.top.shape[-2], self.d.shape[-1])
+        return self._with(sums_of_squares(middle), at_ends(X, *self._sizes) @ X.mT)
+
     def gram(self) -> Self:
         """``Pi(D^2 + V^T V)``."""
         V = self._rows

@@ -218,10 +218,14 @@ class Incidence(StructuredMatrix):
 
     def project_gram(self, X: Tensor) -> Self:
         """Products of two rows of ``X [..., n, m]`` for each pair, in a sparse order."""
+        return self._build([self._doubled(self.orthogonal_project_gram(X).v)])
+
+    def orthogonal_project_gram(self, X: Tensor) -> Self:
+        """The same products, once."""
         if not self._is_sparse:
-            return super().project_gram(X)
+            return super().orthogonal_project_gram(X)
         rows, columns = (X.index_select(-2, which) for which in self._pairs)
-        return self._build([self._doubled(torch.linalg.vecdot(rows, columns))])
+        return self._build([torch.linalg.vecdot(rows, columns)])
 
     def diagonal(self) -> Tensor:
         """The numbers of the pairs ``i <= i``."""

@@ -212,6 +212,10 @@ class Rotated(StructuredMatrix):
         """``Q Pi_A(Y Y^T) Q^T`` with ``Y = Q^T X``."""
         return self._build([self.A.project_gram(self._by_columns(self.unrotate, X))])
 
+    def orthogonal_project_gram(self, X: Tensor) -> Self:
+        """``Q P_A(Y Y^T) Q^T`` with ``Y = Q^T X``."""
+        return self._build([self.A.orthogonal_project_gram(self._by_columns(self.unrotate, X))])
+
     def gram(self) -> Self:
         """``Q Pi_A(A^T A) Q^T``."""
         return self._build([self.A.gram()])

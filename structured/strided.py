@@ -114,6 +114,10 @@ class Strided(StructuredMatrix):
         """``Pi(X_r X_r^T)`` for the rows of every class."""
         return self._build([self.A.project_gram(self._split(X))])
 
+    def orthogonal_project_gram(self, X: Tensor) -> Self:
+        """``P(X_r X_r^T)`` for the rows of every class."""
+        return self._build([self.A.orthogonal_project_gram(self._split(X))])
+
     def gram(self) -> Self:
         """Class by class."""
         return self._build([self.A.gram()])

@@ -121,6 +121,10 @@ class Tied(StructuredMatrix):
         """``I_k (x) Pi(Y Y^T) / k`` with the blocks of rows of ``X`` side by side in ``Y``."""
         return self._build([self.A.project_gram(self._fold(X)) / self.k])
 
+    def orthogonal_project_gram(self, X: Tensor) -> Self:
+        """``I_k (x) P(Y Y^T) / k``, likewise."""
+        return self._build([self.A.orthogonal_project_gram(self._fold(X)) / self.k])
+
     def gram(self) -> Self:
         """``I_k (x) Pi(A^T A)``."""
         return self._build([self.A.gram()])

@@ -19,7 +19,7 @@ from torch import Size, Tensor
 from structured._core.checks import check_pivots
 from structured._core.dispatch import symmetric_product
 from structured._core.matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
-from structured._transforms.autocorrelation import autocorrelation
+from structured._transforms.autocorrelation import autocorrelation, diagonal_sums
 from structured._transforms.fft import fft_length, irfft, rfft, smooth_length
 from structured._transforms.windows import windows
 
@@ -122,6 +122,11 @@ def _counts(t: Tensor) -> Tensor:
     return torch.arange(t.shape[-1], 0, -1, dtype=at_least_float32(t.dtype), device=t.device)
 
 
+def _means(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """Means of the diagonals from their sums ``[..., n]``: ``P``."""
+    return (sums / _counts(sums)).to(dtype)
+
+
 def _double_off_diagonal(sums: Tensor, dtype: torch.dtype) -> Tensor:
     """Means of the diagonals from their sums ``[..., n]``, all but the main one doubled: ``Pi``."""
     weights = 2 / _counts(sums)
@@ -129,17 +134,11 @@ def _double_off_diagonal(sums: Tensor, dtype: torch.dtype) -> Tensor:
     return (sums * weights).to(dtype)
 
 
-def diagonal_sums(M: Tensor) -> Tensor:
-    """Sums of the n lower diagonals of ``M [..., n, n]``, in float32 at least.
-
-    Read in rows of ``n + 1`` numbers, every row slides one place further: diagonals become columns.
-    """
-    n, wide = M.shape[-1], at_least_float32(M.dtype)
-    main = M.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True, dtype=wide)
-    if n < 2:
-        return main[..., :n]
-    slid = M.tril(-1).flatten(-2)[..., :-1].unflatten(-1, (n - 1, n + 1))
-    return torch.cat([main, slid.sum(-2, dtype=wide)[..., 2:].flip(-1)], -1)
+def _gram_sums(X: Tensor) -> Tensor:
+    """Sums of the n lower diagonals of ``X X^T``, in float32 at least."""
+    n, m = X.shape[-2:]
+    dense = _gram_is_faster(n, m, X.dtype)
+    return diagonal_sums(symmetric_product(X)) if dense else autocorrelation(X)
 
 
 class _TriangularToeplitz(StructuredMatrix):
@@ -169,10 +168,11 @@ class _TriangularToeplitz(StructuredMatrix):
 
     def project_gram(self, X: Tensor) -> Self:
         """Autocorrelation of the columns of ``X [..., n, m]``, O(n log n) a column."""
-        n, m = X.shape[-2:]
-        if _gram_is_faster(n, m, X.dtype):
-            return self.project(symmetric_product(X))
-        return self._build([_double_off_diagonal(autocorrelation(X), X.dtype)])
+        return self._build([_double_off_diagonal(_gram_sums(X), X.dtype)])
+
+    def orthogonal_project_gram(self, X: Tensor) -> Self:
+        """Means of the diagonals of ``X X^T``, from the same sums."""
+        return self._build([_means(_gram_sums(X), X.dtype)])
 
     def gram(self) -> Self:
         """``Pi(T^T T)``: the k-th diagonal of the product sums to ``sum_p t_p (n-p-k) t_{p+k}``."""
@@ -238,7 +238,7 @@ class LowerToeplitz(_TriangularToeplitz):
 
     def orthogonal_project(self, M: Tensor) -> Self:
         """Means of the lower diagonals of ``M [..., n, n]``."""
-        return self._build([(diagonal_sums(M) / _counts(M)).to(M.dtype)])
+        return self._build([_means(diagonal_sums(M), M.dtype)])
 
     def solve(self, X: Tensor) -> Tensor:
         """Forward substitution, by halves; O(n log^2 n) a column.

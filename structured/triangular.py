@@ -20,14 +20,8 @@ from torch.linalg import solve_triangular
 from torch.nn.functional import pad
 
 from structured._core.checks import check_pivots
-from structured._core.matrix import (
-    Scalar,
-    StructuredMatrix,
-    add_to_diagonal,
-    at_least_float32,
-    largest,
-    trailing,
-)
+from structured._core.matrix import Scalar, StructuredMatrix
+from structured._core.numbers import add_to_diagonal, at_least_float32, largest, trailing
 from structured._products.in_place import plain
 from structured._products.triangular import adjoint, product, tril_, write_gram
 
@@ -109,6 +103,13 @@ class _Triangular(StructuredMatrix):
         write_gram(R[..., shift:, :], X)
         write_gram(U.mT, X[..., h:, :])
         return self._fold_twice(R, U)
+
+    def orthogonal_project_gram(self, X: Tensor) -> Self:
+        """The same triangle, once."""
+        member = self.project_gram(X) / 2
+        for diagonal in self._diagonals(member.R):
+            diagonal *= 2
+        return member
 
     def diagonal(self) -> Tensor:
         """Those of ``L1`` and of ``L2``."""

@@ -42,6 +42,10 @@ class Algebra(Member):
         """
         return solve_dense(self.to_dense(), X)
 
+    def _solve_transpose(self, X: Tensor) -> Tensor:
+        """``A^{-T} X``."""
+        return solve_dense(self.to_dense().mT, X)
+
     # Inverses and powers ------------------------------------------------------------------------
 
     def inverse(self) -> Self:

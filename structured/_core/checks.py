@@ -153,6 +153,7 @@ CHECKS: dict[str, Callable[[Any, Any, str], tuple[Any, Any]]] = {
     "orthogonal_project": check_square,
     "project": check_square,
     "project_gram": check_rows,
+    "orthogonal_project_gram": check_rows,
     "add_scaled_identity": check_scalar,
 }
 

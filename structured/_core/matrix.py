@@ -30,7 +30,6 @@ from structured._core.numbers import (
     at_least_float32,
     joint_norm,
     largest,
-    solve_dense,
     trailing,
 )
 from structured._core.operator import Operator
@@ -66,11 +65,12 @@ class StructuredMatrix(Algebra):
     ...         return torch.diag_embed(self.d)
 
     **You may** write fast versions of ``shape``, ``mT``, ``matmul``, ``apply``,
-    ``apply_transpose``, ``orthogonal_project``, ``project``, ``project_gram``, ``gram``, ``outer``,
-    ``squared_rows``, ``trace``, ``trace_product``, ``congruence``, ``add_scaled_identity``,
-    ``solve``, ``solve_member``, ``inverse``, ``exp``, ``diagonal``, ``logdet``, ``max_abs``,
-    ``spectral_norm`` and ``frobenius_norm``. Each has a correct default through :meth:`to_dense`.
-    Arguments are checked before your method sees them; that of ``solve`` is a matrix.
+    ``apply_transpose``, ``orthogonal_project``, ``orthogonal_project_gram``, ``project``,
+    ``project_gram``, ``gram``, ``outer``, ``squared_rows``, ``trace``, ``trace_product``,
+    ``congruence``, ``add_scaled_identity``, ``solve``, ``solve_member``, ``inverse``, ``exp``,
+    ``diagonal``, ``logdet``, ``max_abs``, ``spectral_norm`` and ``frobenius_norm``. Each
+    has a correct default through :meth:`to_dense`. Arguments are checked before your method sees
+    them; that of ``solve`` is a matrix.
 
     You may also say ``dimensions = ("n",)``, the trailing dimensions of each field: then the
     constructor checks shapes.
@@ -140,6 +140,11 @@ class StructuredMatrix(Algebra):
         """``Pi(X X^T)`` for ``X [..., n, m]``, a member like ``self``."""
         return self.project(symmetric_product(X))
 
+    def orthogonal_project_gram(self, X: Tensor) -> Self:
+        """``P(X X^T)`` for ``X [..., n, m]``, the member nearest to it in the Frobenius norm."""
+        closed = self.closed_under_transpose  # then P is Pi, of what is symmetric
+        return self.project_gram(X) if closed else self.orthogonal_project(symmetric_product(X))
+
     def gram(self) -> Self:
         """``Pi(A^T A)``."""
         return self.project_gram(self.to_dense().mT)
@@ -172,10 +177,6 @@ class StructuredMatrix(Algebra):
     def _outer(self) -> Self:
         """``Pi(A A^T)``; what the transpose is by that, see :mod:`structured.transposed`."""
         return self.project_gram(self.to_dense())
-
-    def _solve_transpose(self, X: Tensor) -> Tensor:
-        """``A^{-T} X``."""
-        return solve_dense(self.to_dense().mT, X)
 
     def _squared_columns(self) -> Tensor:
         """Sums of squares of the columns, ``[..., n]``."""
@@ -236,6 +237,10 @@ class Transposed(StructuredMatrix):
     def project_gram(self, X: Tensor) -> Self:
         """``Pi_A(X X^T)^T``."""
         return self._build([self.A.project_gram(X)])
+
+    def orthogonal_project_gram(self, X: Tensor) -> Self:
+        """``P_A(X X^T)^T``."""
+        return self._build([self.A.orthogonal_project_gram(X)])
 
     def gram(self) -> Self:
         """``Pi(A A^T)``; by the class of ``A.mT`` if it has one of its own."""

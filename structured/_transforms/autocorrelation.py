@@ -68,3 +68,16 @@ def _by_fft(X: Tensor, length: int) -> Tensor:
     """:func:`autocorrelation`, n log n a column."""
     F = rfft(X.mT, length)
     return irfft(torch.linalg.vecdot(F, F, dim=-2), length)[..., : X.shape[-2]]
+
+
+def diagonal_sums(M: Tensor) -> Tensor:
+    """Sums of the n lower diagonals of ``M [..., n, n]``, in float32 at least.
+
+    Read in rows of ``n + 1`` numbers, every row slides one place further: diagonals become columns.
+    """
+    n, wide = M.shape[-1], at_least_float32(M.dtype)
+    main = M.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True, dtype=wide)
+    if n < 2:
+        return main[..., :n]
+    slid = M.tril(-1).flatten(-2)[..., :-1].unflatten(-1, (n - 1, n + 1))
+    return torch.cat([main, slid.sum(-2, dtype=wide)[..., 2:].flip(-1)], -1)

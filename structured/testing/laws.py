@@ -146,6 +146,12 @@ def project_gram(A: StructuredMatrix, X: Tensor) -> None:
     assert_close(A.project_gram(X), definition.projection(A, X @ X.mT), "Pi(X X^T)")
 
 
+def orthogonal_project_gram(A: StructuredMatrix, X: Tensor) -> None:
+    """``P(X X^T)``."""
+    found = A.orthogonal_project_gram(X)
+    assert_close(found, definition.orthogonal_projection(A, X @ X.mT), "P(X X^T)")
+
+
 def gram(A: StructuredMatrix) -> None:
     """``Pi(A^T A)``."""
     dense = A.to_dense()
@@ -274,6 +280,7 @@ ALGEBRA = (
     project,
     project_trace,
     project_gram,
+    orthogonal_project_gram,
     gram,
     outer,
     stationarity,

@@ -34,7 +34,7 @@ def _mistakes(
     """Calls that must raise."""
     n, batch, ones = A.n, A.batch_shape, partial(torch.ones, dtype=A.dtype)
     X, S = ones(n, 2), ones(n, n)
-    for name in (*_OF_COLUMNS, "project_gram", *_OF_SQUARES):
+    for name in (*_OF_COLUMNS, *_OF_GRAMS, *_OF_SQUARES):
         good = S if name in _OF_SQUARES else X
         wrong: dict[str, Any] = {
             "one row more": ones(n + 1, good.shape[-1]),
@@ -88,6 +88,7 @@ def _mistakes(
 
 
 _OF_COLUMNS = ("apply", "apply_transpose", "solve")
+_OF_GRAMS = ("project_gram", "orthogonal_project_gram")
 _OF_SQUARES = ("project", "orthogonal_project")
 _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "A @ B": operator.matmul,

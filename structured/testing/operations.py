@@ -35,6 +35,9 @@ OPERATIONS = {
     "orthogonal_project": Operation(lambda o: o.A.orthogonal_project(o.S), lambda o: o.S),
     "project": Operation(lambda o: o.A.project(o.S), lambda o: 2 * o.S),
     "project_gram": Operation(lambda o: o.A.project_gram(o.X), lambda o: 2 * o.X @ o.X.mT),
+    "orthogonal_project_gram": Operation(
+        lambda o: o.A.orthogonal_project_gram(o.X), lambda o: o.X @ o.X.mT
+    ),
     "gram": Operation(lambda o: o.A.gram(), lambda o: 2 * o.A.mT @ o.A),
     "outer": Operation(lambda o: o.A.outer().apply(o.X), lambda o: o.A @ (o.A.mT @ o.X)),
     "squared_rows": Operation(lambda o: o.A.squared_rows(), lambda o: o.A.square().sum(-1)),

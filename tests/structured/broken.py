@@ -184,6 +184,12 @@ class WithoutFactorTwo(StructuredMatrix):
         return self.orthogonal_project(S)
 
 
+@fails("orthogonal_project_gram")
+class DoublesOffTheDiagonal(LowerTriangular):
+    def orthogonal_project_gram(self, X):
+        return self.project_gram(X)
+
+
 @fails("orthogonal_project", "from_dense")
 class ReadsTwice(Diagonal):
     def orthogonal_project(self, M):

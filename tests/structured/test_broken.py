@@ -81,6 +81,7 @@ OF_TENSORS = {
     "project": WRONG_SQUARES,
     "orthogonal_project": WRONG_SQUARES,
     "project_gram": WRONG,
+    "orthogonal_project_gram": WRONG,
 }
 OF_MEMBERS = {
     "A @ B": "__matmul__",

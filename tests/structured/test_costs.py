@@ -50,6 +50,7 @@ OPERATIONS = {
     "apply_transpose": lambda A, X, S: A.apply_transpose(X),
     "matmul": lambda A, X, S: A.matmul(A),
     "project_gram": lambda A, X, S: A.project_gram(X),
+    "orthogonal_project_gram": lambda A, X, S: A.orthogonal_project_gram(X),
     "gram": lambda A, X, S: A.gram(),
     "outer": lambda A, X, S: A.outer().apply(X),
     "outer, its numbers": lambda A, X, S: numbers(A.outer()),

@@ -60,7 +60,8 @@ BY_BLOCKS = [
     ("circulant", autocorrelation, "_FEWEST", 1),
 ]
 OF_PRODUCTS = (
-    *("product", "apply", "apply_transpose", "project_gram", "gram", "solve", "batches"),
+    *("product", "apply", "apply_transpose", "gram", "solve", "batches"),
+    *("project_gram", "orthogonal_project_gram"),
     *("backward", "forward", "mapped", "autocast"),
 )
 

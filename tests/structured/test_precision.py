@@ -33,6 +33,7 @@ OPERATIONS = {
     "project": lambda A, X, S: A.project(S),
     "orthogonal_project": lambda A, X, S: A.orthogonal_project(S),
     "project_gram": lambda A, X, S: A.project_gram(X),
+    "orthogonal_project_gram": lambda A, X, S: A.orthogonal_project_gram(X),
     "gram": lambda A, X, S: A.gram(),
     "trace": lambda A, X, S: A.trace(),
     "frobenius_norm": lambda A, X, S: A.frobenius_norm(),
