@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 
 import pytest
 
 from singd.testing.sharded.world import Ended, load, run
-from tests.sharded import checkpoints, frozen, kit, parallel, scenarios
+from tests.sharded import checkpoints, frozen, kit, parallel, scenarios, structures, traffic
 from tests.sharded.layouts import begin
 
 LIMIT = 900  # seconds
@@ -29,9 +30,11 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> list[Ended]:
             assert time.monotonic() < deadline, "the ranks were not done in time"
             time.sleep(0.5)
         return load(folder)
-    modules = frozen, scenarios, checkpoints, parallel, kit
+    modules = frozen, scenarios, structures, traffic, checkpoints, parallel, kit
     cases = {name: case for module in modules for name, case in module.cases().items()}
     cases |= kit.faults()
+    only = os.environ.get("SHARDED_CASES", "")  # to work on some
+    cases = {name: case for name, case in cases.items() if re.search(only, name)}
     try:
         return run(folder, begin, cases, limit=LIMIT)
     finally:

@@ -6,10 +6,8 @@ import functools
 from collections.abc import Callable
 from itertools import cycle
 from typing import Any
-from unittest import mock
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -17,8 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 from singd import SINGD
 from singd.ops.dtensor import local
-from singd.placement import replicated
-from singd.placement import sharded as sharded_placement
 from singd.state.plan import nbytes
 from singd.testing.sharded.rows import evaluation, snapshot
 from singd.testing.sharded.setting import Ends, Layout, Setting, batches, net
@@ -87,73 +83,6 @@ def owned(setting: Setting) -> Ends:
         copies = setting.layout.mesh.size(0) if setting.layout.mesh.ndim == 2 else 1
         assert held.tolist() == [copies] * 6
     return snapshot(model, optimizer)
-
-
-def traffic(setting: Setting, place: str) -> Ends:
-    """Bytes that the plan says are sent, and those that are given to collectives."""
-    model = setting.shard(net())
-    optimizer = singd(model, places=place)
-    if setting.layout is None:
-        return {"sent": torch.zeros(())}
-    planned = optimizer.plan().sent_bytes
-    with counting() as sent:
-        for X, y in batches(4):  # two updates
-            optimizer.zero_grad()
-            with sent.pausing():
-                setting.backward(model, X, y)
-            optimizer.step()
-    return {"sent": torch.tensor(0.0 if abs(planned * 4 / sent.bytes - 1) < 1e-9 else sent.bytes)}
-
-
-SUM_PACKED = replicated.sum_packed_
-
-
-class counting:  # noqa: N801 - a context manager
-    """Counts what this rank sends if collectives go around in a ring.
-
-    Sums are counted where they are of statistics: others are of a few numbers.
-    """
-
-    def __init__(self) -> None:
-        self.bytes, self._pausing, self._is_summing = 0.0, False, False
-
-    def pausing(self) -> Any:
-        return mock.patch.object(self, "_pausing", True)
-
-    def __enter__(self) -> counting:
-        self._patches = []
-        for name in ("all_reduce", "reduce", "all_gather", "all_to_all_single"):
-            self._patches.append(mock.patch.object(dist, name, self._counted(name)))
-        for module in (replicated, sharded_placement):
-            self._patches.append(mock.patch.object(module, "sum_packed_", self._summing))
-        for patch in self._patches:
-            patch.start()
-        return self
-
-    def _summing(self, *args: Any, **kwargs: Any) -> None:
-        with mock.patch.object(self, "_is_summing", True):
-            SUM_PACKED(*args, **kwargs)
-
-    def __exit__(self, *_: object) -> None:
-        for patch in self._patches:
-            patch.stop()
-
-    def _counted(self, name: str) -> Any:
-        original = getattr(dist, name)
-
-        def counted(*args: Any, group: Any = None, **kwargs: Any) -> Any:
-            n, me = dist.get_world_size(group), dist.get_rank(group)
-            if name == "all_gather":
-                sent = (n - 1) * args[1].nbytes
-            elif name == "all_to_all_single":
-                sent = args[1].nbytes - args[3][me] * args[1].element_size()
-            else:
-                times = (1 + (name == "all_reduce")) if self._is_summing else 0
-                sent = times * (n - 1) / n * args[0].nbytes
-            self.bytes += 0 if self._pausing else sent
-            return original(*args, group=group, **kwargs)
-
-        return counted
 
 
 def _linear(model: nn.Module) -> list[nn.Linear]:
@@ -295,10 +224,6 @@ SCENARIOS: dict[str, Callable[[Setting], Ends]] = (
         "never called": functional,
         "owned": owned,
         "owned, again": owned,
-    }
-    | {
-        f"bytes sent, {place}": functools.partial(traffic, place=place)
-        for place in ("everywhere", "owned", "columns")
     }
     | {
         "mixed precision": mixed,

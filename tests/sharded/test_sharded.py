@@ -14,9 +14,10 @@ from singd.testing import check_sharded
 from singd.testing.sharded import compare
 from singd.testing.sharded.rows import TOLERANCES
 from singd.testing.sharded.world import Ended
-from tests.sharded import checkpoints, frozen, kit, parallel, scenarios
+from tests.sharded import checkpoints, frozen, kit, parallel, scenarios, structures, traffic
 
 FROZEN, SCENARIOS = frozen.cases(), scenarios.cases()
+STRUCTURES, TRAFFIC = structures.cases(), traffic.cases()
 CHECKPOINTS, PARALLEL = checkpoints.cases(), parallel.cases()
 KIT, FAULTS = kit.cases(), kit.faults()
 BOUNDS = {row.__name__: bound for row, bound in TOLERANCES.items()}
@@ -49,6 +50,16 @@ def test_a_scenario(name: str, ended: list[Ended]) -> None:
     layout, scenario = SCENARIOS[name][1:]
     tolerance = scenarios.TOLERANCES.get(scenario, 1e-10)
     check(name, ended, scenarios.alone(layout, scenario), tolerance)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_structures_and_places(name: str, ended: list[Ended]) -> None:
+    check(name, ended, structures.alone(*STRUCTURES[name][1:]))
+
+
+@pytest.mark.parametrize("name", TRAFFIC)
+def test_the_plan_says_what_is_sent(name: str, ended: list[Ended]) -> None:
+    check(name, ended, {"sent": torch.zeros(())})
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
