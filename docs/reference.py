@@ -38,6 +38,7 @@ STRUCTURED: Groups = {
 SINGD: Groups = {
     "Optimizers": ("KroneckerOptimizer", "SINGD", "KLShampoo", "KFAC"),
     "Structures from a budget": ("choose_structures",),
+    "Trained factors": ("export",),
     "Methods of your own": ("Method", "Factors", "Averages"),
     "Layers": ("Layer", "register_layer"),
 }
@@ -46,6 +47,7 @@ MODULES: Groups = {
     "structured.testing": (),
     "structured.interop": (),
     "structured.kernels": (),
+    "singd.factors": ("export",),
     "singd.update": (),
     "singd.layers": ("Layer", "register_layer"),
     "singd.testing": (),

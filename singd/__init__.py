@@ -9,6 +9,7 @@ The paper's step as pure functions is in :mod:`singd.update`.
 from importlib.metadata import version
 
 from singd.choice import choose_structures
+from singd.factors import export
 from singd.kfac import KFAC
 from singd.layers import Layer, register_layer
 from singd.methods import Averages, Factors, Method
@@ -29,5 +30,6 @@ __all__ = [
     "Method",
     "__version__",
     "choose_structures",
+    "export",
     "register_layer",
 ]

@@ -1,15 +1,38 @@
-"""What users say and ask of passes: which are not captured, what their loss is a mean over."""
+"""What users say and ask between steps: which passes count, and what there is of factors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Tensor
 
 from singd.capture import requests
+from singd.capture.weight_matrix import WeightMatrix
+from singd.methods.base import Factors, Method
 from singd.step.pipeline import Parts
+from structured import Structure
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What an optimizer stores of one matrix, with what says how it was made.
+
+    Attributes:
+        matrix: Matrix of a layer.
+        factors: Its factors.
+        structures: Their structures.
+        group: Options of its group.
+        method: Method that made the factors.
+    """
+
+    matrix: WeightMatrix
+    factors: Factors
+    structures: tuple[Structure, ...]
+    group: Mapping[str, Any]
+    method: Method
 
 
 class Passes:
@@ -17,6 +40,27 @@ class Passes:
 
     param_groups: list[dict[str, Any]]
     _parts: Parts
+    _ensure: Callable[[], None]
+
+    def stored_factors(self) -> Iterator[Stored]:
+        """The factors of every matrix as they are, views.
+
+        Reading them waits for the last step, where it is not known yet whether it was skipped.
+
+        Raises:
+            ValueError: If another process has some of them.
+        """
+        parts = self._parts
+        parts.skipping.settle()
+        self._ensure()
+        for matrix, group in parts.parameters.preconditioned().items():
+            if not parts.placement.holds(matrix):
+                raise ValueError(
+                    f"{matrix.name}: expected its factors in this process, got those of another: "
+                    "load a checkpoint into an optimizer of one process"
+                )
+            structures = parts.store.structures(matrix, group)
+            yield Stored(matrix, parts.store.factors(matrix), structures, group, parts.method)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

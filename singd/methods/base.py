@@ -210,6 +210,16 @@ class Method(ABC):
         for stack in stacks:
             yield self.update(stack.factors, stack.statistics, options, step)
 
+    def roots(self, factors: Any) -> tuple[StructuredMatrix, StructuredMatrix] | None:
+        """``K`` and ``C`` with ``K K^T ~ S_K^-1`` and ``C C^T ~ S_C^-1``, whatever their damping.
+
+        For :func:`singd.export`; ``None`` if the factors mean something else.
+
+        Args:
+            factors: Factors of one matrix.
+        """
+        return None
+
     def products(self, factors: Any, options: Options) -> Products:
         """Operators worth caching until the next update."""
         return {}

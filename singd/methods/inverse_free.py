@@ -214,6 +214,10 @@ class InverseFree(Method):
             found[name] = (H + c * K.gram()).add_scaled_identity(-1.0).frobenius_norm()
         return found
 
+    def roots(self, factors: InverseFreeFactors) -> tuple[StructuredMatrix, StructuredMatrix]:
+        """``K`` and ``C``."""
+        return factors.K, factors.C
+
     # Directions ---------------------------------------------------------------------------------
 
     def products(self, factors: InverseFreeFactors, options: Options) -> Products:

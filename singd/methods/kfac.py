@@ -77,6 +77,12 @@ class KroneckerFactored(Method):
         inverses = (update.kfac_inverse(S.to_dense(), damping) for S in (S_K, S_C))
         return KFACFactors(S_K, S_C, *(Dense(inverse) for inverse in inverses))
 
+    def roots(self, factors: KFACFactors) -> tuple[StructuredMatrix, StructuredMatrix]:
+        """Cholesky factors of the inverses."""
+        inverses = factors.inverse_K, factors.inverse_C
+        K, C = (Dense(torch.linalg.cholesky(inverse.to_dense())) for inverse in inverses)
+        return K, C
+
     def precondition(self, factors: KFACFactors, G: Tensor, products: Products) -> Tensor:
         """``(S_C + lambda I)^-1 G (S_K + lambda I)^-1``."""
         K, C = factors.inverse_K, factors.inverse_C
