@@ -110,9 +110,10 @@ class SINGD(KroneckerOptimizer):
             DistributedDataParallel.
         data: Mesh, or names of dimensions of the parameters' mesh, over which samples differ, of a
             model with tensor parallelism; ``()`` if they do not. FSDP2 and HSDP need no such name.
-        places: Where factors of a sharded model are worked on: ``"everywhere"``, ``"columns"`` or
-            ``"owned"``, or a mapping from patterns of parameter names to these; the cheapest if
-            ``None``.
+        places: Where factors of a sharded model are worked on: ``"everywhere"``, ``"rows"``,
+            ``"columns"`` or ``"owned"``, or a mapping from patterns of parameter names to these;
+            the cheapest if ``None``, or where there can be no such one. With ``"rows"``, for a C
+            that is diagonal or of blocks within the rows of ranks, no gradient is communicated.
 
         warn_unsupported: *Compatibility.* Accepted for scripts written for PyPI ``singd``; nothing
             is left untrained, so there is nothing to warn of.

@@ -205,6 +205,24 @@ class Method(ABC):
         """The product of the other factor with some columns ``[matrices, d_out, columns]``."""
         raise NotImplementedError(f"{type(self).__name__} is not split")
 
+    def mixed_rows(self, factors: Any) -> int | None:
+        """How many neighbouring rows of a gradient a direction mixes; ``None`` for all of them.
+
+        Then ranks that have such rows make their directions alone, by :meth:`apply_rows`.
+        """
+        return None
+
+    def apply_rows(self, factors: Any, G: Tensor, products: Products, rows: slice) -> Tensor:
+        """The direction for some rows of gradients, ``[matrices, rows, d_in]``.
+
+        Args:
+            factors: Factors of equal matrices.
+            G: Rows of their gradients.
+            products: What :meth:`products` made of the factors.
+            rows: Which they are: multiples of :meth:`mixed_rows`, or the last ones.
+        """
+        raise NotImplementedError(f"{type(self).__name__} mixes all rows")
+
     def update_all(self, stacks: Iterable[Stack], options: Options, step: int) -> Iterator[Any]:
         """:meth:`update` of many stacks of one group, in order; a place for a fused form."""
         for stack in stacks:

@@ -13,7 +13,13 @@ from singd import update
 from singd.capture.statistics import Columns, Side, Statistic
 from singd.methods import batched
 from singd.methods.base import Averages, Factors, Method, Options, Products, Stack
-from singd.methods.directions import apply_outer, precondition_by_products, product_of
+from singd.methods.directions import (
+    apply_outer,
+    mixed_rows,
+    precondition_by_products,
+    product_of,
+    within,
+)
 from singd.methods.options import (
     by_name,
     choice,
@@ -245,6 +251,18 @@ class InverseFree(Method):
     def apply_grad(self, factors: InverseFreeFactors, G: Tensor, products: Products) -> Tensor:
         """``C C^T G``."""
         return apply_outer(factors.C, products.get("CC"), G)
+
+    def mixed_rows(self, factors: InverseFreeFactors) -> int | None:
+        """As many as C mixes."""
+        return mixed_rows(factors.C)
+
+    def apply_rows(
+        self, factors: InverseFreeFactors, G: Tensor, products: Products, rows: slice
+    ) -> Tensor:
+        """``C C^T G K K^T`` with the part of C that is of these rows."""
+        part = replace(factors, C=within(factors.C, rows))
+        kept = products | ({"CC": within(products["CC"], rows)} if "CC" in products else {})
+        return self.apply_grad(part, self.apply_input(part, G, kept), kept)
 
 
 def is_whitened(K: StructuredMatrix) -> bool:

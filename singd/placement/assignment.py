@@ -56,7 +56,11 @@ class Assignment:
         for matrix in new:
             needed = demand(matrix)
             by_rows = has_rows(matrix, [self.split(p) for p in matrix.parameters])
-            self._demands[matrix] = replace(needed, is_split=needed.is_split and by_rows)
+            self._demands[matrix] = replace(
+                needed,
+                is_split=needed.is_split and by_rows,
+                has_rows=by_rows and self._ends_blocks(matrix, needed.mixed_rows),
+            )
         self._places |= dict.fromkeys(new, "everywhere")
         groups = {matrix: self.group_of(matrix) for matrix in self._demands}
         shared = next((group for group in groups.values() if group is not None), None)
@@ -66,6 +70,13 @@ class Assignment:
             self._places |= choose(split, self.given, ranks)
             owned = {m: d for m, d in self._demands.items() if self._places[m] == "owned"}
             self.owners = owners(owned, ranks, self.owners)
+
+    def _ends_blocks(self, matrix: WeightMatrix, size: int | None) -> bool:
+        """Whether the rows of every rank are blocks of a size, or the last ones."""
+        split, rows = self.split(matrix.weight), matrix.shape[-2]
+        if size is None or split is None:
+            return False
+        return all(end % size == 0 or end == rows for end in split.ends)
 
     def group_of(self, matrix: WeightMatrix) -> Any:
         """The process group by which all parameters of a matrix are split, if there is one."""
@@ -102,7 +113,9 @@ class Assignment:
         sizes = [dist.get_world_size(g) for g in self.data if place != "owned" or g is not group]
         shares = [2 * (n - 1) / n for n in sizes]
         held = [self._part_sizes(matrix, rank) for rank in range(W)]
-        if place == "columns":
+        if place == "rows":
+            numbers = 0
+        elif place == "columns":
             rows, d = matrix.shape[-2:]
             mine = held[me] // d if d else 0
             columns = [b - a for a, b in itertools.pairwise((0, *ends_of(d, W)))]

@@ -100,12 +100,14 @@ class Work:
         apply: Makes their directions of gradients ``[matrices, ..., d_out, d_in]``.
         apply_input: The half of it that may be given some rows; what it makes may be wider.
         apply_grad: The other half, which may be given some columns.
+        apply_rows: Makes the directions of some rows, where they depend on no others.
     """
 
     matrices: list[WeightMatrix]
     apply: Callable[[Tensor], Tensor]
     apply_input: Callable[[Tensor], Tensor]
     apply_grad: Callable[[Tensor], Tensor]
+    apply_rows: Callable[[Tensor, slice], Tensor]
 
 
 @dataclass

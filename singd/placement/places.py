@@ -7,13 +7,15 @@ rank sends and receives these numbers in a step, and does this share of the work
 place           traffic                factors held on  work of a rank
 ==============  =====================  ===============  ===================================
 ``everywhere``  ``P + 2 S / T``        all ranks        all
+``rows``        ``2 S / T``            all ranks        updates, and 1 / W of directions
 ``columns``     ``2 P / W + 2 S / T``  all ranks        updates, and 1 / W of directions
 ``owned``       ``2 P / W + S / T``    one rank         that of its own matrices
 ==============  =====================  ===============  ===================================
 
-``everywhere`` gathers gradients. ``columns`` multiplies rows of a gradient with K, exchanges rows
-for columns, and multiplies those with C. ``owned`` sends every gradient to the one rank that has
-its factors, and directions back.
+``everywhere`` gathers gradients. ``rows`` leaves them where they are: it is for a C that is
+diagonal, or of blocks that end where the rows of ranks do. ``columns`` multiplies rows of a
+gradient with K, exchanges rows for columns, and multiplies those with C. ``owned`` sends every
+gradient to the one rank that has its factors, and directions back.
 """
 
 from __future__ import annotations
@@ -25,7 +27,15 @@ from typing import Any
 
 from singd.capture.weight_matrix import WeightMatrix
 
-PLACES = ("everywhere", "columns", "owned")
+PLACES = ("everywhere", "rows", "columns", "owned")
+
+INSTEAD = {
+    "everywhere": ("everywhere",),
+    "rows": ("rows", "columns", "everywhere"),
+    "columns": ("columns", "everywhere"),
+    "owned": ("owned", "rows", "columns", "everywhere"),
+}
+"""Each place, and those instead that a matrix gets which cannot have it."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,8 @@ class Demand:
         interval: Steps between two updates.
         needs_factors: Whether statistics cannot be summed without the factors.
         is_split: Whether a direction is made by a product with each factor.
+        mixed_rows: How many neighbouring rows a direction mixes; ``None`` for all.
+        has_rows: Whether the rows of every rank are so many, or multiples.
     """
 
     numbers: int
@@ -51,6 +63,8 @@ class Demand:
     interval: int
     needs_factors: bool
     is_split: bool
+    mixed_rows: int | None = None
+    has_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,8 @@ def seconds(place: str, demand: Demand, ranks: int, count: int, machine: Machine
     whole, part = d.numbers * d.itemsize, 2 * d.numbers * d.itemsize / ranks
     if place == "everywhere":
         sent, work = whole + 2 * d.statistics / T, d.apply + d.update / T
+    elif place == "rows":
+        sent, work = 2 * d.statistics / T, d.apply / ranks + d.update / T
     elif place == "columns":
         sent, work = part + 2 * d.statistics / T, d.apply / ranks + d.update / T
     else:
@@ -111,7 +127,12 @@ def choose(
         if wanted is None:
             free[matrix] = demand
         else:
-            found[matrix] = wanted if _may_have(wanted, demand) else "everywhere"
+            found[matrix] = _fitting(wanted, demand)
+    for matrix, demand in [(m, d) for m, d in free.items() if d.has_rows]:
+        times = {p: seconds(p, demand, ranks, len(free), machine) for p in PLACES}
+        if times["rows"] <= min(t for p, t in times.items() if _may_have(p, demand)):
+            found[matrix] = "rows"  # which has no latency in most steps
+    free = {matrix: demand for matrix, demand in free.items() if matrix not in found}
     updates = max((1.0 / demand.interval for demand in free.values()), default=1.0)
     latencies = {"everywhere": 2.0, "columns": 4.0, "owned": 2.0 + ranks * updates}
 
@@ -122,7 +143,7 @@ def choose(
         ]
         return sum(times) + latencies[place] * machine.latency
 
-    best = min(PLACES, key=total)
+    best = min(latencies, key=total)
     return found | {matrix: _fitting(best, demand) for matrix, demand in free.items()}
 
 
@@ -136,6 +157,7 @@ def _may_have(place: str, demand: Demand) -> bool:
     """Whether a matrix can have a place."""
     return {
         "everywhere": True,
+        "rows": demand.has_rows,
         "columns": demand.is_split,
         "owned": not demand.needs_factors,
     }[place]
@@ -143,8 +165,7 @@ def _may_have(place: str, demand: Demand) -> bool:
 
 def _fitting(place: str, demand: Demand) -> str:
     """A place, or the next best one that a matrix can have."""
-    order = {"owned": ("owned", "columns"), "columns": ("columns",)}.get(place, ())
-    return next((each for each in order if _may_have(each, demand)), "everywhere")
+    return next(each for each in INSTEAD[place] if _may_have(each, demand))
 
 
 def owners(

@@ -161,8 +161,8 @@ class Sharded(DataParallel):
             if work.matrices[0] in self._assigned.owners:
                 values = work.apply(self.gradients(work.matrices))
                 whole |= {m: m.split(t) for m, t in zip(work.matrices, values, strict=True)}
-            elif self._assigned.place_of(work.matrices[0]) == "columns":
-                yield self._by_columns(work)
+            elif self._assigned.place_of(work.matrices[0]) in ("rows", "columns"):
+                yield self._of_rows(work)
             else:
                 yield from super().directions([work], ())
         same = [[m for m in matrices if m in self._assigned.owners] for matrices in alike]
@@ -201,14 +201,17 @@ class Sharded(DataParallel):
         """Tensors of owners as DTensors that are split as the weights are, along rows."""
         return spread(items, self._assigned.owners, self._assigned.group_of(items[0][0]))
 
-    def _by_columns(self, work: Work) -> Made:
-        """What this rank holds of directions that all ranks make together."""
+    def _of_rows(self, work: Work) -> Made:
+        """What this rank holds of directions that it makes of its rows, alone or with others."""
         *_, d_in = work.matrices[0].shape
         rows = torch.stack([self._rows(matrix) for matrix in work.matrices])
         split = self._assigned.split(work.matrices[0].weight)
         if split is None:
             raise RuntimeError(f"{work.matrices[0].name} has lost its rows")
-        made = direction_rows(work, rows, split)
+        if self._assigned.place_of(work.matrices[0]) == "rows":
+            made = work.apply_rows(rows, split.side(dist.get_rank(split.group))).to(rows.dtype)
+        else:
+            made = direction_rows(work, rows, split)
         own: dict[WeightMatrix, tuple[Tensor, Tensor]] = dict(
             zip(work.matrices, zip(rows, made, strict=True), strict=True)
         )

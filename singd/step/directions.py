@@ -78,9 +78,9 @@ def precondition(
     for proposal in proposed:
         some = [matrix for matrix in proposal.batch.matrices if matrix.has_gradient]
         if some:
-            made = (method.precondition, method.apply_input, method.apply_grad)
-            halves = [functools.partial(_apply, function, proposal, some) for function in made]
-            works.append(Work(some, *halves))
+            names = ("precondition", "apply_input", "apply_grad", "apply_rows")
+            made = [functools.partial(_apply, getattr(method, n), proposal, some) for n in names]
+            works.append(Work(some, *made))
     alike: dict[int, list[WeightMatrix]] = {}
     for matrix, group in groups.items():
         if matrix.has_gradient:
@@ -92,11 +92,15 @@ def precondition(
 
 
 def _apply(
-    function: Callable[..., Tensor], proposal: Proposal, some: list[WeightMatrix], G: Tensor
+    function: Callable[..., Tensor],
+    proposal: Proposal,
+    some: list[WeightMatrix],
+    G: Tensor,
+    *rows: slice,
 ) -> Tensor:
     """A function of the method, of the factors of some matrices of a batch and of gradients."""
     factors, products = proposal.batch.select(some, proposal.factors, proposal.products)
-    return function(factors, G, products)
+    return function(factors, G, products, *rows)
 
 
 def graft(

@@ -147,6 +147,7 @@ class FactorStore:
             interval=group["T"],
             needs_factors=self.method.needs_factors(factors, group),
             is_split=self.method.is_split,
+            mixed_rows=self.method.mixed_rows(factors),
         )
 
     def products(self, batch: Batch) -> Products:

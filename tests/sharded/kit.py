@@ -18,6 +18,9 @@ from tests.sharded.scenarios import OPTIONS
 
 EXACT = "SINGD, bit by bit"
 
+ROWED = OPTIONS | {"structures": ("dense", "diagonal")}
+BLOCKS = OPTIONS | {"structures": ("hierarchical(1, 1)", "block_diagonal(2)")}
+
 METHODS: dict[str, Any] = {
     "SINGD": partial(SINGD, **OPTIONS),
     "SINGD as it is": SINGD,
@@ -27,6 +30,8 @@ METHODS: dict[str, Any] = {
     "SINGD, columns, without products": partial(
         SINGD, places="columns", keep_products=False, **OPTIONS
     ),
+    "SINGD, rows": partial(SINGD, places="rows", **ROWED),
+    "SINGD, rows, without products": partial(SINGD, places="rows", keep_products=False, **BLOCKS),
     "KFAC, columns": partial(KFAC, places="columns"),
     "KFAC": KFAC,
     "KFAC, owned": partial(KFAC, places="owned"),
@@ -41,6 +46,8 @@ ROWS: dict[str, Iterable[str]] = {
     "SINGD, owned": (*_SOME, "a_rank_without_samples", "parameters_that_are_not_sharded", "noise"),
     "SINGD, columns": (*_SOME, "a_rank_without_samples", "parameters_that_are_not_sharded"),
     "SINGD, columns, without products": _SOME[:1],
+    "SINGD, rows": (*_SOME, "a_rank_without_samples", "parameters_that_are_not_sharded"),
+    "SINGD, rows, without products": _SOME[:2],
     "KFAC, columns": _SOME[:1],
     "KFAC": _SOME,
     "KFAC, owned": _SOME[:1],

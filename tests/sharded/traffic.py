@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import cycle
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -17,10 +17,10 @@ from tests.sharded.layouts import NAMES, Context
 from tests.sharded.scenarios import OPTIONS
 
 
-def traffic(setting: Setting, place: Any) -> Ends:
+def traffic(setting: Setting, place: str, **options: Any) -> Ends:
     """Zero if the plan says what is given to collectives, else what was."""
     model = setting.shard(net())
-    optimizer = SINGD(model, places=place, **OPTIONS)
+    optimizer = SINGD(model, places=place, **OPTIONS | options)
     planned = optimizer.plan().sent_bytes
     with counting() as sent:
         for X, y in batches(4):  # two updates
@@ -41,7 +41,8 @@ class counting:  # noqa: N801 - a context manager
     """
 
     def __init__(self) -> None:
-        self.bytes, self._pausing, self._is_summing = 0.0, False, False
+        self.bytes, self.others = 0.0, 0.0
+        self._pausing, self._is_summing = False, False
 
     def pausing(self) -> Any:
         return mock.patch.object(self, "_pausing", True)
@@ -74,26 +75,58 @@ class counting:  # noqa: N801 - a context manager
             elif name == "all_to_all_single":
                 sent = args[1].nbytes - args[3][me] * args[1].element_size()
             else:
-                times = (1 + (name == "all_reduce")) if self._is_summing else 0
-                sent = times * (n - 1) / n * args[0].nbytes
+                sent = (1 + (name == "all_reduce")) * (n - 1) / n * args[0].nbytes
+                if not self._is_summing:
+                    self.others += sent
+                    sent = 0
             self.bytes += 0 if self._pausing else sent
             return original(*args, group=group, **kwargs)
 
         return counted
 
 
-PLACES: dict[str, Any] = {place: place for place in ("everywhere", "owned", "columns")}
+def quiet(setting: Setting) -> Ends:
+    """With C within the rows of ranks a step between updates sends a few numbers, no gradient."""
+    model = setting.shard(net())
+    optimizer = SINGD(model, places="rows", **OPTIONS | {"structures": ROWS, "T": 4})
+    ends = {}
+    for step, (X, y) in enumerate(batches(3)):
+        optimizer.zero_grad()
+        setting.backward(model, X, y)
+        with counting() as sent:
+            optimizer.step()
+        few = (
+            2 * 8 * (len(list(model.parameters())) + 20)
+        )  # who has a gradient, sums, whether finite
+        ends[f"{step}"] = torch.tensor(float(sent.bytes > 0 or sent.others > few))
+    assert all(row.place in ("rows", "") for row in optimizer.plan().rows)
+    return ends
+
+
+ROWS = {"3.*": ("dense", "diagonal"), "*": ("dense", "block_diagonal(2)")}
+PLACES: dict[str, Any] = {
+    "everywhere": partial(traffic, place="everywhere"),
+    "owned": partial(traffic, place="owned"),
+    "columns": partial(traffic, place="columns"),
+    "rows": partial(traffic, place="rows", structures=("dense", "diagonal")),
+    "rows of blocks": partial(traffic, place="rows", structures=ROWS),
+    "rows, between updates": quiet,
+}
+LAYOUTS = {"owned": NAMES[3], "rows": NAMES[3]}
+EXPECTED = {
+    "rows, between updates": {f"{step}": torch.tensor(float(not step)) for step in range(3)}
+}
 
 
 def sent(context: Context, layout: str, place: str) -> Ends:
     """Zero if the plan was right, on the ranks of a layout."""
     used = context.layouts[layout]
-    return traffic(Setting(used, used.ranks), PLACES[place])
+    return PLACES[place](Setting(used, used.ranks))
 
 
 def cases() -> dict[str, Any]:
-    """Every place in one layout, in turn."""
+    """Every place in one layout."""
     return {
         f"bytes sent, {place}: {layout}": (sent, layout, place)
-        for place, layout in zip(PLACES, cycle(NAMES), strict=False)
+        for place, layout in ((place, LAYOUTS.get(place, NAMES[0])) for place in PLACES)
     }
