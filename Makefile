@@ -12,13 +12,16 @@ INSTALLED := $(VENV)/.installed
 PEER      := .peer/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format parity laws mutants docs gpu clean
+.PHONY: help demo evidence test lint format parity laws mutants docs gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED) ## run the demonstration (options in ARGS="...")
 	$(PY) -m benchmarks.demo $(ARGS)
+
+evidence: $(INSTALLED) ## tables and figures from the committed runs (rerun a row: ARGS="--rerun --methods SOAP")
+	$(PY) -m benchmarks.evidence $(or $(ARGS),--report)
 
 test: $(INSTALLED) ## run the tests
 	$(PY) -m pytest -n 2 tests

@@ -9,7 +9,7 @@ embeddings, the last layer and vectors are AdamW's.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn, optim
@@ -83,11 +83,25 @@ def _second_order(method: str, model: nn.Module, T: int) -> optim.Optimizer:
 class Muon:
     """Muon for the weights of linear layers but the last, AdamW for all other parameters."""
 
-    def __init__(self, model: nn.Module, lr: float = LR) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = LR,
+        *,
+        muon: Mapping[str, Any] | None = None,
+        adamw: Mapping[str, Any] | None = None,
+    ) -> None:
         hidden = [m.weight for m in model.modules() if isinstance(m, nn.Linear)][:-1]
         mine = {id(p) for p in hidden}
         others = [p for p in model.parameters() if id(p) not in mine]
-        self.parts = [optim.Muon(hidden, lr=lr), optim.AdamW(others, lr=lr, fused=True)]
+        options = {"lr": lr, "fused": True, **(adamw or {})}
+        self.parts: list[optim.Optimizer] = [optim.AdamW(others, **options)]
+        if hidden:
+            self.parts.append(optim.Muon(hidden, lr=lr, **(muon or {})))
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
 
     @property
     def state(self) -> dict[Tensor, Any]:

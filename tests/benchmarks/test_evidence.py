@@ -1,97 +1,184 @@
-"""The evidence, on a budget of a few steps."""
+"""The comparison with equal trials, on a budget of a few steps."""
 
+import json
 import math
 
 import pytest
 
 pytest.importorskip("mlxtend")
 pytest.importorskip("matplotlib")
-pytest.importorskip("torch_geometric")
+pytest.importorskip("networkx")
+pytest.importorskip("pytorch_optimizer")
 
-from benchmarks import evidence, evidence_report
-from benchmarks.evidence import Row, Trial
-from benchmarks.tasks import TASKS, digits_graph
-from benchmarks.text import python_topics
+from benchmarks.evidence import __main__, protocol, report, search, trial
+from benchmarks.evidence.protocol import SIZES, Range, Size
+from benchmarks.evidence.runs import Runs
+from benchmarks.evidence.tasks import TASKS, halves
+from benchmarks.evidence.trial import Trial
+from benchmarks.suite import TASKS as SUITE
 
-SMALL = ["--steps", "2", "--seeds", "2", "--checks", "2", "--rounds", "1"]
-METHODS = ["AdamW", "SINGD", "SINGD diagonal"]
+METHODS = ("AdamW", "SOAP", "SINGD")
+
+
+@pytest.fixture(autouse=True)
+def few_methods(monkeypatch):
+    monkeypatch.setattr(protocol, "METHODS", dict.fromkeys(METHODS))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where one small run left its files."""
-    folder = tmp_path_factory.mktemp("evidence")
+    """Where one run of the smallest size left its files."""
+    out = tmp_path_factory.mktemp("evidence")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evidence, "BLOCK", 1)
-        evidence.main(
-            [*SMALL, "--tasks", "GCN", "CNN", "--methods", *METHODS, "--out", str(folder)]
-        )
-    return folder
+        patch.setattr(protocol, "METHODS", dict.fromkeys(METHODS))
+        __main__.main(["--size", "tiny", "--out", str(out)])
+    return out
 
 
-def test_every_run_has_one_row(folder):
-    rows = evidence.read(folder / "evidence.csv")
-    assert len(rows) == 2 * (5 + 5 + 3 * 2)
-    for row in rows:
-        assert all(0 <= score <= 1 for score in row.scores), row
-        assert len(row.scores) == (2 if row.trial.stage == "final" else 1)
+def test_every_method_has_equal_trials_and_paired_seeds(folder):
+    runs, size = Runs(folder / "runs.jsonl"), SIZES["tiny"]
+    for task in size.tasks:
+        for method in METHODS:
+            own = [t for t, _ in runs if (t.task, t.method) == (task, method)]
+            assert sum(t.stage == "search" for t in own) == 1 + size.points
+            seeds = [t.seed for t in own if t.stage == "final" and t.setting == own[0].setting]
+            assert sorted(seeds) == [100, 101]
+            assert all(t.steps <= protocol.COUNTED_STEPS for t in own)
 
 
-def test_finals_use_what_the_search_found(folder):
-    rows = evidence.read(folder / "evidence.csv")
-    for row in rows:
-        if row.trial.stage == "final":
-            finder = "SINGD" if row.trial.method == "SINGD diagonal" else row.trial.method
-            assert row.trial.value == evidence.best(rows, row.trial.task, finder).trial.value
+def test_tables_and_the_figure_have_every_method(folder):
+    names = ("tuned", "one_setting", "target_tuned", "target_one_setting", "costs")
+    for name in names:
+        text = (folder / f"{name}.md").read_text()
+        assert all(f"\n| {method} |" in text for method in METHODS)
+    assert "<svg" in (folder / "profile.svg").read_text()
+    assert json.loads((folder / "summary.json").read_text())["tasks"] == 2
 
 
-def test_what_is_there_is_not_repeated(folder, monkeypatch):
-    monkeypatch.setattr(evidence, "run", lambda *args: pytest.fail("a run is repeated"))
-    arguments = ["--runs", "--tasks", "GCN", "--methods", "AdamW", "--out", str(folder)]
-    evidence.main([*SMALL, *arguments])
-    with pytest.raises(pytest.fail.Exception, match="a run is repeated"):
-        evidence.main([*SMALL[:2], "--seeds", "3", *arguments])
+def test_what_is_there_is_not_run_again_unless_asked_for(folder, monkeypatch):
+    monkeypatch.setattr(__main__, "run", lambda trial: pytest.fail("a run is repeated"))
+    before = (folder / "runs.jsonl").read_text()
+    __main__.main(["--size", "tiny", "--out", str(folder)])
+    assert (folder / "runs.jsonl").read_text() == before
+    with pytest.raises(pytest.fail.Exception, match="repeated"):
+        __main__.main(["--size", "tiny", "--rerun", "--methods", "SOAP", "--out", str(folder)])
 
 
-def test_the_report_has_every_method_and_the_curves(folder):
-    text = (folder / "evidence.md").read_text()
-    for method in METHODS:
-        assert text.count(f"\n| {method} | ") == 2
-    assert text.count("\n- `SINGD` is ") == 2
-    assert (folder / "evidence.png").read_bytes().startswith(b"\x89PNG")
+def test_a_rerun_gives_the_same_losses(folder):
+    runs = Runs(folder / "runs.jsonl")
+    known = [t for t, row in runs if t.stage == "final" and not row["failed"]]
+    assert trial.run(known[0])["losses"] == runs[known[0]]["losses"]
 
 
-def test_the_best_is_the_best_of_those_that_did_not_diverge():
-    def row(task, value, score):
-        return Row(Trial(task, "SINGD", "search", value, 0, 1), 0.0, [score])
-
-    accuracies = [row("CNN", 1.0, 0.8), row("CNN", 2.0, 0.9), row("CNN", 3.0, math.nan)]
-    losses = [row("GPT", 1.0, math.nan), row("GPT", 2.0, 1.5), row("GPT", 3.0, 1.4)]
-    assert evidence.best(accuracies, "CNN", "SINGD").trial.value == 2
-    assert evidence.best(losses, "GPT", "SINGD").trial.value == 3
+def test_tasks_are_none_on_which_defaults_were_chosen():
+    names = {id(task): task.part for task in SUITE.values()}
+    assert all(names.get(id(task), "held out") == "held out" for task in TASKS.values())
+    assert len(protocol.TASKS) >= 6
 
 
-@pytest.mark.parametrize(
-    ("ours", "words"),
-    [
-        ([0.9, 0.8], "ahead of AdamW by 0.1950 (39.0 standard errors)"),
-        ([0.5, 0.4], "behind AdamW by 0.2050 (41.0 standard errors)"),
-        ([0.9, 0.5], "level: ahead of AdamW by 0.0450 (0.3 standard errors)"),
-    ],
-)
-def test_the_comparison_says_who_is_ahead(ours, words):
-    def outcome(scores):
-        rows = [Row(Trial("CNN", "", "final", 0, i, 1), 0.0, [s]) for i, s in enumerate(scores)]
-        return evidence_report.Outcome(rows, {})
-
-    theirs = outcome([0.7, 0.61])
-    assert evidence_report.comparison("CNN", outcome(ours), theirs, "AdamW") == words
+def test_what_chooses_does_not_report():
+    for task in TASKS.values():
+        batches = list(task.held_out())
+        chosen, told = halves(batches, "validation"), halves(batches, "test")
+        for whole, a, b in zip(batches, chosen, told, strict=True):
+            assert len(a[0]) + len(b[0]) == len(whole[0])
+            assert abs(len(a[0]) - len(b[0])) <= 1
+            rows = {tuple(row.flatten().tolist()) for row in a[0]}
+            same = sum(tuple(row.flatten().tolist()) in rows for row in b[0])
+            assert same <= 0.01 * len(rows) or task is TASKS["graph attention"]
 
 
-def test_no_data_serve_twice():
-    graph, text = digits_graph(), python_topics()
-    parts = [graph.labelled, *graph.held_out.values()]
-    assert len({int(i) for part in parts for i in part}) == sum(map(len, parts)) == len(graph.y)
-    assert graph.y[graph.labelled].bincount().tolist() == [10] * 10
-    assert len(graph.labelled) == TASKS["GCN"].terms
-    assert len(text.held_out["test"]) > 40_000
+@pytest.mark.parametrize("method", protocol.RANGES)
+def test_points_lie_in_the_ranges_and_a_longer_search_begins_like_a_shorter_one(method):
+    few, many = protocol.points(method, 5), protocol.points(method, 16)
+    assert many[:5] == few
+    assert len({p["rate"] for p in many}) == 16
+    for point in many:
+        for name, r in protocol.RANGES[method].items():
+            assert r.low * 0.99 <= point[name] <= r.high * 1.01
+    assert protocol.RANGES[method].keys() == protocol.FIXED[method].keys()
+
+
+def test_published_settings_are_in_the_ranges():
+    ranges = protocol.RANGES["INGD"]
+    published = {"averaging": (0.11, 0.44), "momentum": (0.55, 0.65), "damping": (3e-5, 4e-4)}
+    for name, (low, high) in published.items():
+        assert ranges[name].low <= low < high <= ranges[name].high
+
+
+def test_the_schedule_warms_up_and_ends_at_zero():
+    rates = [protocol.factor(step, 100, 0.2) for step in range(100)]
+    assert rates[:20] == sorted(rates[:20])
+    assert rates[19] == 1.0 == max(rates)
+    assert rates[19:] == sorted(rates[19:], reverse=True)
+    assert 0 < rates[-1] < 1e-3
+    assert protocol.factor(100, 100, 0.2) == pytest.approx(0, abs=1e-9)
+    assert Range(1.0, 100.0).at(0.5) == pytest.approx(10.0)
+
+
+def rows(best, method="AdamW", task="deep autoencoder", size=None):
+    """A search whose trial number ``best`` was the best one."""
+    trials = search.searched(task, method, size, 1)
+    order = sorted(range(len(trials)), key=lambda i: trials[i].setting["rate"])
+    for i, t in enumerate(trials):
+        loss = 0.1 if i == order[best] else 1.0
+        yield t, {"failed": False, "losses": [2.0, loss]}
+
+
+def test_a_best_rate_at_an_end_widens_the_range_for_all(tmp_path):
+    size, task = Size(1.0, 4, 2, (1.0, 3.0), ("deep autoencoder",)), "deep autoencoder"
+    runs = Runs(tmp_path / "runs.jsonl")
+    for method, best in (("AdamW", 1), ("SOAP", 2), ("SINGD", 1)):
+        for t, row in rows(best, method, size=size):
+            runs.add(t, row)
+    assert search.rounds(runs, task, size) == 1
+    assert {t.stage for t in search.missing(runs, task, METHODS, size)} == {"bytes", "final"}
+    for t, row in rows(-1, "SOAP", size=size):
+        runs.add(t, row)
+    assert search.at_border(runs, task, "SOAP", size, 1) == "highest"
+    assert search.rounds(runs, task, size) == 2
+    more = search.missing(runs, task, METHODS, size)
+    further = [next(more) for _ in range(3 * size.points)]
+    assert [m for m in METHODS for _ in range(size.points)] == [t.method for t in further]
+    assert max(t.setting["rate"] for t in further) > protocol.RATE.high
+
+
+def test_differences_are_paired(tmp_path):
+    size, task = Size(1.0, 1, 3, (1.0,), ("deep autoencoder",)), "deep autoencoder"
+    runs = Runs(tmp_path / "runs.jsonl")
+    ends = {"AdamW": [1.0, 2.0, 3.0], "SOAP": [0.9, 2.1, 2.7], "SINGD": [0.5, None, 1.0]}
+    for method, losses in ends.items():
+        for t, row in rows(0, method, size=size):
+            runs.add(t, row)
+        for setting in (protocol.FIXED[method], protocol.points(method, 1)[0]):
+            runs.add(search.counted(task, method, setting), {"failed": False, "peak": 10})
+            for t, loss in zip(search.finals(task, method, size, setting), losses, strict=True):
+                steps = [0, t.steps // 2, t.steps]
+                row = {"losses": [5.0, 2.05, loss], "checks": steps, "seconds": [1.0, 2.0]}
+                runs.add(t, row | {"state": 8, "failed": loss is None})
+    found = report.Results(runs, size)
+    assert found.tasks == [task]
+    mean, error = found.difference("tuned", task, "SOAP")
+    assert mean == pytest.approx((-0.1 + 0.1 - 0.3) / 3 / 2.0)
+    assert error == pytest.approx(0.2 / 3**0.5 / 2.0)
+    assert found.difference("tuned", task, "SINGD")[0] == math.inf
+    assert report.standing(found, "tuned") == {"worse": [task], "level": [], "better": []}
+    assert report.standing(found, "tuned", "SOAP")["level"] == [task]
+    assert found.reached("tuned", task, "SINGD") == (1.0, 1.0)
+    assert found.reached("tuned", task, "SOAP") == (math.inf, math.inf)
+    assert report.ratios(found, "tuned", "AdamW") == [pytest.approx(2.0 / 1.9)]
+
+
+def test_a_run_that_gives_up_has_failed():
+    setting = protocol.FIXED["AdamW"] | {"rate": 1e30}
+    row = trial.run(Trial("deep autoencoder", "AdamW", "search", setting, 0, 5))
+    assert row["failed"]
+    assert row["losses"][-1] is None
+
+
+def test_of_equal_trials_the_last_one_counts(tmp_path):
+    path, t = tmp_path / "runs.jsonl", Trial("VAE", "SOAP", "search", {"rate": 1.0}, 0, 5)
+    Runs(path).add(t, {"failed": True})
+    Runs(path).add(t, {"failed": False})
+    assert len(path.read_text().splitlines()) == 2
+    assert Runs(path)[t] == {"failed": False}

@@ -1,0 +1,94 @@
+"""Run the protocol; what is in the file of runs is not repeated. Then write tables and figures.
+
+``python -m benchmarks.evidence --size full`` goes on where it was stopped. Two processes share the
+work by their ``--tasks``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from itertools import chain, product
+from pathlib import Path
+
+import torch
+
+from benchmarks.evidence import protocol, report, search
+from benchmarks.evidence.protocol import SIZES, Size
+from benchmarks.evidence.runs import Runs
+from benchmarks.evidence.trial import Trial, run
+
+OUT = Path("benchmarks/results/evidence")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    flags = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.evidence")
+    flags.add_argument("--size", default="part", choices=SIZES)
+    flags.add_argument("--tasks", nargs="+", metavar="T", help="some of the tasks")
+    flags.add_argument("--methods", nargs="+", metavar="M", help="some of the methods")
+    flags.add_argument("--rerun", action="store_true", help="repeat runs that are there")
+    flags.add_argument("--report", action="store_true", help="tables and figures alone")
+    flags.add_argument("--hours", action="store_true", help="say how long what is missing takes")
+    flags.add_argument("--out", type=Path, default=OUT, help="folder of runs, tables, figures")
+    return flags
+
+
+def again(runs: Runs, size: Size, cases: Sequence[tuple[str, str]]) -> Iterator[Trial]:
+    """All trials that there are."""
+    for trial, _ in list(runs):
+        same = trial.stage == "bytes" or trial.steps == search.steps(trial.task, size)
+        if same and (trial.task, trial.method) in cases:
+            yield trial
+
+
+def hours(runs: Runs, size: Size, cases: Sequence[tuple[str, str]]) -> float:
+    """Hours of two cores that a size takes, from the seconds of a step in the runs so far."""
+    total = 0.0
+    for task, method in cases:
+        known = [
+            row["seconds"][-1] / trial.steps
+            for trial, row in runs
+            if (trial.task, trial.method) == (task, method) and "seconds" in row
+        ]
+        if not known:
+            raise SystemExit(f"no run of {method} on {task} yet to tell a step's time from")
+        count = 1 + size.points * len(size.wider) + 2 * size.seeds
+        total += count * search.steps(task, size) * sorted(known)[len(known) // 2]
+    return total / 3600 / 2
+
+
+def progress(trials: Iterator[Trial], total: int) -> Iterator[Trial]:
+    """With a bar, where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield from trials
+        return
+    with tqdm(trials, total=total, desc="runs", mininterval=2.0, unit="run") as bar:
+        for trial in bar:
+            bar.set_postfix_str(f"{trial.task}, {trial.method}, {trial.stage}", refresh=False)
+            yield trial
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing and write the report."""
+    given = parser().parse_args(arguments)
+    torch.set_num_threads(1)
+    size, runs = SIZES[given.size], Runs(given.out / "runs.jsonl")
+    tasks = [t for t in size.tasks if not given.tasks or t in given.tasks]
+    methods = [m for m in protocol.METHODS if not given.methods or m in given.methods]
+    cases = list(product(tasks, methods))
+    if given.hours:
+        print(f"{hours(runs, size, cases):.1f} hours of two cores at most")
+        return
+    if not given.report:
+        new = chain.from_iterable(search.missing(runs, t, methods, size) for t in tasks)
+        trials = again(runs, size, cases) if given.rerun else new
+        for trial in progress(trials, len(cases) * (1 + size.points + 2 * (size.seeds + 1))):
+            runs.add(trial, run(trial))
+    report.write(runs, size, given.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The methods that are compared; each takes a model and the six numbers of a setting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn, optim
+
+from benchmarks.optimizers import Muon
+from singd import KFAC, SINGD, KLShampoo
+
+Make = Callable[[nn.Module, Mapping[str, float]], Any]
+
+
+def sgd(model: nn.Module, s: Mapping[str, float]) -> Any:
+    options = {"momentum": s["momentum"], "weight_decay": s["decay"]}
+    return optim.SGD(model.parameters(), lr=s["rate"], **options)
+
+
+def adam(s: Mapping[str, float]) -> dict[str, Any]:
+    """The numbers as options of AdamW."""
+    betas = s["momentum"], 1 - s["averaging"]
+    return {"lr": s["rate"], "weight_decay": s["decay"], "betas": betas, "eps": s["damping"]}
+
+
+def adamw(model: nn.Module, s: Mapping[str, float]) -> Any:
+    return optim.AdamW(model.parameters(), **adam(s))
+
+
+def muon(model: nn.Module, s: Mapping[str, float]) -> Any:
+    """Steps of Muon have AdamW's length (Liu et al., arXiv 2502.16982)."""
+    own = {"momentum": s["momentum"], "weight_decay": s["decay"]}
+    own["adjust_lr_fn"] = "match_rms_adamw"  # type: ignore[assignment]
+    return Muon(model, s["rate"], muon=own, adamw=adam(s) | {"betas": (0.9, 1 - s["averaging"])})
+
+
+def soap(model: nn.Module, s: Mapping[str, float]) -> Any:
+    import pytorch_optimizer
+
+    return pytorch_optimizer.SOAP(model.parameters(), **adam(s), precondition_frequency=10)
+
+
+def second_order(s: Mapping[str, float]) -> dict[str, Any]:
+    """The numbers as options of ours."""
+    own = {"lr": s["rate"], "weight_decay": s["decay"], "momentum": s["momentum"]}
+    return own | {"lr_cov": s["averaging"], "damping": s["damping"]}
+
+
+def kl_shampoo(model: nn.Module, s: Mapping[str, float]) -> Any:
+    return KLShampoo(model, **second_order(s))
+
+
+def kfac(model: nn.Module, s: Mapping[str, float]) -> Any:
+    return KFAC(model, **second_order(s))
+
+
+def ikfac(model: nn.Module, s: Mapping[str, float]) -> Any:
+    return SINGD(model, structures=("dense", "dense"), kfac_like=True, **second_order(s))
+
+
+def singd(structures: Any = None) -> Make:
+    """INGD and SINGD, where the momentum is that of the factors."""
+
+    def make(model: nn.Module, s: Mapping[str, float]) -> Any:
+        own = second_order(s) | {"momentum": 0.9, "alpha1": s["momentum"]}
+        return SINGD(model, structures=structures, **own)
+
+    return make
+
+
+def both(structure: str) -> Make:
+    return singd((structure, structure))
+
+
+METHODS: dict[str, Make] = {
+    "SGD": sgd,
+    "AdamW": adamw,
+    "Muon": muon,
+    "SOAP": soap,
+    "KL-Shampoo": kl_shampoo,
+    "KFAC": kfac,
+    "IKFAC": ikfac,
+    "INGD": both("dense"),
+    "SINGD block-diagonal": both("block_diagonal(16)"),
+    "SINGD hierarchical": both("hierarchical(8, 8)"),
+    "SINGD Toeplitz": both("lower_toeplitz"),
+    "SINGD diagonal": both("diagonal"),
+    "SINGD": singd(),
+}
+"""One entry is one row: a further one, such as ``singd("auto")``, needs nothing else."""

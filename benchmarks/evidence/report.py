@@ -1,0 +1,288 @@
+"""Tables and the figure, from the file of runs alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+from benchmarks.evidence import protocol, search
+from benchmarks.evidence.protocol import BASELINE, SIZES, Setting, Size
+from benchmarks.evidence.runs import Runs
+
+KINDS = ("tuned", "one setting")
+OURS = "SINGD"  # the row that the sentences are about
+
+
+class Results:
+    """What has been run of one size, method by method and task by task.
+
+    Attributes:
+        tasks: Those on which every method has all its finals.
+    """
+
+    def __init__(self, runs: Runs, size: Size) -> None:
+        self.runs, self.size = runs, size
+        self.tasks = [t for t in size.tasks if self.is_complete(t)]
+
+    def is_complete(self, task: str) -> bool:
+        """Whether nothing is missing on a task."""
+        return not any(search.missing(self.runs, task, list(protocol.METHODS), self.size))
+
+    def setting(self, kind: str, task: str, method: str) -> Setting | None:
+        """The tuned setting, or the one for all tasks; ``None`` if every trial failed."""
+        if kind == "one setting":
+            return protocol.FIXED[method]
+        count = search.rounds(self.runs, task, self.size)
+        found = search.best(self.runs, task, method, self.size, count)
+        return found.setting if found else None
+
+    def finals(self, kind: str, task: str, method: str) -> list[dict[str, Any]]:
+        """The runs with the paired seeds."""
+        setting = self.setting(kind, task, method)
+        if setting is None:
+            return []
+        return [self.runs[t] for t in search.finals(task, method, self.size, setting)]
+
+    def losses(self, kind: str, task: str, method: str) -> list[float]:
+        """Test losses by seed; infinite where the run failed."""
+        rows = self.finals(kind, task, method)
+        return [math.inf if r["failed"] else float(r["losses"][-1]) for r in rows] or [math.inf]
+
+    @cached_property
+    def target(self) -> dict[str, float]:
+        """The mean test loss that the tuned AdamW ends with, by task."""
+        return {t: fmean(self.losses("tuned", t, BASELINE)) for t in self.tasks}
+
+    def difference(self, kind: str, task: str, method: str) -> tuple[float, float]:
+        """Mean of the paired differences to the tuned AdamW, over its mean, and its error."""
+        own, theirs = self.losses(kind, task, method), self.losses("tuned", task, BASELINE)
+        if not all(map(math.isfinite, own)):
+            return math.inf, math.nan
+        d = [(a - b) / self.target[task] for a, b in zip(own, theirs, strict=True)]
+        return fmean(d), stdev(d) / len(d) ** 0.5 if len(d) > 1 else math.nan
+
+    def reached(self, kind: str, task: str, method: str) -> tuple[float, float]:
+        """Steps and seconds to the target over those of AdamW's run, each a median over seeds."""
+        theirs = median(r["seconds"][-1] for r in self.finals("tuned", task, BASELINE))
+        steps, seconds = [math.inf], [math.inf]
+        if rows := self.finals(kind, task, method):
+            found = [first(row, self.target[task]) for row in rows]
+            steps, seconds = [f[0] for f in found], [f[1] for f in found]
+        return median(steps) / search.steps(task, self.size), median(seconds) / theirs
+
+    def bytes_of(self, kind: str, task: str, method: str) -> tuple[float, float]:
+        """State, and peak with weights and batch, over those of the tuned AdamW."""
+        out = []
+        for which, name in ((kind, method), ("tuned", BASELINE)):
+            setting, rows = self.setting(which, task, name), self.finals(which, task, name)
+            if setting is None:
+                return math.nan, math.nan
+            peak = self.runs[search.counted(task, name, setting)].get("peak", math.nan)
+            out.append((rows[0]["state"], peak))
+        (state, peak), (theirs, highest) = out
+        return state / theirs, peak / highest
+
+    def failed(self, method: str) -> tuple[int, int]:
+        """Trials of the search that failed, and all of them."""
+        trials = [
+            t
+            for task in self.tasks
+            for t in search.searched(
+                task, method, self.size, search.rounds(self.runs, task, self.size)
+            )
+        ]
+        return sum(self.runs[t]["failed"] for t in trials), len(trials)
+
+
+def first(row: dict[str, Any], target: float) -> tuple[float, float]:
+    """Steps and seconds at the first check whose loss is at most ``target``."""
+    for step, loss, seconds in zip(
+        row["checks"][1:], row["losses"][1:], row["seconds"], strict=False
+    ):
+        if loss is not None and loss <= target:
+            return step, seconds
+    return math.inf, math.inf
+
+
+# Words and tables --------------------------------------------------------------------------------
+
+
+def table(results: Results, title: str, cell: Callable[[str, str], str]) -> str:
+    """A row for each method, a column for each task."""
+    lines = [f"| {title} | {' | '.join(results.tasks)} |"]
+    lines.append(f"| --- |{' --: |' * len(results.tasks)}")
+    for method in protocol.METHODS:
+        lines.append(f"| {method} | {' | '.join(cell(t, method) for t in results.tasks)} |")
+    return "\n".join(lines)
+
+
+def differences(results: Results, kind: str) -> str:
+    """Test losses less that of the tuned AdamW, in percent of it."""
+
+    def cell(task: str, method: str) -> str:
+        if kind == "tuned" and method == BASELINE:
+            return f"{results.target[task]:.4g}"
+        mean, error = results.difference(kind, task, method)
+        losses = results.losses(kind, task, method)
+        lost = sum(map(math.isinf, losses))
+        return (
+            f"{lost} of {len(losses)} failed" if lost else f"{percent(mean)} ± {percent(error)[1:]}"
+        )
+
+    return table(results, kind, cell)
+
+
+def percent(x: float) -> str:
+    return f"{100 * x:+.1f}" if abs(x) < 10 else f"{100 * x:+.0f}"
+
+
+def targets(results: Results, kind: str) -> str:
+    """Steps and seconds to AdamW's loss."""
+
+    def cell(task: str, method: str) -> str:
+        steps, seconds = results.reached(kind, task, method)
+        return "" if math.isinf(steps) else f"{steps:.1f}, {seconds:.2f}"
+
+    return table(results, kind, cell)
+
+
+def costs(results: Results) -> str:
+    """Medians over tasks."""
+    lines = [
+        "| | state, tuned | state, one setting | peak, tuned | peak, one setting | failed |",
+        "| --- | --: | --: | --: | --: | --: |",
+    ]
+    for method in protocol.METHODS:
+        found = [[results.bytes_of(kind, t, method) for t in results.tasks] for kind in KINDS]
+        cells = [f"{median(b[i] for b in each):.2f}" for i in (0, 1) for each in found]
+        failed, count = results.failed(method)
+        lines.append(f"| {method} | {' | '.join(cells)} | {failed} of {count} |")
+    return "\n".join(lines)
+
+
+def standing(results: Results, kind: str, method: str = OURS) -> dict[str, list[str]]:
+    """Tasks by how the method stands to the tuned AdamW: two standard errors decide."""
+    found: dict[str, list[str]] = {"worse": [], "level": [], "better": []}
+    for task in results.tasks:
+        mean, error = results.difference(kind, task, method)
+        level = math.isfinite(mean) and not abs(mean) > 2 * error
+        found["level" if level else "worse" if mean > 0 else "better"].append(task)
+    return found
+
+
+def sentences(results: Results) -> str:
+    """Where it does not pay first."""
+    lines = []
+    for kind, words in (("one setting", "With nothing searched"), ("tuned", "Tuned")):
+        found = standing(results, kind)
+        parts = [
+            f"**{word}** on {', '.join(named(results, kind, t) for t in found[how])}"
+            if found[how]
+            else f"**{word}** on none"
+            for how, word in (("worse", "worse"), ("level", "level"), ("better", "better"))
+        ]
+        lines.append(f"- {words}, `SINGD(model)` is {'; '.join(parts)}.")
+    return "\n".join(lines)
+
+
+def named(results: Results, kind: str, task: str) -> str:
+    mean, error = results.difference(kind, task, OURS)
+    return f"{task} ({percent(mean)} ± {percent(error)[1:]} %)" if math.isfinite(mean) else task
+
+
+def share(results: Results) -> str:
+    """How much of the protocol the tables show."""
+    size, full = results.size, SIZES["full"]
+    ends = [
+        f"{method} on {task} ({end})"
+        for task in results.tasks
+        for method in protocol.METHODS
+        if (
+            end := search.at_border(
+                results.runs, task, method, size, search.rounds(results.runs, task, size)
+            )
+        )
+    ]
+    return (
+        f"Of the full protocol this is a part: {len(results.tasks)} of {len(full.tasks)} tasks, "
+        f"with one {full.stretch / size.stretch:.0f}th of the steps; {size.points} of "
+        f"{full.points} points in the first round of the search, and {len(size.wider) - 1} of up "
+        f"to {len(full.wider) - 1} further rounds; {size.seeds} of {full.seeds} seeds.\n\n"
+        f"The tuned rate is the lowest or the highest of those tried in {len(ends)} of "
+        f"{len(results.tasks) * len(protocol.METHODS)} searches: {', '.join(ends) or 'none'}. "
+        "With the full protocol ranges are widened for all methods on these tasks."
+    )
+
+
+def summary(results: Results) -> dict[str, Any]:
+    """What the README says."""
+    return {
+        "tasks": len(results.tasks),
+        "seeds": results.size.seeds,
+        **{kind: {k: len(v) for k, v in standing(results, kind).items()} for kind in KINDS},
+    }
+
+
+def profile(results: Results, path: Path) -> None:
+    """The share of tasks on which a method's loss is within a factor of the best one's."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"font.size": 8, "svg.hashsalt": "profile", "svg.fonttype": "none"}):
+        figure = Figure(figsize=(9, 3.2), layout="constrained")
+        for ax, kind in zip(figure.subplots(1, 2, sharey=True), KINDS, strict=True):
+            for index, method in enumerate(protocol.METHODS):
+                style = {"lw": 2.5} if method == OURS else {"lw": 1.2}
+                dashes = "--" if index < 7 else "-"
+                x, y = steps_of(ratios(results, kind, method))
+                ax.step(x, y, dashes, where="post", label=method, color=f"C{index % 10}", **style)
+            ax.set(title=kind, xlabel="test loss / that of the best method", xscale="log")
+            ax.set(xlim=(1, 10), ylim=(0, 1.05))
+        ax = figure.axes[0]
+        ax.set_ylabel("share of tasks")
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+        figure.savefig(path, metadata={"Date": None})
+
+
+def ratios(results: Results, kind: str, method: str) -> list[float]:
+    """Mean test loss over the lowest of all methods, task by task."""
+    found = []
+    for task in results.tasks:
+        means = {m: fmean(results.losses(kind, task, m)) for m in protocol.METHODS}
+        found.append(means[method] / min(means.values()))
+    return found
+
+
+def steps_of(values: Sequence[float]) -> tuple[list[float], list[float]]:
+    """The corners of the share of values that are at most x, from 1 to 10."""
+    inside = sorted(v for v in values if v <= 10)
+    return [1.0, *inside, 10.0], [k / len(values) for k in (0, *range(1, len(inside) + 1))] + [
+        len(inside) / len(values)
+    ]
+
+
+def write(runs: Runs, size: Size, out: Path) -> None:
+    """All that the page shows."""
+    results = Results(runs, size)
+    if not results.tasks:
+        print("no task is complete yet")
+        return
+    parts = {
+        "sentences": sentences(results),
+        "share": share(results),
+        "tuned": differences(results, "tuned"),
+        "one_setting": differences(results, "one setting"),
+        "target_tuned": targets(results, "tuned"),
+        "target_one_setting": targets(results, "one setting"),
+        "costs": costs(results),
+    }
+    for name, text in parts.items():
+        (out / f"{name}.md").write_text(text + "\n")
+    (out / "summary.json").write_text(json.dumps(summary(results), indent=2) + "\n")
+    profile(results, out / "profile.svg")
+    print("\n\n".join(parts.values()))
