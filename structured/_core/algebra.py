@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from structured._core.checks import check_arguments
+from structured._core.closed import read
 from structured._core.exponential import can_be_counted, exponential
 from structured._core.member import Member, Scalar
 from structured._core.numbers import at_least_float32, solve_dense
@@ -27,7 +28,7 @@ class Algebra(Member):
     def add_scaled_identity(self, alpha: Scalar) -> Self:
         """``A + alpha I`` for a number or a tensor ``alpha`` of the batch shape."""
         eye = torch.eye(self.n, dtype=self.dtype, device=self.device)
-        return self + alpha * self.orthogonal_project(eye.expand(self.shape))
+        return self + alpha * read(self, eye.expand(self.shape))
 
     def solve(self, X: Tensor) -> Tensor:
         """``A^{-1} X`` for ``X [..., n, m]`` or ``[n]``; solved in float32 at least.
@@ -55,7 +56,7 @@ class Algebra(Member):
             RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
         """
         eye = torch.eye(self.n, dtype=self.dtype, device=self.device)
-        return self.orthogonal_project(self.solve(eye.expand(self.shape)))
+        return read(self, self.solve(eye.expand(self.shape)))
 
     def solve_member(self, other: Self) -> Self:
         """``A^{-1} B`` for two members of one structure; what ``A.solve(B)`` calls."""
@@ -80,7 +81,7 @@ class Algebra(Member):
     def exp(self) -> Self:
         """``exp(A) = I + A + A^2 / 2 + ...``, a member; in float32 at least."""
         dense = self.to_dense().to(at_least_float32(self.dtype))
-        return self.orthogonal_project(torch.linalg.matrix_exp(dense).to(self.dtype))
+        return read(self, torch.linalg.matrix_exp(dense).to(self.dtype))
 
     def _exp_by_products(self) -> Self:
         """The same, for structures whose products cost less than those of dense matrices.

@@ -24,8 +24,9 @@ import torch
 from torch import Size, Tensor
 from torch.utils import _pytree as pytree
 
+from structured._core import closed
 from structured._core.member import Member
-from structured._core.statics import convert
+from structured._core.statics import are_fake, convert
 from structured._core.stored import zero_of
 from structured._core.weights import Weights, analyse
 
@@ -51,6 +52,7 @@ def forget() -> None:
     """Drop what was found about structures: the next use is as the first."""
     _SHAPES.clear()
     _WEIGHTS.clear()
+    closed.forget()
 
 
 def orthogonal_project(member: M_, M: Tensor) -> M_:
@@ -68,7 +70,7 @@ def _project(member: M_, M: Tensor, which: str) -> M_:
     batch, dropped = M.shape[:-2], len(member.batch_shape)
     cores = [t.shape[dropped:] for t in member.tensors()]
     statics = member.static_tensors()
-    if M.is_meta or _are_fake(statics):  # without numbers to analyse
+    if M.is_meta or are_fake(statics):  # without numbers to analyse
         return member.with_tensors([M.new_empty((*batch, *core)) for core in cores])
     found = _weights(member.key(dropped), *statics)
     pulled = _pull(member, cores, M.to(wide))
@@ -78,11 +80,6 @@ def _project(member: M_, M: Tensor, which: str) -> M_:
         mixed = getattr(group, which).to(M.device, wide) @ pulled[..., index, None]
         solved = solved.index_add(-1, index.flatten(), mixed.flatten(-3))
     return member.with_tensors([t.to(M.dtype) for t in _split(solved, cores, batch)])
-
-
-def _are_fake(statics: Sequence[Tensor]) -> bool:
-    """Whether some are PyTorch's fake tensors; to the compiler all are, and it has the numbers."""
-    return not torch.compiler.is_compiling() and any(hasattr(t, "fake_mode") for t in statics)
 
 
 def _split(flat: Tensor, cores: Sequence[Size], batch: Sequence[int]) -> list[Tensor]:

@@ -22,6 +22,7 @@ from torch import Size, Tensor
 
 from structured._core import defaults
 from structured._core.algebra import Algebra
+from structured._core.closed import read
 from structured._core.dispatch import symmetric_product
 from structured._core.lazy import Outer
 from structured._core.member import Scalar
@@ -111,7 +112,7 @@ class StructuredMatrix(Algebra):
 
     def matmul(self, other: Self) -> Self:
         """The product ``A B`` of two members of one structure."""
-        return self.orthogonal_project(self.to_dense() @ other.to_dense())
+        return read(self, self.to_dense() @ other.to_dense())
 
     def apply(self, X: Tensor) -> Tensor:
         """``A X`` for ``X [..., n, m]``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,3 +55,8 @@ class Shared:
         pairs = zip(mine.tensors(), theirs.tensors(), strict=False)
         same: bool = mine.layout == theirs.layout and all(torch.equal(a, b) for a, b in pairs)
         return same
+
+
+def are_fake(statics: Sequence[Tensor]) -> bool:
+    """Whether some are PyTorch's fake tensors; to the compiler all are, and it has the numbers."""
+    return not torch.compiler.is_compiling() and any(hasattr(t, "fake_mode") for t in statics)
