@@ -50,6 +50,14 @@ class GroupAlgebra(StructuredMatrix):
 
     dimensions = ("n",)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        group, n = self.group, self.n
+        if not isinstance(group, str):
+            self._check_core("c", math.prod(group) if isinstance(group, tuple) else len(group))
+        elif n % 2:
+            raise ValueError(f"group_algebra({group}): expected an even size, got {n}")
+
     closed_under_transpose = True
 
     @classmethod
@@ -81,8 +89,6 @@ class GroupAlgebra(StructuredMatrix):
             check_table(group[0], n)
             return cls(c, group[0].to(c.device, torch.int64))
         if group == ("dihedral",):
-            if n % 2:
-                raise ValueError(f"group_algebra(dihedral): expected an even size, got {n}")
             return cls(c, "dihedral")
         sizes = tuple(k for k in group if isinstance(k, int) and not isinstance(k, bool) and k > 0)
         if len(sizes) != len(group) or n % math.prod(sizes):

@@ -104,6 +104,10 @@ class Incidence(StructuredMatrix):
 
     dimensions = ("p",)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_core("v", len(self.places))
+
     @classmethod
     def zeros(
         cls, n: int, order: str | Tensor, *, batch_shape: Sequence[int] = (), **opts: Any

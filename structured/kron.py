@@ -65,6 +65,10 @@ class Kron(StructuredMatrix):
 
     dimensions = ("p q",)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_core("T", *(self._like(key).numel() for key in (self.first, self.last)))
+
     @classmethod
     def zeros(
         cls,

@@ -87,6 +87,15 @@ class Stored(Convertible):
                 )
             batch = shape[:start]
 
+    def _check_core(self, name: str, *core: int) -> None:
+        """Raise unless the trailing dimensions of a field are these."""
+        shape = getattr(self, name).shape
+        if shape[-len(core) :] != core:
+            expected = ", ".join(map(str, ("...", *core)))
+            raise ValueError(
+                f"{type(self).__name__}.{name}: expected shape [{expected}], got {list(shape)}"
+            )
+
     def _check_real(self) -> None:
         if not self.dtype.is_floating_point:
             raise ValueError(

@@ -30,6 +30,7 @@ from hypothesis.strategies import SearchStrategy
 
 from structured._core.spec import Structure, StructureLike, parse
 from structured.testing.conduct import CONDUCT
+from structured.testing.constructors import constructors
 from structured.testing.laws import ALGEBRA, assert_close
 from structured.testing.members import MEMBERS
 from structured.testing.solves import SOLVES
@@ -41,7 +42,10 @@ __all__ = ["LAWS", "assert_close", "check", "structures"]
 Law = Callable[..., None]
 
 LAWS: Mapping[str, Law] = MappingProxyType(
-    {law.__name__: law for law in (*ALGEBRA, *SOLVES, *MEMBERS, *CONDUCT, *TRANSFORMS)}
+    {
+        law.__name__: law
+        for law in (*ALGEBRA, *SOLVES, *MEMBERS, *CONDUCT, constructors, *TRANSFORMS)
+    }
 )
 
 

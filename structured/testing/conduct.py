@@ -176,9 +176,10 @@ def views(A: StructuredMatrix) -> None:
 def meta(structure: Structure, operands: Operands, dtype: torch.dtype) -> None:
     """Every operation finds its shapes and dtypes on the meta device, without numbers."""
     operands = operands.to(dtype)
-    zero = structure(operands.A.n, batch_shape=operands.A.batch_shape, device="meta")
+    A = operands.A
+    zero = structure(A.n, batch_shape=A.batch_shape, dtype=A.dtype, device="meta")
     assert zero.device.type == "meta", f"zeros: expected a member on meta, got {zero.device}"
-    like = zero.to(operands.A.dtype)
+    like = zero.to(A.dtype)
     X, S = operands.X.to("meta"), operands.S.to("meta")
     shadow = Operands(like, like, like, X, S)
     for name, operation in OPERATIONS.items():

@@ -82,7 +82,7 @@ class Halves(StructuredMatrix):
         return super()._build([M.tril() + M.triu(1) / 2 for M in parts])
 
 
-@fails("zeros", "random")
+@fails("zeros", "random", "meta")
 class BecomesItsBase(Diagonal):
     def _build(self, parts):
         return Diagonal(*parts)

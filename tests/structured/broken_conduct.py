@@ -56,7 +56,7 @@ class OtherLeaves(Diagonal):
         return [self.d + 1], ()
 
 
-@fails("zeros", "random")
+@fails("zeros", "random", "meta")
 class UnflattensToItsBase(Diagonal):
     @classmethod
     def _unflatten(cls, parts, statics):

@@ -1,8 +1,9 @@
 """Structures broken in what follows from products: noted in ``BROKEN`` as well."""
 
 import torch
+from torch import Tensor
 
-from structured import Dense, Diagonal, LowerTriangular, Outer
+from structured import Dense, Diagonal, LowerTriangular, Outer, StructuredMatrix
 from tests.structured.broken import fails
 from tests.structured.broken_conduct import BROKEN
 
@@ -135,3 +136,27 @@ class TracesTheRoot(LowerTriangular):
 class TurnsIntoTheTranspose(LowerTriangular):
     def to_structure(self, structure):
         return self.mT.to_structure(structure)
+
+
+@fails("constructors")
+class TakesAnyShape(Dense):
+    def __post_init__(self):
+        self._check_real()
+
+
+@fails("constructors")
+class TwoLettersForOneSize(StructuredMatrix):
+    """The sum of two diagonal matrices."""
+
+    d: Tensor
+    e: Tensor
+
+    dimensions = ("n", "m")
+    closed_under_transpose = True
+
+    @classmethod
+    def zeros(cls, n, *, batch_shape=(), **opts):
+        return cls(torch.zeros(*batch_shape, n, **opts), torch.zeros(*batch_shape, n, **opts))
+
+    def to_dense(self):
+        return torch.diag_embed(self.d + self.e)
