@@ -173,6 +173,15 @@ class Placement(ABC):
         """Bytes that this rank sends in a step for a matrix, on average over steps."""
         return 0.0
 
+    def check_same(self, names: Callable[[], Sequence[str]], device: torch.device) -> None:
+        """Raise ``ValueError``, at the first step, unless all ranks have the same parameters.
+
+        Args:
+            names: Says what stands for the parameters of this rank, in order.
+            device: Device that the ranks communicate by.
+        """
+        return
+
     @abstractmethod
     def agree(self, numbers: Sequence[float | Tensor], like: Tensor) -> list[float]:
         """The sums over all ranks of numbers that decide what a step does.

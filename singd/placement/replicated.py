@@ -6,7 +6,8 @@ Statistics are sums with counts, so ranks only have to add them up.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,7 +52,24 @@ class DataParallel(Placement):
     def __init__(self, groups: Sequence[Any], averages_gradients: bool) -> None:
         super().__init__()
         self.groups, self.averages_gradients = list(groups), averages_gradients
+        self._is_checked = False
         self.size = math.prod(dist.get_world_size(group) for group in self.groups)
+
+    def check_same(self, names: Callable[[], Sequence[str]], device: torch.device) -> None:
+        """Raise unless all ranks have the same parameters; they are compared once."""
+        if self._is_checked:
+            return
+        own = names()
+        number = zlib.crc32("\n".join(own).encode())
+        most = torch.tensor([number, -number], device=device)
+        for group in self.groups:
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+        if most.tolist() != [number, -number]:
+            raise ValueError(
+                f"model: ranks that share the data have other parameters than {own[0]}, ... here: "
+                "an optimizer of a pipeline stage needs process_group, the ranks of the same stage"
+            )
+        self._is_checked = True
 
     def agree(self, numbers: Sequence[float | Tensor], like: Tensor) -> list[float]:
         """The sums over all ranks, in one reduction."""

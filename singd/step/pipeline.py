@@ -231,6 +231,10 @@ def agree(parts: Parts, state: State) -> None:
     refused = [v.explained is False for v in verified]
     if placement.size > 1:
         used = [p.grad is not None for p in everything]
+        placement.check_same(
+            lambda: [f"{parameters.name(p)} {list(p.shape)}" for p in everything],
+            everything[0].device,
+        )
         numbers = placement.agree([*used, *refused, capture.count.terms], everything[0])
         capture.count.end_step(numbers.pop())
         for p, count in zip(everything, numbers, strict=False):

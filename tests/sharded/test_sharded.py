@@ -14,10 +14,10 @@ from singd.testing import check_sharded
 from singd.testing.sharded import compare
 from singd.testing.sharded.rows import TOLERANCES
 from singd.testing.sharded.world import Ended
-from tests.sharded import checkpoints, frozen, kit, parallel, scenarios, structures, traffic
+from tests.sharded import checkpoints, frozen, kit, parallel, scenarios, stages, structures, traffic
 
 FROZEN, SCENARIOS = frozen.cases(), scenarios.cases()
-STRUCTURES, TRAFFIC = structures.cases(), traffic.cases()
+STRUCTURES, TRAFFIC, STAGES = structures.cases(), traffic.cases(), stages.cases()
 CHECKPOINTS, PARALLEL = checkpoints.cases(), parallel.cases()
 KIT, FAULTS = kit.cases(), kit.faults()
 BOUNDS = {row.__name__: bound for row, bound in TOLERANCES.items()}
@@ -71,6 +71,11 @@ def test_a_checkpoint(name: str, ended: list[Ended]) -> None:
 @pytest.mark.parametrize("name", PARALLEL)
 def test_tensor_parallelism(name: str, ended: list[Ended]) -> None:
     check(name, ended, parallel.alone(*PARALLEL[name][1:]))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stages_of_a_pipeline(name: str, ended: list[Ended]) -> None:
+    check(name, ended, {} if "without" in name else stages.alone())
 
 
 @pytest.mark.parametrize("name", KIT)
