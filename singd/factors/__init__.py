@@ -6,6 +6,16 @@ curvature.
 
 from singd.factors.calibration import calibrate
 from singd.factors.export import export
+from singd.factors.posterior import Posterior, Predictive, posterior
 from singd.factors.records import Calibration, KroneckerFactors, WeightFactors
 
-__all__ = ["Calibration", "KroneckerFactors", "WeightFactors", "calibrate", "export"]
+__all__ = [
+    "Calibration",
+    "KroneckerFactors",
+    "Posterior",
+    "Predictive",
+    "WeightFactors",
+    "calibrate",
+    "export",
+    "posterior",
+]

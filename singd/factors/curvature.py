@@ -130,7 +130,7 @@ def average(
     samples = 0
     with (
         KroneckerOptimizer(model, method, [*params], options, layers=[*OPTIONAL]) as optimizer,
-        _evaluated(model),
+        evaluated(model),
     ):
         for batch in loader:
             f = forward(model, batch)
@@ -166,7 +166,7 @@ def _statistics(one: WeightFactors, whole: bool) -> tuple[Structure, Structure]:
 
 
 @contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
+def evaluated(model: nn.Module) -> Iterator[None]:
     """``model.eval()`` with gradients, and every module as it was when this ends."""
     training = [module for module in model.modules() if module.training]
     model.eval()
