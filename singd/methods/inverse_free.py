@@ -30,7 +30,7 @@ from singd.methods.options import (
     lr_cov,
     pair,
 )
-from singd.methods.scale import begun, dampings, needs_trace, square_sum
+from singd.methods.scale import begun, dampings, needs_trace, resolved_damping, square_sum
 from singd.ops.precision import product_dtype, rounds_products
 from structured import (
     Dense,
@@ -176,7 +176,9 @@ class InverseFree(Method):
         (K, H_K), (C, H_C) = (_curvature(F, U) for F, U in sides)
         damping = dampings(statistics, options)
         if options["kfac_like"]:
-            resolved = [_damping(c, 1.0, U) for c, (_, U) in zip(damping, sides, strict=True)]
+            resolved = [
+                resolved_damping(c, 1.0, U) for c, (_, U) in zip(damping, sides, strict=True)
+            ]
             m_K, m_C = update.ikfac(K, H_K, resolved[0]), update.ikfac(C, H_C, resolved[1])
         else:
             m_K, m_C = update.singd(K, C, H_K, H_C, damping[0])
@@ -276,13 +278,6 @@ def _curvature(K: StructuredMatrix, U: Statistic) -> tuple[StructuredMatrix, Str
     wide = torch.promote_types(K.dtype, U.value.dtype)
     K, value = K.to(wide), U.value.to(wide)
     return K, value if U.kind == "whitened" else update.curvature(K, value)
-
-
-def _damping(c: Any, a: Any, U: Statistic) -> Any:
-    """The damping, as much as can be resolved beside the statistic."""
-    if U.kind == "whitened" or isinstance(U.value, Diagonal):
-        return c
-    return update.resolve_damping(c, a, U.value.frobenius_norm())
 
 
 def _step(

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from singd import update
+from singd.capture.statistics import Statistic
 from singd.methods.base import Averages, Options, Stack
-from structured import StructuredMatrix
+from structured import Diagonal, StructuredMatrix
 
 
 def needs_trace(options: Options) -> bool:
@@ -26,6 +27,13 @@ def dampings(averages: Averages, options: Options) -> tuple[Any, Any]:
     if not options["kfac_like"]:
         of_K = of_C = of_K * of_C
     return options["damping"] * of_K, options["damping"] * of_C
+
+
+def resolved_damping(c: Any, a: Any, U: Statistic) -> Any:
+    """The damping, as much as can be resolved beside the statistic of ``a S``."""
+    if U.kind == "whitened" or isinstance(U.value, Diagonal):
+        return c
+    return update.resolve_damping(c, a, U.value.frobenius_norm())
 
 
 def begun(stack: Stack) -> Stack:
