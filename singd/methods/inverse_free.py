@@ -30,7 +30,14 @@ from singd.methods.options import (
     lr_cov,
     pair,
 )
-from singd.methods.scale import begun, dampings, needs_trace, resolved_damping, square_sum
+from singd.methods.scale import (
+    begun,
+    curvature_of,
+    dampings,
+    needs_trace,
+    resolved_damping,
+    square_sum,
+)
 from singd.ops.precision import product_dtype, rounds_products
 from structured import (
     Dense,
@@ -173,7 +180,7 @@ class InverseFree(Method):
             stack = begun(Stack(factors, statistics, {}))
             factors, statistics = stack.factors, stack.statistics
         sides = ((factors.K, statistics.input), (factors.C, statistics.grad))
-        (K, H_K), (C, H_C) = (_curvature(F, U) for F, U in sides)
+        (K, H_K), (C, H_C) = (curvature_of(F, U) for F, U in sides)
         damping = dampings(statistics, options)
         if options["kfac_like"]:
             resolved = [
@@ -218,7 +225,7 @@ class InverseFree(Method):
         pairs = ((factors.K, averages.input), (factors.C, averages.grad))
         both = dampings(averages, {**options, "kfac_like": True})
         for name, (F, U), c in zip("KC", pairs, both, strict=True):
-            K, H = _curvature(F, U)
+            K, H = curvature_of(F, U)
             found[name] = (H + c * K.gram()).add_scaled_identity(-1.0).frobenius_norm()
         return found
 
@@ -271,13 +278,6 @@ def is_whitened(K: StructuredMatrix) -> bool:
     """Whether K is applied to the columns, since ``S`` does not determine H or loses digits."""
     rounded = rounds_products(product_dtype(K), K.device) and not isinstance(K, Diagonal)
     return rounded or not K.closed_under_congruence
-
-
-def _curvature(K: StructuredMatrix, U: Statistic) -> tuple[StructuredMatrix, StructuredMatrix]:
-    """A factor in the precision of its statistic, and its curvature."""
-    wide = torch.promote_types(K.dtype, U.value.dtype)
-    K, value = K.to(wide), U.value.to(wide)
-    return K, value if U.kind == "whitened" else update.curvature(K, value)
 
 
 def _step(

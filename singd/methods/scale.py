@@ -29,6 +29,13 @@ def dampings(averages: Averages, options: Options) -> tuple[Any, Any]:
     return options["damping"] * of_K, options["damping"] * of_C
 
 
+def curvature_of(K: StructuredMatrix, U: Statistic) -> tuple[StructuredMatrix, StructuredMatrix]:
+    """A factor in the precision of its statistic, and its curvature."""
+    wide = torch.promote_types(K.dtype, U.value.dtype)
+    K, value = K.to(wide), U.value.to(wide)
+    return K, value if U.kind == "whitened" else update.curvature(K, value)
+
+
 def resolved_damping(c: Any, a: Any, U: Statistic) -> Any:
     """The damping, as much as can be resolved beside the statistic of ``a S``."""
     if U.kind == "whitened" or isinstance(U.value, Diagonal):
