@@ -11,7 +11,7 @@ from torch import Tensor
 
 from singd import update
 from singd.capture.statistics import Columns, Side, Statistic
-from singd.methods import batched
+from singd.methods import batched, scale
 from singd.methods.base import Averages, Factors, Method, Options, Products, Stack
 from singd.methods.directions import (
     apply_outer,
@@ -29,14 +29,6 @@ from singd.methods.options import (
     integer,
     lr_cov,
     pair,
-)
-from singd.methods.scale import (
-    begun,
-    curvature_of,
-    dampings,
-    needs_trace,
-    resolved_damping,
-    square_sum,
 )
 from singd.ops.precision import product_dtype, rounds_products
 from structured import (
@@ -158,7 +150,7 @@ class InverseFree(Method):
         dtype = torch.float32 if dtype == torch.float16 else dtype
         wide = torch.promote_types(dtype, torch.float32)
         if is_whitened(K):
-            trace = square_sum(X, wide) if needs_trace(options) else None
+            trace = scale.square_sum(X, wide) if scale.needs_trace(options) else None
             return Statistic(update.whitened(K.to(dtype), X.to(dtype)).to(wide), "whitened", trace)
         if isinstance(K, Dense) and X.dtype == torch.bfloat16:  # exact sums of its products
             S = X.new_empty(*X.shape[:-1], K.n, dtype=wide)
@@ -177,14 +169,14 @@ class InverseFree(Method):
     ) -> InverseFreeFactors:
         """One update of K and C, and of their momenta, by the functions of :mod:`singd.update`."""
         if options["scale_init"]:
-            stack = begun(Stack(factors, statistics, {}))
+            stack = scale.begun(Stack(factors, statistics, {}))
             factors, statistics = stack.factors, stack.statistics
         sides = ((factors.K, statistics.input), (factors.C, statistics.grad))
-        (K, H_K), (C, H_C) = (curvature_of(F, U) for F, U in sides)
-        damping = dampings(statistics, options)
+        (K, H_K), (C, H_C) = (scale.curvature_of(F, U) for F, U in sides)
+        damping = scale.dampings(statistics, options)
         if options["kfac_like"]:
             resolved = [
-                resolved_damping(c, 1.0, U) for c, (_, U) in zip(damping, sides, strict=True)
+                scale.resolved_damping(c, 1.0, U) for c, (_, U) in zip(damping, sides, strict=True)
             ]
             m_K, m_C = update.ikfac(K, H_K, resolved[0]), update.ikfac(C, H_C, resolved[1])
         else:
@@ -200,7 +192,7 @@ class InverseFree(Method):
     ) -> Iterator[InverseFreeFactors]:
         """The updates of all stacks, fused where the momenta themselves are not needed."""
         if options["scale_init"]:
-            stacks = (begun(stack) for stack in stacks)
+            stacks = (scale.begun(stack) for stack in stacks)
         if options["normalize_lr_cov"] or (options["alpha1"] and not options["kfac_like"]):
             yield from super().update_all(stacks, {**options, "scale_init": False}, step)
             return
@@ -219,13 +211,13 @@ class InverseFree(Method):
     ) -> dict[str, Tensor]:
         """``||Pi(K^T (S_K + lambda I) K) - I||_F`` of K, and of C: zero at the best factor."""
         if options["scale_init"]:
-            stack = begun(Stack(factors, averages, {}))
+            stack = scale.begun(Stack(factors, averages, {}))
             factors, averages = stack.factors, stack.statistics
         found = {}
         pairs = ((factors.K, averages.input), (factors.C, averages.grad))
-        both = dampings(averages, {**options, "kfac_like": True})
+        both = scale.dampings(averages, {**options, "kfac_like": True})
         for name, (F, U), c in zip("KC", pairs, both, strict=True):
-            K, H = curvature_of(F, U)
+            K, H = scale.curvature_of(F, U)
             found[name] = (H + c * K.gram()).add_scaled_identity(-1.0).frobenius_norm()
         return found
 
