@@ -41,6 +41,7 @@ DEFAULTS: Mapping[str, Any] = {
     "kl_clip": None,
     "graft": "auto",
     "seed": 0,
+    "sample": 1,
 }
 """Options of a group that every method has, and their defaults."""
 

@@ -68,6 +68,9 @@ class SINGD(KroneckerOptimizer):
             0.03 T, at most 0.3.
         alpha1: Riemannian momentum of the factors (alpha_1), in [0, 1); 0 under ``kfac_like``.
         kfac_like: IKFAC (close to KFAC) instead of INGD / SINGD.
+        sample: Statistics are of one row (one position of a sample) in so many, at equal distances
+            from a random first one: unbiased, and so many times cheaper. Of convolutions and under
+            ``"reduce"``, of one sample in so many. A CUDA graph reads the same rows in each replay.
         kfac_approx: ``"expand"`` or ``"reduce"`` for layers that share their weight over positions
             (Eschenhagen et al., arXiv 2311.00636).
         loss_average: What the loss is a mean over: ``"batch"`` (as many terms as samples),
@@ -140,6 +143,7 @@ class SINGD(KroneckerOptimizer):
         structures: Structures | Mapping[str, Structures] | None = None,
         kfac_approx: str = "expand",
         *,
+        sample: int = 1,
         kfac_like: bool = False,
         relative_damping: bool = True,
         scale_init: bool = True,
@@ -183,6 +187,7 @@ class SINGD(KroneckerOptimizer):
             "loss_average": loss_average,
             "lr_cov": lr_cov,
             "structures": structures,
+            "sample": sample,
             "kfac_approx": kfac_approx,
             "kfac_like": kfac_like,
             "preconditioner_dtype": preconditioner_dtype,

@@ -16,6 +16,7 @@ from singd.capture.loss_count import LossCount
 from singd.capture.loss_terms import LossTerms
 from singd.capture.observer import Observer
 from singd.capture.samples import Call, Calls, is_dense
+from singd.capture.share import take
 from singd.capture.statistics import (
     Columns,
     KroneckerStatistics,
@@ -185,6 +186,10 @@ class Capture:
         x = read(layer, layer.samples_first, module, x, samples)
         g = read(layer, layer.samples_first, module, g, samples)
         size = observer.piece_bytes(matrix)
+        whole = x.shape[:1].numel()
+        share = take(layer, observer.approximation(matrix), x, g, *observer.sampling(matrix))
+        if share is not None:
+            x, g = share.x, share.g
         pieces = [(x, g)]
         if size is not None:
             largest = max(size, piece_size(x.device))
@@ -198,6 +203,9 @@ class Capture:
                 total.add_(sums)
         if total is None:
             raise UnreadableError("it was called with nothing")
+        if share is not None:
+            share.complete(total)
+            use.samples, use.rows = whole, share.count(use.rows)
         return total, use
 
     def _sum(

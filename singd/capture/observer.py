@@ -20,6 +20,9 @@ class Observer(Protocol):
     def piece_bytes(self, matrix: WeightMatrix) -> int | None:
         """Bytes of patches that are summed at a time, at least; ``None`` for all at once."""
 
+    def sampling(self, matrix: WeightMatrix) -> tuple[int, float]:
+        """How many rows each row that is read stands for, and where to begin, in [0, 1)."""
+
     def summarize(self, matrix: WeightMatrix, side: Side, columns: Columns) -> Statistic:
         """The statistic of one side of one use."""
 

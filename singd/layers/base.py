@@ -41,6 +41,9 @@ class Layer:
     joins_bias = True
     """Whether the bias is one more column of the weight matrix, with constant input."""
 
+    by_sample = True
+    """Whether a few samples are read without the others."""
+
     input_structure: str | None = None
     """The structure of the input factor, where the inputs leave no choice."""
 

@@ -15,6 +15,8 @@ from singd.layers.base import Layer
 class Normalization(Layer):
     """Scale and shift of a normalization: for each of them a product of its own, ``[d, 1, 1]``."""
 
+    by_sample = False  # some normalize over samples
+
     def __init__(self, normalize: Callable[[Any, Tensor], Tensor], channels_last: bool) -> None:
         self.normalize, self.channels_last = normalize, channels_last
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import weakref
 from collections.abc import Callable
@@ -42,6 +43,14 @@ class StepObserver:
         """As large as the factor: a product with fewer rows than columns is slow."""
         first = next(iter(self.parts.store.factors(matrix).members().values()))
         return None if isinstance(first, Diagonal) else sum(t.nbytes for t in first.tensors())
+
+    def sampling(self, matrix: WeightMatrix) -> tuple[int, float]:
+        """The option ``sample``, and a number that is new at each step, the same on all ranks."""
+        group = self.parts.parameters.group_of[matrix.weight]
+        every: int = group["sample"]
+        if every == 1:
+            return 1, 0.0
+        return every, random.Random(f"{group['seed']} {group['step']}").random()
 
     def summarize(self, matrix: WeightMatrix, side: Side, columns: Columns) -> Statistic:
         """The statistic that the method asks for."""

@@ -24,6 +24,7 @@ BLOCKS = OPTIONS | {"structures": ("hierarchical(1, 1)", "block_diagonal(2)")}
 METHODS: dict[str, Any] = {
     "SINGD": partial(SINGD, **OPTIONS),
     "SINGD as it is": SINGD,
+    "SINGD, sampled": partial(SINGD, sample=3, **OPTIONS),
     EXACT: partial(SINGD, **OPTIONS | {"kl_clip": None, "lr": 0.02}),
     "SINGD, owned": partial(SINGD, places="owned", **OPTIONS),
     "SINGD, columns": partial(SINGD, places="columns", **OPTIONS),
@@ -42,6 +43,7 @@ _SOME = ("uneven_shares", "passes_that_are_not_reduced", "a_gradient_that_is_not
 ROWS: dict[str, Iterable[str]] = {
     "SINGD": SHARDED_ROWS,
     "SINGD as it is": ("uneven_shares", "noise"),
+    "SINGD, sampled": ("uneven_shares", "passes_that_are_not_reduced"),
     EXACT: ("noise",),
     "SINGD, owned": (*_SOME, "a_rank_without_samples", "parameters_that_are_not_sharded", "noise"),
     "SINGD, columns": (*_SOME, "a_rank_without_samples", "parameters_that_are_not_sharded"),

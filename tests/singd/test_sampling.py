@@ -1,0 +1,115 @@
+"""Statistics of some rows in place of all: unbiased, with all counts, at any distance."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from singd import KFAC, SINGD
+from singd.step.observer import StepObserver
+from tests.frozen import nets
+from tests.singd.runs import F64, batches, mlp, train
+
+Found = dict[str, tuple[list[Tensor], tuple[int, int, int]]]
+
+
+def statistics(
+    net: str, samples: int, every: int = 1, phase: float | None = None, **options: Any
+) -> Found:
+    """Sums and counts of one pass, by name."""
+    model = nets.make(net, F64)
+    optimizer = SINGD(model, layers="all", sample=every, **options)
+    X = nets.batch(net, 0, F64)[0][:samples]
+    drawn = StepObserver.sampling
+    if phase is not None:
+        drawn = lambda *_: (every, phase)  # noqa: E731
+    with mock.patch.object(StepObserver, "sampling", drawn):
+        model(X).square().sum().backward()
+    return {
+        matrix.key: (
+            [*one.input.tensors(), *one.grad.tensors()],
+            (one.rows, one.samples, one.loss_terms),
+        )
+        for matrix, one in optimizer._parts.capture.collect().items()
+    }
+
+
+NETS = ("mlp", "sequence", "conv2d", "grouped", "transposed2d", "attention", "tied", "heads",
+        "norms", "image norms")  # fmt: skip
+
+
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+@pytest.mark.parametrize("net", NETS)
+@settings(max_examples=4, deadline=None)
+@given(every=st.integers(2, 4), samples=st.integers(1, 12), structure=st.sampled_from(
+    ["dense", "diagonal", "block_diagonal(2)", "lower_triangular"]))  # fmt: skip
+def test_the_mean_over_all_beginnings_is_the_sum_over_all_rows(
+    net: str, approximation: str, every: int, samples: int, structure: str
+) -> None:
+    options = {"structures": (structure, "dense"), "kfac_approx": approximation}
+    whole = statistics(net, samples, **options)
+    phases = math.lcm(*range(1, every + 1))
+    total: dict[str, list[Tensor]] = {}
+    for i in range(phases):
+        found = statistics(net, samples, every, (i + 0.5) / phases, **options)
+        assert found.keys() == whole.keys()
+        for name, (tensors, counts) in found.items():
+            assert counts == whole[name][1]
+            before = total.get(name, [torch.zeros_like(t) for t in tensors])
+            total[name] = [a + t / phases for a, t in zip(before, tensors, strict=True)]
+    for name, tensors in total.items():
+        torch.testing.assert_close(tensors, whole[name][0], rtol=1e-12, atol=1e-12)
+
+
+def test_fewer_rows_are_read() -> None:
+    """Or there would be nothing to gain."""
+    from singd.capture.statistics import Columns
+
+    seen = []
+    tensor = Columns.tensor
+
+    def watched(self: Columns) -> Tensor:
+        seen.append(tensor(self).shape[-1])
+        return tensor(self)
+
+    with mock.patch.object(Columns, "tensor", watched):
+        statistics("sequence", 12, 4, structures=("dense", "dense"))
+    assert set(seen) == {15}  # of 60
+
+
+def test_rows_are_other_ones_at_every_step() -> None:
+    model = mlp()
+    optimizer = SINGD(model, T=1, sample=3)
+    matrix = optimizer._parts.parameters.matrices[0]
+    phases = []
+    for batch in batches(40):
+        phases.append(optimizer._observer.sampling(matrix)[1])
+        train(model, optimizer, [batch])
+    assert len(set(phases)) == 40
+    assert 0.35 < sum(phases) / 40 < 0.65
+
+
+@pytest.mark.parametrize("method", [SINGD, KFAC])
+def test_training_with_every_row_is_training(method: Any) -> None:
+    """The distance that one row is from the next is no distance."""
+    ended = []
+    for options in ({}, {"sample": 1}):
+        model = mlp()
+        train(model, method(model, T=2, **options), batches(4))
+        ended.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*ended, rtol=0, atol=0)
+
+
+def test_one_sample_without_a_batch_is_read() -> None:
+    model = nn.Linear(4, 3, dtype=F64)
+    optimizer = SINGD(model, T=1, sample=2)
+    model(torch.ones(4, dtype=F64)).sum().backward()
+    optimizer.step()
+    assert optimizer.plan().rows[0].rule == "SINGD"
