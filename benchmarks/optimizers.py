@@ -33,8 +33,8 @@ def make(name: str, model: nn.Module, T: int, *, peer: bool = False) -> Any:
     """An optimizer that updates its factors, if it has any, at every ``T``-th step.
 
     Args:
-        name: One of :func:`names`, ``singd:STRUCTURE`` with any structure, or ``singd`` with those
-            of the default.
+        name: One of :func:`names`, ``ikfac``, ``singd:STRUCTURE`` with any structure, or ``singd``
+            with those of the default.
         model: What it trains.
         T: Steps between two updates.
         peer: Whether ``singd`` is the package of that name on PyPI.
@@ -59,6 +59,8 @@ def make(name: str, model: nn.Module, T: int, *, peer: bool = False) -> Any:
 
     if method == "kfac":
         return KFAC(model, **options)
+    if method == "ikfac":
+        return SINGD(model, structures=("dense", "dense"), kfac_like=True, **options)
     structure, _, embeddings = structure.partition("+")
     layers = [nn.Embedding] if embeddings else []
     if structure:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from benchmarks.evidence.tasks import TASKS
@@ -127,9 +126,3 @@ def write(name: str, parts: Iterable[str], out: Path = OUT) -> None:
     """The tables of a claim, which its page includes."""
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.md").write_text("\n\n".join(parts) + "\n")
-
-
-def summed_pixels(model: nn.Module, batch: Batch) -> Tensor:
-    """The autoencoder's loss as a sum over pixels: gradients that float16 can hold."""
-    (x,) = batch
-    return F.mse_loss(model(x), x, reduction="sum") / len(x)

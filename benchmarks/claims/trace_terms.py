@@ -30,8 +30,8 @@ from singd.methods.inverse_free import InverseFree, InverseFreeFactors
 from singd.methods.scale import begun, dampings
 from structured import StructuredMatrix
 
-TASKS = ("deep autoencoder", "vision transformer")
-STEPS = {"deep autoencoder": 200, "vision transformer": 100}
+TASKS = ("deep autoencoder", "graph attention")
+STEPS = {"deep autoencoder": 100, "graph attention": 100}
 RATES, LR_COV = (1e-4, 1e-3, 1e-2, 1e-1), (0.01, 0.03, 0.1, 0.3)
 SCALES = tuple(10.0**k for k in range(-3, 4))
 T, DAMPING = 5, 1e-3
