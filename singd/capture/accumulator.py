@@ -69,10 +69,12 @@ class Accumulator:
 
     Args:
         matrix: Weight that is watched.
+        unseen: What a gradient without a call of the module means.
     """
 
-    def __init__(self, matrix: WeightMatrix) -> None:
+    def __init__(self, matrix: WeightMatrix, unseen: str) -> None:
         self.matrix = matrix
+        self._unseen = unseen
         self.verification = Verification()
         self.met: nn.Parameter | None = None  # that other parameter
         self._sum: KroneckerStatistics | None = None
@@ -117,7 +119,7 @@ class Accumulator:
         done = self._pending.pop(current, None)
         if done is None:
             if current not in self._interrupted and self._is_used_otherwise(step):
-                self.verification.refuse("the weight is used without its module being called")
+                self.verification.refuse(self._unseen)
             return
         self.verification.conclude(done.probes)
         if done.statistics is None:

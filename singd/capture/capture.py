@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from singd.capture import attention
 from singd.capture.accumulator import Accumulator, Use
+from singd.capture.compiled import unseen_reason
 from singd.capture.hooks import AttentionHook, LayerHook, Listener
 from singd.capture.loss_count import LossCount
 from singd.capture.loss_terms import LossTerms
@@ -56,7 +57,8 @@ class Capture:
     def watch(self, model: nn.Module, matrices: Iterable[WeightMatrix]) -> None:
         """Hook the layers of ``matrices``, all in ``model``."""
         new = list(matrices)
-        self.accumulators |= {matrix: Accumulator(matrix) for matrix in new}
+        unseen = unseen_reason()
+        self.accumulators |= {matrix: Accumulator(matrix, unseen) for matrix in new}
         for matrix in new:
             if matrix.rows is None and not isinstance(matrix.module, nn.MultiheadAttention):
                 self._handles += LayerHook(matrix, self.listen, self.refuse).attach()
