@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from singd import SINGD, export
-from singd.factors import KroneckerFactors, WeightFactors
+from singd.factors import Calibration, KroneckerFactors, WeightFactors
 from structured import parse
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -104,3 +105,19 @@ def random_factors(
         members.append((A / (2 * A.spectral_norm())).add_scaled_identity(1.0))
     K, C = (parse(spec) for spec in structures)
     return WeightFactors(members[0], members[1], (K, C), None, "expand", 1)
+
+
+def calibrated(named: dict[str, WeightFactors], samples: int = 10) -> KroneckerFactors:
+    """Factors that are said to be calibrated, without damping."""
+    found = {}
+    for name, one in named.items():
+        zero = torch.zeros(one.K.batch_shape, dtype=torch.float64)
+        ones = (zero + 1, zero + 1)
+        found[name] = replace(one, calibration=Calibration(ones, ones, (zero, zero), (zero, zero)))
+    return KroneckerFactors(found, samples)
+
+
+def fisher(one: WeightFactors) -> Tensor:
+    """``(C C^T)^-1 (x) (K K^T)^-1``, written out, without batch dimensions."""
+    K, C = one.K.to_dense(), one.C.to_dense()
+    return torch.kron(torch.linalg.inv(C @ C.mT), torch.linalg.inv(K @ K.mT))
