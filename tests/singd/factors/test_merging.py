@@ -106,7 +106,7 @@ def test_an_optimizer_trains_under_the_penalty() -> None:
                 (strength * penalty()).backward()
                 optimizer.step()
             assert not any(group["handed_over"] for group in optimizer.param_groups)
-        return float(penalty())
+        return float(penalty().detach())
 
     assert moved(1e3) < 0.1 * moved(0.0)
 
