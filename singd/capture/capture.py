@@ -238,12 +238,11 @@ class Capture:
             weight: Parameter with the gradient: that of the model, or of its module in the pass.
         """
         accumulator = self.accumulators[matrix]
-        with torch.profiler.record_function("singd::capture"):
-            if weight is not matrix.weight or accumulator.met is None:
-                accumulator.commit(self.step)
-                self._calls.end()
-            if weight is matrix.weight:
-                accumulator.reduce()
+        if weight is not matrix.weight or accumulator.met is None:
+            accumulator.commit(self.step)
+            self._calls.end()
+        if weight is matrix.weight:
+            accumulator.reduce()
 
     # Steps --------------------------------------------------------------------------------------
 

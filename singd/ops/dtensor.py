@@ -17,19 +17,19 @@ def is_distributed(t: Any) -> bool:
     return hasattr(t, "device_mesh")
 
 
-@torch.no_grad()
-def local(t: Tensor) -> Tensor:
+def local(t: Any) -> Tensor:
     """The numbers of ``t`` that this rank holds, not copied; ``t`` itself if it is whole."""
-    if not is_distributed(t):
-        return t
-    part: Tensor = t.to_local()  # type: ignore[attr-defined]
-    return part
+    if is_distributed(t):
+        with torch.no_grad():
+            t = t.to_local()
+    held: Tensor = t
+    return held
 
 
-@torch.no_grad()
-def whole(t: Tensor) -> Tensor:
+def whole(t: Any) -> Tensor:
     """All numbers of ``t``, gathered over the ranks of its mesh; ``t`` itself if it is whole."""
-    if not is_distributed(t):
-        return t
-    full: Tensor = t.full_tensor()  # type: ignore[attr-defined]
-    return full
+    if is_distributed(t):
+        with torch.no_grad():
+            t = t.full_tensor()
+    gathered: Tensor = t
+    return gathered

@@ -112,11 +112,11 @@ class Work:
 
 @dataclass
 class Made:
-    """Matrices, and what this rank holds of their gradients and directions."""
+    """Matrices, and what this rank holds of their directions and, if asked for, gradients."""
 
     matrices: list[WeightMatrix]
     holding: Holding
-    gradient: Tensor
+    gradient: Tensor | None
     direction: Tensor
 
 
@@ -212,17 +212,24 @@ class Placement(ABC):
         return stack_gradients(matrices)
 
     def directions(
-        self, works: Iterable[Work], alike: Iterable[Sequence[WeightMatrix]]
+        self,
+        works: Iterable[Work],
+        alike: Iterable[Sequence[WeightMatrix]],
+        *,
+        with_gradients: bool,
     ) -> Iterator[Made]:
         """What this rank holds of all directions.
 
         Args:
             works: Directions that this rank can make, as many as it has factors for.
             alike: All matrices with a gradient, one list for each group of parameters.
+            with_gradients: Whether gradients, which may be copies, are given as well.
         """
         for work in works:
             G, holding = self.gradients(work.matrices), self.holding(work.matrices)
-            yield Made(work.matrices, holding, holding.keep(G), holding.keep(work.apply(G)))
+            D, kept = holding.keep(work.apply(G)), holding.keep(G) if with_gradients else None
+            del G  # the next gradients take its memory
+            yield Made(work.matrices, holding, kept, D)
 
     def holding(self, matrices: Sequence[WeightMatrix]) -> Holding:
         """What this rank holds of equal matrices; made once."""

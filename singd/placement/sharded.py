@@ -153,7 +153,11 @@ class Sharded(DataParallel):
         return torch.zeros_like(slot.of(p)) if p.grad is None else slot.of(p.grad)
 
     def directions(
-        self, works: Iterable[Work], alike: Iterable[Sequence[WeightMatrix]]
+        self,
+        works: Iterable[Work],
+        alike: Iterable[Sequence[WeightMatrix]],
+        *,
+        with_gradients: bool,
     ) -> Iterator[Made]:
         """What this rank holds of all directions; those of owners come back by one exchange."""
         whole: dict[WeightMatrix, list[Tensor]] = {}
@@ -164,7 +168,7 @@ class Sharded(DataParallel):
             elif self._assigned.place_of(work.matrices[0]) in ("rows", "columns"):
                 yield self._of_rows(work)
             else:
-                yield from super().directions([work], ())
+                yield from super().directions([work], (), with_gradients=with_gradients)
         same = [[m for m in matrices if m in self._assigned.owners] for matrices in alike]
         held: dict[tuple[WeightMatrix, Tensor], Tensor] = {}
         for matrices, like in self._by_dtype(self._travelling):
@@ -173,12 +177,13 @@ class Sharded(DataParallel):
         for each in same:
             for matrices, _ in self._by_dtype(each):
                 holding = self.make_holding(matrices)
-                yield Made(
-                    matrices,
-                    holding,
-                    holding.joined(lambda slot: self._held_gradient(slot.matrix, slot.parameter)),
-                    holding.joined(lambda slot: held[slot.matrix, slot.parameter]),
-                )
+                direction = holding.joined(lambda slot: held[slot.matrix, slot.parameter])
+                gradient = None
+                if with_gradients:
+                    gradient = holding.joined(
+                        lambda slot: self._held_gradient(slot.matrix, slot.parameter)
+                    )
+                yield Made(matrices, holding, gradient, direction)
 
     def gradients(self, matrices: Sequence[WeightMatrix]) -> Tensor:
         """Whole gradients of equal matrices, ``[matrices, ..., d_out, d_in]``."""

@@ -44,11 +44,11 @@ def attempt(
     parts.parameters.check(groups, state)
     parts.parameters.notice_new()
     if wants_state(parts, groups, state):
-        ensure(parts, groups, state)
+        _ensure_factors(parts, state)
         make_state(parts, state)
         return None
     agree(parts, state)
-    ensure(parts, groups, state)
+    _ensure_factors(parts, state)
     capture.loss_terms.check(_loss_averages(parts, groups), scale)
     statistics = pad_statistics(parts, capture.collect())
     report = take_step(parts, statistics, state, scale=scale, descend=descend, observe=observe)
@@ -74,16 +74,17 @@ def attempt(
 def ensure(parts: Parts, groups: Sequence[Group], state: State) -> None:
     """Make factors where there are none, or where the state or the options changed."""
     parts.parameters.check(groups, state)
-    place(parts)
+    _ensure_factors(parts, state)
+
+
+def _ensure_factors(parts: Parts, state: State) -> None:
     changed = parts.store.ensure(parts.parameters.preconditioned(), state, parts.placement)
     requests.restart(parts.capture, changed)
 
 
 def place(parts: Parts) -> None:
     """Choose where the factors of matrices that are new are worked on."""
-    groups = parts.parameters.preconditioned()
-    layouts = parts.store.layouts(groups)
-    parts.placement.place(layouts, lambda matrix: parts.store.demand(matrix, groups[matrix]))
+    parts.store.place(parts.parameters.preconditioned(), parts.placement)
 
 
 def _loss_averages(parts: Parts, groups: Sequence[Group]) -> set[str | None]:

@@ -19,8 +19,7 @@ class Batch:
     """Equal matrices and their factors, side by side along a first dimension."""
 
     def __init__(self, matrices: Sequence[WeightMatrix], group: Group, factors: Factors) -> None:
-        self._eager_note_versions = torch.compiler.disable(self._note_versions)  # not at import
-        self._eager_were_written = torch.compiler.disable(self._were_written)
+        self._eager_versions = torch.compiler.disable(self._count_writes)  # not at import
         self.matrices, self.group, self.factors = list(matrices), group, factors
         self._products: Products | None = None
         self._versions: list[int] = []  # of the factors that they were made of
@@ -36,27 +35,24 @@ class Batch:
             for matrix, views in zip(self.matrices, self.views, strict=True)
         }
         """The factors of every matrix alone, views."""
+        self._tensors = [t for member in members.values() for t in member.tensors()]
         self._places: dict[tuple[int, ...], Tensor] = {}
 
     @property
     def products(self) -> Products | None:
         """What was cached of the factors; ``None`` once they have been written to."""
-        return None if self._products and self._eager_were_written() else self._products
+        return None if self._products and self._versions != self._writes() else self._products
 
     @products.setter
     def products(self, products: Products | None) -> None:
-        self._products = products
-        self._eager_note_versions()
+        self._products, self._versions = products, self._writes()
 
-    def _note_versions(self) -> None:
-        self._versions = self._count_writes()
-
-    def _were_written(self) -> bool:
-        return self._versions != self._count_writes()
+    def _writes(self) -> list[int]:
+        """How often factors were written to, which compiled code does not see."""
+        return self._eager_versions() if torch.compiler.is_compiling() else self._count_writes()
 
     def _count_writes(self) -> list[int]:
-        tensors = (t for member in self.factors.members().values() for t in member.tensors())
-        return [0 if t.is_inference() else t._version for t in tensors]
+        return [0 if t.is_inference() else t._version for t in self._tensors]
 
     def select(self, matrices: Sequence[WeightMatrix], *values: Any) -> tuple[Any, ...]:
         """What belongs to some of the matrices, of factors or products; copies, unless of all."""

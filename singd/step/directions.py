@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,13 +31,13 @@ class Direction:
     """Equal matrices with a gradient, and what their parameters move along.
 
     Gradients and directions are what this rank holds of them: all, ``[matrices, ..., d_out, d_in]``
-    side by side, unless parameters are sharded.
+    side by side, unless parameters are sharded. Gradients are there if :func:`reads_gradients`.
     """
 
     matrices: list[WeightMatrix]
     group: Group
     holding: Holding
-    gradient: Tensor
+    gradient: Tensor | None
     value: Tensor
     scale: Tensor | None = None  # what the step multiplies the value by
     averages: dict[Tensor, dict[str, Tensor]] = field(default_factory=dict)  # of grafting
@@ -45,7 +45,9 @@ class Direction:
     def norms(self, placement: Placement) -> dict[str, dict[str, Tensor]]:
         """Frobenius norms of gradients and directions, by the key of the matrix."""
         pairs = (("gradient_norm", self.gradient), ("direction_norm", self.value))
-        norms = {name: self.holding.norms(self.holding.parts(t)) for name, t in pairs}
+        norms = {
+            name: self.holding.norms(self.holding.parts(t)) for name, t in pairs if t is not None
+        }
         found = {name: placement.complete_norms(own) for name, own in norms.items()}
         return {
             matrix.key: {name: values[i] for name, values in found.items()}
@@ -60,11 +62,18 @@ class Direction:
                     yield slot, part
 
 
+def reads_gradients(groups: Iterable[Group]) -> bool:
+    """Whether the length of a direction depends on its gradient."""
+    return any(g["kl_clip"] is not None or graft_of(g) in ("sgd", "adamw") for g in groups)
+
+
 def precondition(
     proposed: Sequence[Proposal],
     method: Method,
     placement: Placement,
     groups: Mapping[WeightMatrix, Group],
+    *,
+    with_gradients: bool,
 ) -> list[Direction]:
     """The directions of all matrices that have a gradient.
 
@@ -73,6 +82,7 @@ def precondition(
         method: Makes directions.
         placement: Brings gradients to factors.
         groups: All matrices that are preconditioned, each with its group.
+        with_gradients: Whether gradients are held beside directions.
     """
     works = []
     for proposal in proposed:
@@ -87,7 +97,7 @@ def precondition(
             alike.setdefault(id(group), []).append(matrix)
     return [
         Direction(m.matrices, groups[m.matrices[0]], m.holding, m.gradient, m.direction)
-        for m in placement.directions(works, alike.values())
+        for m in placement.directions(works, alike.values(), with_gradients=with_gradients)
     ]
 
 
@@ -134,8 +144,11 @@ def scale_by_kl(directions: Sequence[Direction], placement: Placement) -> Tensor
         group = bounded[0].group
         same = [d for d in bounded if d.group is group]
         bounded = [d for d in bounded if d.group is not group]
-        pairs = [[d.holding.counted(t) for t in (d.value, d.gradient)] for d in same]
-        products = [inner_product(*pair) for pair in pairs]
+        products = [
+            inner_product(d.holding.counted(d.value), d.holding.counted(d.gradient))
+            for d in same
+            if d.gradient is not None
+        ]
         sums.append(peak_lr(group) ** 2 * total(products))
     q = placement.complete(total(sums))
     scales: list[tuple[Group, Tensor]] = []
@@ -222,9 +235,9 @@ def _like(p: Tensor, new: Tensor) -> Tensor:
 
 def _buffer(p: Tensor, state: State) -> Tensor:
     """The momentum of a parameter."""
-    if "momentum_buffer" not in state[p]:
-        state[p]["momentum_buffer"] = torch.zeros_like(p)
-    buffer: Tensor = state[p]["momentum_buffer"]
-    if buffer.dtype != p.dtype:  # it was put there by somebody else
-        state[p]["momentum_buffer"] = buffer = buffer.to(p.dtype)
+    entry = state[p]
+    buffer: Tensor | None = entry.get("momentum_buffer")
+    if buffer is None or buffer.dtype != p.dtype:  # another was put there by somebody else
+        buffer = torch.zeros_like(p) if buffer is None else buffer.to(p.dtype)
+        entry["momentum_buffer"] = buffer
     return buffer

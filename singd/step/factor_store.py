@@ -62,7 +62,7 @@ class FactorStore:
             ValueError: If the state of a matrix is incomplete or of another shape.
         """
         changed: dict[WeightMatrix, bool] = {}
-        layouts = self.layouts(groups)
+        layouts = self.place(groups, placement)
         if layouts != self._layouts:
             for matrix in groups:
                 before = self._structures.get(matrix)
@@ -80,10 +80,21 @@ class FactorStore:
                     changed.setdefault(matrix, False)
         return changed
 
-    def layouts(self, groups: Mapping[WeightMatrix, Group]) -> dict[WeightMatrix, tuple[Any, ...]]:
-        """What the factors of matrices depend on besides statistics."""
-        choices = {id(g): self.method.layout(g) for g in groups.values()}
-        return {m: self._layout(m, g, choices[id(g)]) for m, g in groups.items()}
+    def place(
+        self, groups: Mapping[WeightMatrix, Group], placement: Placement
+    ) -> dict[WeightMatrix, tuple[Any, ...]]:
+        """Choose where the factors of new matrices are worked on.
+
+        Returns:
+            What the factors of each matrix depend on besides statistics.
+        """
+        choices: dict[int, Any] = {}
+        for group in groups.values():
+            if id(group) not in choices:
+                choices[id(group)] = self.method.layout(group)
+        layouts = {m: self._layout(m, g, choices[id(g)]) for m, g in groups.items()}
+        placement.place(layouts, lambda matrix: self.demand(matrix, groups[matrix]))
+        return layouts
 
     def factors(self, matrix: WeightMatrix) -> Factors:
         """The factors of one matrix; where another rank has them, :meth:`template`."""

@@ -40,7 +40,7 @@ def init(p: Tensor) -> dict[str, Tensor]:
 
 def graft_(
     directions: Tensor,
-    gradients: Tensor,
+    gradients: Tensor | None,
     holding: Holding,
     placement: Placement,
     graft: str,
@@ -51,7 +51,7 @@ def graft_(
 
     Args:
         directions: Directions of equal matrices, as far as they are held.
-        gradients: Their gradients likewise.
+        gradients: Their gradients likewise; ``"rms"`` needs none.
         holding: What is held; parameters without a gradient do not count.
         placement: Completes norms.
         graft: ``"rms"``, a root mean square of :data:`RMS`; ``"sgd"``, the norm of the gradient;
@@ -63,7 +63,7 @@ def graft_(
         New values for the state, by parameter.
     """
     averages: Averages = {}
-    wanted = holding.parts(gradients)
+    wanted = [] if gradients is None else holding.parts(gradients)
     if graft == "adamw":
         slots = [slot for own in holding.slots for slot in own]
         used = {s.parameter: s.parameter.grad for s in slots if s.parameter.grad is not None}

@@ -43,6 +43,7 @@ class Parameters:
         self.matrices: list[WeightMatrix] = []
         self.expected: set[Tensor] = set()  # parameters that were given, or will be at once
         self.group_of: dict[Tensor, Group] = {}
+        self._preconditioned: dict[WeightMatrix, Group] | None = None
         self._order: list[Tensor] = []
         self._names: dict[Tensor, str] = {}
         self._owners: list[tuple[str, nn.Parameter, Any, str, torch.Size]] = []
@@ -65,6 +66,7 @@ class Parameters:
         """Find the group of every parameter again, after groups were added or replaced."""
         groups = list(groups)
         self.group_of = {p: group for group in groups for p in group["params"]}
+        self._preconditioned = None
         self._order = [p for group in groups for p in group["params"]]
         owners = list(owners_of(self.model))
         self._names = {p: name.replace("_orig_mod.", "") for name, p, _, _ in owners}
@@ -136,11 +138,13 @@ class Parameters:
 
     def preconditioned(self) -> dict[WeightMatrix, Group]:
         """The matrices that are preconditioned, each with the group of its weight."""
-        return {
-            matrix: self.group_of[matrix.weight]
-            for matrix in self.matrices
-            if not self.is_handed_over(matrix)
-        }
+        if self._preconditioned is None:
+            self._preconditioned = {
+                matrix: self.group_of[matrix.weight]
+                for matrix in self.matrices
+                if not self.is_handed_over(matrix)
+            }
+        return self._preconditioned
 
     def fallback(self) -> list[tuple[Group, list[Tensor]]]:
         """The parameters that AdamW trains, group by group."""
@@ -165,6 +169,7 @@ class Parameters:
             if name in group["handed_over"]:
                 continue
             group["handed_over"] = (*group["handed_over"], name)
+            self._preconditioned = None
             for p in matrix.parameters:
                 state.pop(p, None)
             by_reason.setdefault(reason, []).append(name)

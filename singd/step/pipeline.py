@@ -21,6 +21,7 @@ from singd.step.directions import (
     graft,
     move_parameters,
     precondition,
+    reads_gradients,
     replace_gradients,
     scale_by_kl,
     write_averages,
@@ -91,7 +92,8 @@ def take_step(
         proposed = update_factors(store, placement, statistics, norm, wanted)
     with scope("singd::directions"):
         groups = parameters.preconditioned()
-        directions = precondition(proposed, parts.method, placement, groups)
+        kept = observe or reads_gradients(groups.values())
+        directions = precondition(proposed, parts.method, placement, groups, with_gradients=kept)
         graft(directions, placement, state, parts.fallback.options)
         quadratic = scale_by_kl(directions, placement)
     norms = {k: v for d in directions for k, v in d.norms(placement).items()} if observe else {}
@@ -106,7 +108,7 @@ def take_step(
                 return report
     unless = report.found_inf
     for d in directions:
-        del d.gradient  # a copy that nothing reads from here on
+        d.gradient = None  # a copy that nothing reads from here on
     store.write(proposed, unless)
     write_averages(directions, state, unless)
     if not descend:
