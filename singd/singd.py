@@ -9,11 +9,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from singd.methods.automatic import UPDATES, Automatic
 from singd.methods.inverse_free import MAX_DIM, InverseFree
+from singd.methods.structure_choice import check_budget
 from singd.optimizer import KroneckerOptimizer
 from structured import StructureLike
 
 Structures: TypeAlias = tuple[StructureLike, StructureLike]
+Choice: TypeAlias = Structures | Mapping[str, Structures] | str | None
 
 
 class SINGD(KroneckerOptimizer):
@@ -59,6 +62,11 @@ class SINGD(KroneckerOptimizer):
             as for :mod:`fnmatch`, to such pairs: the first that matches counts. By default, dense
             on the smaller side of a weight and blocks of that size on the other, so that K and C
             have at most as many numbers as the weight, and the state is at most 1.5 times AdamW's.
+            ``"auto"`` averages the whole curvature of the first three updates (a dense S for every
+            side of up to 2048, for that time), and then takes for every weight the structures that
+            lose the fewest nats within ``budget``; :meth:`plan` shows them.
+        budget: State under ``structures="auto"``: a multiple of AdamW's (a float) or bytes (an
+            integer), of all groups that have the same.
         damping: Damping lambda of the curvature. What is smaller than its rounding counts as that.
         relative_damping: Damping is in units of the mean eigenvalue of the curvature,
             ``mean(S_K) mean(S_C)``; otherwise in those of the curvature.
@@ -140,10 +148,11 @@ class SINGD(KroneckerOptimizer):
         T: int = 10,
         loss_average: str | None = "batch",
         lr_cov: float | Callable[[int], float] | None = None,
-        structures: Structures | Mapping[str, Structures] | None = None,
+        structures: Choice = None,
         kfac_approx: str = "expand",
         *,
         sample: int = 1,
+        budget: float = 1.5,
         kfac_like: bool = False,
         relative_damping: bool = True,
         scale_init: bool = True,
@@ -174,6 +183,7 @@ class SINGD(KroneckerOptimizer):
             if value is not None:
                 message = f"{name} has no effect: leave it out"
                 warnings.warn(message, DeprecationWarning, stacklevel=2)
+        check_budget(budget)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -188,6 +198,8 @@ class SINGD(KroneckerOptimizer):
             "lr_cov": lr_cov,
             "structures": structures,
             "sample": sample,
+            "budget": budget,
+            "burn_in": UPDATES if isinstance(structures, str) else 0,
             "kfac_approx": kfac_approx,
             "kfac_like": kfac_like,
             "preconditioner_dtype": preconditioner_dtype,
@@ -202,7 +214,7 @@ class SINGD(KroneckerOptimizer):
         }
         super().__init__(
             model,
-            InverseFree(),
+            Automatic() if isinstance(structures, str) else InverseFree(),
             params,
             defaults,
             adamw=adamw,

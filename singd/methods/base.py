@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from singd.capture.statistics import Columns, Side, Statistic
+from singd.capture.weight_matrix import WeightMatrix
 from structured import Operator, Structure, StructuredMatrix
 
 Options = Mapping[str, Any]
@@ -100,6 +101,9 @@ class Method(ABC):
 
     Then ranks that have rows of a gradient can make their share of it.
     """
+
+    revises = False
+    """Whether :meth:`revise` is called after every step."""
 
     identity: tuple[str, ...] = ("structures",)
     """Options that a checkpoint must share with the optimizer that loads it."""
@@ -237,6 +241,22 @@ class Method(ABC):
             factors: Factors of one matrix.
         """
         return None
+
+    def revise(
+        self,
+        groups: Sequence[tuple[dict[str, Any], Mapping[WeightMatrix, Any]]],
+        agree: Callable[[Sequence[float]], Sequence[float]],
+    ) -> Mapping[WeightMatrix, Any]:
+        """Change options of groups in view of their factors.
+
+        Args:
+            groups: Options of every group, which may be changed, with factors of its matrices.
+            agree: Means of numbers over all ranks, which are to change them alike.
+
+        Returns:
+            Factors to go on with, where structures were changed.
+        """
+        return {}
 
     def products(self, factors: Any, options: Options) -> Products:
         """Operators worth caching until the next update."""

@@ -60,7 +60,7 @@ class InverseFree(Method):
     """
 
     is_split = True
-    identity = ("structures", "kfac_like", "max_dim", "wide_structure")
+    identity: tuple[str, ...] = ("structures", "kfac_like", "max_dim", "wide_structure")
 
     def check(self, options: Options) -> None:
         """Raise ``ValueError`` if an option is out of range."""
@@ -221,7 +221,7 @@ class InverseFree(Method):
             found[name] = (H + c * K.gram()).add_scaled_identity(-1.0).frobenius_norm()
         return found
 
-    def roots(self, factors: InverseFreeFactors) -> tuple[StructuredMatrix, StructuredMatrix]:
+    def roots(self, factors: Any) -> tuple[StructuredMatrix, StructuredMatrix] | None:
         """``K`` and ``C``."""
         return factors.K, factors.C
 

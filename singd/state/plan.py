@@ -26,6 +26,7 @@ class Row:
     state_bytes: int
     place: str = ""
     sent_bytes: float = 0.0
+    nats_lost: float | None = None  # by structures that were chosen from the curvature
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,10 @@ class Plan:
             head += ["place", "bytes sent a step"]
             sent = [f"{r.sent_bytes:,.0f}" if r.place else "" for r in self.rows]
             body = [(*b, r.place, n) for b, r, n in zip(body, self.rows, sent, strict=True)]
+        if any(r.nats_lost is not None for r in self.rows):
+            head.append("nats lost")
+            lost = ["" if r.nats_lost is None else f"{r.nats_lost:.4g}" for r in self.rows]
+            body = [(*b, n) for b, n in zip(body, lost, strict=True)]
         widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *body)]
         ratio = self.state_bytes / self.adamw_bytes if self.adamw_bytes else float("nan")
@@ -85,6 +90,7 @@ def make_plan(rule: str, parts: Parts) -> Plan:
     rows, adamw = [], 0
     for name, p, module, _ in owners_of(parameters.model):
         kind, structures, stored, place, sent = "frozen", "", 0, "", 0.0
+        lost: float | None = None
         if p in parameters.group_of:
             group = parameters.group_of[p]
             of_adamw = len(fallback.state_names()) * nbytes(p) + counter
@@ -99,6 +105,7 @@ def make_plan(rule: str, parts: Parts) -> Plan:
                 for matrix in ours[p]:
                     own = parameters.group_of[matrix.weight]
                     structures = ", ".join(map(str, store.structures(matrix, own)))
+                    lost = own.get("nats_lost", {}).get(matrix.name) if p is matrix.weight else None
                     if p is matrix.weight and is_distributed(p):
                         place = _place(parts, matrix)
                         sent += parts.placement.traffic(matrix)
@@ -108,7 +115,7 @@ def make_plan(rule: str, parts: Parts) -> Plan:
         elif p.requires_grad:
             kind = "not given"
         layer = type(module).__name__
-        rows.append(Row(name, tuple(p.shape), layer, kind, structures, stored, place, sent))
+        rows.append(Row(name, tuple(p.shape), layer, kind, structures, stored, place, sent, lost))
     return Plan(tuple(rows), adamw)
 
 

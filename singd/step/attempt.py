@@ -8,7 +8,7 @@ from torch import Tensor
 
 from singd.capture import requests
 from singd.ops import cuda_graph
-from singd.step.factor_store import State
+from singd.step.factor_store import State, state_key
 from singd.step.gradient_scaler import calling_scale
 from singd.step.groups import Group, keep_peak_lr, sees_scale
 from singd.step.initial import make_state, wants_state
@@ -68,6 +68,8 @@ def attempt(
         group["step"] += 1
     for group in stepped if report.cause is None else ():
         keep_peak_lr(group, report.found_inf)
+    if parts.method.revises and report.cause is None:
+        revise(parts, groups, state)
     return report
 
 
@@ -80,6 +82,26 @@ def ensure(parts: Parts, groups: Sequence[Group], state: State) -> None:
 def _ensure_factors(parts: Parts, state: State) -> None:
     changed = parts.store.ensure(parts.parameters.preconditioned(), state, parts.placement)
     requests.restart(parts.capture, changed)
+
+
+def revise(parts: Parts, groups: Sequence[Group], state: State) -> None:
+    """Let the method change options, and take over the factors that it goes on with."""
+    placement, store = parts.placement, parts.store
+
+    def agree(numbers: Sequence[float]) -> list[float]:
+        like = next(iter(parts.parameters.group_of))
+        *sums, count = placement.agree([*numbers, 1.0], like)
+        return [number / count for number in sums]
+
+    group_of = parts.parameters.preconditioned()
+    before = {matrix: store.factors(matrix) for matrix in group_of}
+    held = [(g, {m: f for m, f in before.items() if group_of[m] is g}) for g in groups]
+    for matrix, new in parts.method.revise(held, agree).items():
+        entry = state[matrix.weight]
+        for name in before[matrix].members():
+            del entry[state_key(matrix, name)]
+        for name, member in new.members().items():
+            entry[state_key(matrix, name)] = list(member.tensors())
 
 
 def place(parts: Parts) -> None:

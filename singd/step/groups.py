@@ -126,7 +126,7 @@ def keep_peak_lr(group: Group, unless: Tensor | None) -> None:
 
 def is_due(group: Group) -> bool:
     """Whether the next step updates factors."""
-    due: bool = group["step"] % group["T"] == 0
+    due: bool = group["step"] < group.get("burn_in", 0) or group["step"] % group["T"] == 0
     return due
 
 

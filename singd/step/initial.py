@@ -28,7 +28,7 @@ def expected_values(parts: Parts, p: Tensor, group: Group) -> dict[str, Any]:
     found |= dict.fromkeys(["exp_avg", "exp_avg_sq", "max_exp_avg_sq"], p)
     for matrix in parts.parameters.matrices:
         if matrix.weight is p:
-            factors = parts.store.fresh(matrix, group, None, "meta")
+            factors = parts.store.template(matrix, group)
             for name, member in factors.members().items():
                 found[state_key(matrix, name)] = list(member.tensors())
     return found

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from singd import SINGD, choose_structures
-from singd.choice import CANDIDATES, Option, cheapest_nats
+from singd.methods.structure_choice import CANDIDATES, Option, cheapest_nats
 from structured import divergence, inverse_root
 
 
@@ -73,7 +73,7 @@ def test_nats_are_those_of_the_averaged_curvature() -> None:
     torch.manual_seed(0)
     X = torch.randn(64, 5, dtype=torch.float64).cumsum(1)
     passes = (model(x).square().sum(1).mean() for x in X.split(32))
-    choice = choose_structures(model, passes, budget=9, candidates=["diagonal"])
+    choice = choose_structures(model, passes, budget=9.0, candidates=["diagonal"])
     B = 2 * model(X).detach()
     S_K, S_C = X.mT @ X / 64, B.mT @ B / 64
     for option, S, other in zip(choice.sides["weight"], (S_K, S_C), (3, 5), strict=True):
@@ -82,13 +82,13 @@ def test_nats_are_those_of_the_averaged_curvature() -> None:
         torch.testing.assert_close(torch.tensor(option.nats).double(), expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("budget", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("budget", [0.8, 1.0, 1.5])
 def test_it_stays_within_the_budget_and_is_what_is_stored(budget: float) -> None:
     model = network()
     choice = choose_structures(model, losses(model), budget=budget)
     assert list(choice) == ["0.weight", "3.weight", "5.weight"]
-    weights = sum(p.numel() for i in (0, 3, 5) for p in [*model[i].parameters()][:1])
-    assert choice.numbers <= choice.budget == int(budget * weights)
+    weights = sum(p.numel() for i in (0, 3, 5) for p in model[i].parameters())
+    assert choice.numbers <= choice.budget == int((2 * budget - 1) * weights)
     optimizer = SINGD(model, structures=choice)
     next(losses(model)).backward()
     optimizer.step()
@@ -102,7 +102,7 @@ def test_it_stays_within_the_budget_and_is_what_is_stored(budget: float) -> None
 
 def test_more_numbers_lose_fewer_nats() -> None:
     model = network()
-    lost = [choose_structures(model, losses(model), budget=b).nats for b in (0.3, 0.6, 1.0, 10.0)]
+    lost = [choose_structures(model, losses(model), budget=b).nats for b in (0.7, 0.8, 1.0, 6.0)]
     assert lost == sorted(lost, reverse=True)
     assert lost[-1] < 1e-6 < lost[0]
 
@@ -118,7 +118,7 @@ def test_the_model_is_as_it_was() -> None:
 
 def test_wide_sides_are_diagonal() -> None:
     model = network()
-    choice = choose_structures(model, losses(model), max_dim=12, budget=3)
+    choice = choose_structures(model, losses(model), max_dim=12, budget=3.0)
     assert choice["3.weight"][0] == "diagonal"  # 16 inputs and the bias
     assert choice["5.weight"][1] != "diagonal" or choice.sides["5.weight"][1].nats < 1e-6
 

@@ -14,6 +14,7 @@ from tests.singd.broken import BROKEN, PLAIN, SHARES
 METHODS: dict[str, Any] = {
     "SINGD": SINGD,
     "SINGD every step": partial(SINGD, T=1),
+    "SINGD that chooses its structures": partial(SINGD, structures="auto", T=1),
     "KFAC": KFAC,
     "KLShampoo": KLShampoo,
 }

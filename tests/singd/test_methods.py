@@ -24,6 +24,7 @@ METHODS: dict[str, Make] = {
     "SINGD, structured": lambda model, params: SINGD(
         model, params, T=1, structures=("hierarchical(1, 1)", "lower_toeplitz")
     ),
+    "SINGD, automatic": lambda model, params: SINGD(model, params, T=1, structures="auto"),
     "INGD": lambda model, params: SINGD(
         model, params, T=1, structures=("dense", "dense"), alpha1=0.5
     ),

@@ -46,6 +46,7 @@ OTHERS: dict[str, list[Any]] = {
     "layers": [[nn.Dropout], [nn.Linear]],
     "adamw": [{"lr": -1.0}, {"betas": (0.9, 1.0)}],
     "telemetry": [1],
+    "budget": [0.0, 999, True, "2 GB"],
     "places": ["nowhere", {"*": "here"}],
 }
 ANYTHING: set[str] = {"model", "params", "warn_unsupported", "init_grad_scale"} | {

@@ -1,0 +1,281 @@
+"""SINGD with structures chosen during its first steps, from the curvature that it meets there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from singd.capture.statistics import Columns, Side, Statistic
+from singd.capture.warning import warn_user
+from singd.capture.weight_matrix import WeightMatrix
+from singd.methods.base import Averages, Options, Products, Stack
+from singd.methods.covariances import Covariances, averaged, inverse_diagonal, projected
+from singd.methods.inverse_free import MAX_DIM, InverseFree
+from singd.methods.options import by_name
+from singd.methods.structure_choice import (
+    CANDIDATES,
+    Option,
+    StructureChoice,
+    cheapest_nats,
+    check_budget,
+    options_of,
+    unbeaten,
+)
+from structured import Diagonal, Structure, StructuredMatrix, parse
+
+AUTO = "auto"
+UPDATES = 3
+"""Number of updates that average the curvature before structures are chosen."""
+
+MEASURED = 2048
+"""Size of the largest side whose whole curvature is looked at; larger sides are diagonal."""
+
+
+class Automatic(InverseFree):
+    """Averages the whole curvature, then goes on as SINGD with the structures that lose the least.
+
+    Until then directions are those of diagonal factors, and every step is one of averaging.
+
+    Args:
+        candidates: Specs that are compared on every side; the cheapest are taken in any case.
+    """
+
+    identity = tuple(name for name in InverseFree.identity if name != "structures")
+    revises = True
+
+    def __init__(self, candidates: Sequence[str] = CANDIDATES) -> None:
+        for spec in candidates:
+            parse(spec)
+        self.candidates = tuple(candidates)
+
+    def check(self, options: Options) -> None:
+        """Raise ``ValueError`` if an option is out of range."""
+        given = options["structures"]
+        if isinstance(given, str) and given != AUTO:
+            raise ValueError(f"structures: expected a pair, a mapping or 'auto', got {given!r}")
+        super().check({**options, "structures": None} if _measures(options) else options)
+        check_budget(options["budget"])
+
+    # Which of the two a call is about -----------------------------------------------------------
+
+    def structures(
+        self, name: str, shape: Sequence[int], input_structure: str | None, options: Options
+    ) -> tuple[Structure, ...]:
+        """Those of the averages at first, dense unless a side is wide; then those chosen."""
+        if not _measures(options):
+            return super().structures(name, shape, input_structure, options)
+        limit = by_name(options["max_dim"], name, MAX_DIM)
+        limit = MEASURED if limit is None else min(limit, MEASURED)
+        *_, d_out, d_in = shape
+        whole = (d_in <= limit and input_structure is None, d_out <= limit)
+        return tuple(parse("dense" if each else "diagonal") for each in whole)
+
+    def layout(self, options: Options) -> tuple[Any, ...]:
+        """The options that structures, data types and momenta depend on."""
+        return _measures(options), *super().layout(options)
+
+    def init(
+        self,
+        shape: Sequence[int],
+        structures: Sequence[Structure],
+        options: Options,
+        *,
+        batch_shape: Sequence[int] = (),
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> Any:
+        """Averages of nothing at first."""
+        if not _measures(options):
+            return super().init(
+                shape, structures, options, batch_shape=batch_shape, dtype=dtype, device=device
+            )
+        *inner, d_out, d_in = shape
+        wide = torch.promote_types(dtype, torch.float32)
+        sides = zip(structures, (d_in, d_out), strict=True)
+        batch = (*batch_shape, *inner)
+        return Covariances(*(s(n, batch_shape=batch, dtype=wide, device=device) for s, n in sides))
+
+    def summarize(self, factors: Any, side: Side, columns: Columns, options: Options) -> Statistic:
+        """The whole ``S`` at first."""
+        if not isinstance(factors, Covariances):
+            return super().summarize(factors, side, columns, options)
+        S = factors.S_K if side == "input" else factors.S_C
+        if isinstance(S, Diagonal):
+            return Statistic(Diagonal(columns.squares()))
+        return Statistic(S.project_gram(columns.tensor().to(S.dtype)))
+
+    def needs_factors(self, factors: Any, options: Options) -> bool:
+        """Averages are kept on every rank: all choose together."""
+        return isinstance(factors, Covariances) or super().needs_factors(factors, options)
+
+    def update(self, factors: Any, statistics: Averages, options: Options, step: int) -> Any:
+        """The average over one batch more, or an update of the factors."""
+        if not isinstance(factors, Covariances):
+            return super().update(factors, statistics, options, step)
+        pairs = ((factors.S_K, statistics.input.value), (factors.S_C, statistics.grad.value))
+        weight = 1 / (step + 1)
+        return Covariances(*(averaged(S, new.to(S.dtype), weight) for S, new in pairs))
+
+    def update_all(self, stacks: Any, options: Options, step: int) -> Any:
+        """:meth:`update` of all stacks; factors are updated together."""
+        if not _measures(options):
+            yield from super().update_all(stacks, options, step)
+            return
+        for stack in stacks:
+            yield self.update(stack.factors, stack.statistics, options, step)
+
+    def residuals(self, factors: Any, averages: Any, options: Options) -> dict[str, Tensor]:
+        """Distances from rest, of factors."""
+        if isinstance(factors, Covariances):
+            return {}
+        return super().residuals(factors, averages, options)
+
+    def products(self, factors: Any, options: Options) -> Products:
+        """The inverses of the diagonals at first."""
+        if not isinstance(factors, Covariances):
+            return super().products(factors, options)
+        return {"KK": inverse_diagonal(factors.S_K), "CC": inverse_diagonal(factors.S_C)}
+
+    def precondition(self, factors: Any, G: Tensor, products: Products) -> Tensor:
+        """``diag(S_C)^-1 G diag(S_K)^-1`` at first, a little damped."""
+        if not isinstance(factors, Covariances):
+            return super().precondition(factors, G, products)
+        return self.apply_grad(factors, self.apply_input(factors, G, products), products)
+
+    def apply_input(self, factors: Any, G: Tensor, products: Products) -> Tensor:
+        """The half of it that is about the input side."""
+        if not isinstance(factors, Covariances):
+            return super().apply_input(factors, G, products)
+        return (G * products["KK"].d[..., None, :]).to(G.dtype)
+
+    def apply_grad(self, factors: Any, G: Tensor, products: Products) -> Tensor:
+        """The half of it that is about the output side."""
+        if not isinstance(factors, Covariances):
+            return super().apply_grad(factors, G, products)
+        return (G * products["CC"].d[..., None]).to(G.dtype)
+
+    def mixed_rows(self, factors: Any) -> int | None:
+        """As many as C mixes; unknown at first."""
+        return None if isinstance(factors, Covariances) else super().mixed_rows(factors)
+
+    def roots(self, factors: Any) -> tuple[StructuredMatrix, StructuredMatrix] | None:
+        """K and C; none before structures are chosen."""
+        return None if isinstance(factors, Covariances) else super().roots(factors)
+
+    # The choice ---------------------------------------------------------------------------------
+
+    def revise(
+        self,
+        groups: Sequence[tuple[dict[str, Any], Mapping[WeightMatrix, Any]]],
+        agree: Callable[[Sequence[float]], Sequence[float]],
+    ) -> dict[WeightMatrix, Any]:
+        """Choose structures once the curvature of enough batches was averaged."""
+        ready: dict[float, list[tuple[dict[str, Any], Mapping[WeightMatrix, Any]]]] = {}
+        for options, factors in groups:
+            enough = _measures(options) and options["step"] >= options["burn_in"]
+            if factors and enough:
+                ready.setdefault(options["budget"], []).append((options, factors))
+        found: dict[WeightMatrix, Any] = {}
+        for budget, some in ready.items():
+            averages = {m: both for _, factors in some for m, both in factors.items()}
+            numbers = numbers_within(budget, averages, some[0][0])
+            choice = self.choose(averages, numbers, agree)
+            for options, factors in some:
+                names = [*dict.fromkeys(matrix.name for matrix in factors)]
+                options["structures"] = {name: choice[name] for name in names}
+                options["nats_lost"] = {name: choice.nats_of(name) for name in names}
+                found |= {m: self._first(m, both, options) for m, both in factors.items()}
+        return found
+
+    def choose(
+        self,
+        factors: Mapping[WeightMatrix, Covariances],
+        numbers: int,
+        agree: Callable[[Sequence[float]], Sequence[float]] = list,
+        *,
+        strict: bool = False,
+    ) -> StructureChoice:
+        """The structures of weights that share a budget.
+
+        Args:
+            factors: The averages of the weights.
+            numbers: How many numbers may be stored.
+            agree: Means of numbers over ranks, so that all choose alike.
+            strict: Raise where a budget is too small, otherwise warn.
+        """
+        of_name: dict[str, list[WeightMatrix]] = {}
+        for matrix in factors:
+            of_name.setdefault(matrix.name, []).append(matrix)
+        sides = {
+            (name, side): self._table([factors[m] for m in matrices], side, agree)
+            for name, matrices in of_name.items()
+            for side in (0, 1)
+        }
+        least = sum(table[0].numbers for table in sides.values())
+        if numbers < least and not strict:
+            warn_user(
+                f"budget: expected at least {least:,} numbers for the factors, got {numbers:,}: "
+                "all take their cheapest structures"
+            )
+            numbers = least
+        chosen = cheapest_nats(sides, numbers)
+        return StructureChoice({n: (chosen[n, 0], chosen[n, 1]) for n in of_name}, numbers)
+
+    def _table(
+        self,
+        averages: Sequence[Covariances],
+        side: int,
+        agree: Callable[[Sequence[float]], Sequence[float]],
+    ) -> list[Option]:
+        """The options of one side of the matrices of one weight, which take the same structure."""
+        tables = [
+            options_of(*((a.S_K, a.S_C.n) if side == 0 else (a.S_C, a.S_K.n)), self.candidates)
+            for a in averages
+        ]
+        together = [
+            Option(same[0].spec, sum(o.numbers for o in same), sum(o.nats for o in same))
+            for same in zip(*tables, strict=True)
+        ]
+        told = agree([option.nats for option in together])
+        return unbeaten(
+            Option(option.spec, option.numbers, nats)
+            for option, nats in zip(together, told, strict=True)
+        )
+
+    def _first(self, matrix: WeightMatrix, both: Covariances, options: Options) -> Any:
+        """Factors after one update from the identity, by the averages.
+
+        So does SINGD begin. Roots of the inverse of the averages train worse: they trust all of an
+        early curvature.
+        """
+        shape, fixed = matrix.layer.shape(matrix.module), matrix.layer.input_structure
+        structures = super().structures(matrix.name, shape, fixed, options)
+        like: dict[str, Any] = {"dtype": matrix.weight.dtype, "device": matrix.weight.device}
+        one = super().init(matrix.shape, structures, options, batch_shape=(1,), **like)
+        averages = Averages(projected(one.K, both.S_K), projected(one.C, both.S_C))
+        (new,) = super().update_all([Stack(one, averages, {})], options, 0)
+        return new.map(lambda t: t[0])
+
+
+def numbers_within(budget: float, factors: Mapping[WeightMatrix, Any], options: Options) -> int:
+    """How many numbers the factors of weights may have.
+
+    Args:
+        budget: State as a multiple of AdamW's, a float; or in bytes, an integer.
+        factors: The weights.
+        options: Options of their group.
+    """
+    weights = sum(math.prod(matrix.shape) for matrix in factors)
+    itemsize = max(matrix.weight.element_size() for matrix in factors)
+    state = budget // itemsize if isinstance(budget, int) else 2 * budget * weights
+    return int(state) - weights * bool(options["momentum"])
+
+
+def _measures(options: Options) -> bool:
+    """Whether structures are yet to be chosen."""
+    given = options["structures"]
+    return isinstance(given, str) and given == AUTO

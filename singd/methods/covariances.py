@@ -1,0 +1,42 @@
+"""Averages of the whole curvature of a weight, and what they give before there are factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from singd.capture.statistics import Statistic
+from singd.methods.base import Factors
+from singd.methods.structure_choice import DAMPING
+from structured import Diagonal, StructuredMatrix
+
+
+@dataclass(frozen=True)
+class Covariances(Factors):
+    """Means of ``S_K`` and ``S_C`` over all updates so far, in float32 at least."""
+
+    S_K: StructuredMatrix
+    S_C: StructuredMatrix
+
+
+def averaged(S: StructuredMatrix, new: StructuredMatrix, weight: float) -> StructuredMatrix:
+    """The mean with one more term; the first that is not zero counts whole."""
+    trace = S.trace()
+    w = torch.where(trace == 0, torch.ones_like(trace), weight)
+    return (1 - w) * S + w * new
+
+
+def inverse_diagonal(S: StructuredMatrix) -> Diagonal:
+    """The inverse of the damped diagonal of ``S``, in units of its mean; the identity of zero."""
+    d = S.diagonal()
+    mean = d.mean(-1, keepdim=True)
+    scaled = torch.where(mean == 0, torch.ones_like(d), d / mean)
+    return Diagonal((scaled + DAMPING).reciprocal())
+
+
+def projected(K: StructuredMatrix, S: StructuredMatrix) -> Statistic:
+    """``Pi(K^T S K)`` of an identity ``K``, in a batch of one."""
+    wide = torch.promote_types(K.dtype, torch.float32)
+    M, trace = S.to_dense()[None].to(wide), S.trace()[None].to(wide)
+    return Statistic(K.to(wide).project(M), "whitened", trace)
