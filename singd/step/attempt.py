@@ -96,12 +96,15 @@ def revise(parts: Parts, groups: Sequence[Group], state: State) -> None:
     group_of = parts.parameters.preconditioned()
     before = {matrix: store.factors(matrix) for matrix in group_of}
     held = [(g, {m: f for m, f in before.items() if group_of[m] is g}) for g in groups]
-    for matrix, new in parts.method.revise(held, agree).items():
+    revised = parts.method.revise(held, agree)
+    for matrix, new in revised.items():
         entry = state[matrix.weight]
         for name in before[matrix].members():
             del entry[state_key(matrix, name)]
         for name, member in new.members().items():
             entry[state_key(matrix, name)] = list(member.tensors())
+    if revised:
+        _ensure_factors(parts, state)
 
 
 def place(parts: Parts) -> None:

@@ -67,7 +67,7 @@ def stored(optimizer: SINGD) -> int:
 def test_what_is_stored_fits_the_budget(budget: float) -> None:
     model = network()
     optimizer = SINGD(model, structures="auto", budget=budget, T=1)
-    train(model, optimizer, UPDATES + 1)
+    train(model, optimizer, UPDATES)
     plan = optimizer.plan()
     rows = [row for row in plan.rows if row.rule == "SINGD"]
     ours = sum(row.state_bytes for row in rows)
