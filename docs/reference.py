@@ -48,6 +48,7 @@ MODULES: Groups = {
     "structured.interop": (),
     "structured.kernels": (),
     "singd.factors": ("export",),
+    "singd.factors.interop": (),
     "singd.update": (),
     "singd.layers": ("Layer", "register_layer"),
     "singd.testing": (),

@@ -202,13 +202,13 @@ def spectrum(one: WeightFactors, N: int) -> Spectrum:
     if one.calibration is None:
         raise ValueError("spectrum: expected calibrated factors, got others")
     (U_K, s_K), (U_C, s_C) = (
-        _eigen(member.double(), d.double())
+        eigen(member.double(), d.double())
         for member, d in zip((one.K, one.C), one.calibration.damping, strict=True)
     )
     return Spectrum(Kronecker(U_C, U_K), N * (s_C[..., :, None] * s_K[..., None, :]).flatten(-2))
 
 
-def _eigen(K: StructuredMatrix, d: Tensor) -> tuple[StructuredMatrix, Tensor]:
+def eigen(K: StructuredMatrix, d: Tensor) -> tuple[StructuredMatrix, Tensor]:
     """Eigenvectors and eigenvalues of ``S = (K K^T)^-1 - d I``, none below zero."""
     if isinstance(K, Diagonal):
         P, U = K.d.square(), Diagonal(torch.ones_like(K.d))
