@@ -27,7 +27,13 @@ def iterate(zero: StructuredMatrix, S: Tensor, p: float) -> StructuredMatrix:
 
     Raises:
         RuntimeError: If it takes more than 10000 steps.
+        NotImplementedError: Within ``vmap``.
     """
+    if torch._C._functorch.is_batchedtensor(S):
+        raise NotImplementedError(
+            f"inverse_root: expected S with batch dimensions for {zero!r}, got vmap, which cannot "
+            "tell when an iteration is done"
+        )
     largest = torch.linalg.matrix_norm(S, 2) if zero.n else S.new_ones(())
     K = zero.project(torch.zeros_like(S)).add_scaled_identity(largest.pow(-p))
     v, age = K.zeros_like(), torch.zeros_like(largest)
