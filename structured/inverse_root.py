@@ -64,17 +64,30 @@ def inverse_root(
     Raises:
         ValueError: If ``S`` is not square, the structure has no member of its size, or the kind is
             unknown.
-        torch.linalg.LinAlgError: If a Cholesky factor of ``S + damping I`` or of a block of it does
-            not exist. (Where powers are taken of eigenvalues, the result is NaN instead.)
+        torch.linalg.LinAlgError: If what the structure sees of ``S + damping I`` (all of it,
+            blocks, means) is not positive definite.
         RuntimeError: If the iteration does not reach its tolerance in 10000 steps.
     """
     if kind not in _POWERS:
         raise ValueError(f"inverse_root: expected a kind of {list(_POWERS)}, got {kind!r}")
     if isinstance(S, Operator):
-        return _of_operator(structure, S, damping, _POWERS[kind]).to(S.dtype)
+        return _finite(_of_operator(structure, S, damping, _POWERS[kind])).to(S.dtype)
     wide = _damped(S, damping)
     zero = parse(structure)(S.shape[-1], dtype=torch.float64, device=S.device)
-    return minimiser(zero, wide, _POWERS[kind]).to(S.dtype)
+    return _finite(minimiser(zero, wide, _POWERS[kind])).to(S.dtype)
+
+
+def _finite(K: StructuredMatrix) -> StructuredMatrix:
+    """``K``, or the error of a Cholesky factor: powers of eigenvalues that are not positive."""
+    if not K.n:
+        return K
+    flat = (t.detach()[..., None].flatten(len(K.batch_shape)) for t in K.tensors())
+    failed = functools.reduce(torch.logical_or, (~t.isfinite().all(-1) for t in flat))
+    # As of check_pivots; the order of the minor is not known, and is said to be the first.
+    torch._linalg_check_errors(
+        failed.to(torch.int32), "linalg.cholesky", is_matrix=failed.ndim == 0
+    )
+    return K
 
 
 def _of_operator(

@@ -41,8 +41,17 @@ class Member(Stored, Operator):
         return cls.zeros(n, *options, **kwargs).add_scaled_identity(1.0)
 
     def expand(self, *batch_shape: int) -> Self:
-        """The same numbers again and again along further batch dimensions, without a copy."""
-        first = len(self.batch_shape)
+        """The same numbers again and again along further batch dimensions, without a copy.
+
+        Raises:
+            ValueError: If our batch shape does not broadcast to that.
+        """
+        first, ours = len(self.batch_shape), self.batch_shape
+        if not _broadcasts(ours, batch_shape):
+            raise ValueError(
+                f"{type(self).__name__}.expand: expected a batch shape that {list(ours)} "
+                f"broadcasts to, got {list(batch_shape)}"
+            )
         return self._map(lambda t: t.expand(*batch_shape, *t.shape[first:]))
 
     def sum(self, dim: int | Sequence[int] | None = None) -> Self:
@@ -194,6 +203,12 @@ class Member(Stored, Operator):
             else:
                 parts.append(f"{name} = {part}")
         return f"{type(self).__name__}({self.n}; {', '.join(parts)})"
+
+
+def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether a tensor of one shape expands to another, where -1 stands for a size as it is."""
+    pairs = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(ours in (1, size) or size == -1 for ours, size in pairs)
 
 
 def _alike(A: Member, B: Member) -> bool:

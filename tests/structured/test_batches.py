@@ -53,3 +53,16 @@ def test_exponentials_of_any_norm(spec):
     mapped = torch.vmap(lambda A: A.exp())(A)
     torch.testing.assert_close(mapped.to_dense(), expected, rtol=1e-9, atol=1e-13)
     assert (-1e9 * A.zeros_like().add_scaled_identity(1.0)).exp().max_abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("batch", "to"), [((2,), (3,)), ((2, 1), (2,)), ((), (0, 3)), ((2,), (4, -1))]
+)
+def test_expand_says_what_does_not_broadcast(batch, to):
+    A = parse("hierarchical(1, 1)").identity(4, batch_shape=batch)
+    if batch == () or -1 in to:
+        expected = tuple(A.to_dense().expand(*to, 4, 4).shape)
+        assert A.expand(*to).shape == expected
+        return
+    with pytest.raises(ValueError, match=r"expand: expected a batch shape that .* broadcasts to"):
+        A.expand(*to)

@@ -332,3 +332,21 @@ def test_no_end_is_an_error(monkeypatch):
     monkeypatch.setattr(iteration, "_MAX_ITERATIONS", 3)
     with pytest.raises(RuntimeError, match="after 3 steps for Bare"):
         inverse_root("bare", spd())
+
+
+@pytest.mark.parametrize("kind", ["inverse", "whitening"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *("dense", "diagonal", "scaled_identity", "circulant", "block_diagonal(2)", "quaternions"),
+        *("block_circulant(2)", "lower_triangular", "group_algebra(2)", "kron(dense, dense, 2)"),
+        *("tied(2, dense)", "strided(2, circulant)", "rotated(diagonal, hadamard)"),
+    ],
+)
+def test_what_is_not_positive_definite_has_no_root(spec, kind):
+    """One of a batch is enough, and an operator as well as a tensor."""
+    eye = torch.eye(8, dtype=torch.float64)
+    for S in (-eye, 0 * eye, torch.stack([eye, -eye]), parse("dense").from_dense(-eye)):
+        with pytest.raises(torch.linalg.LinAlgError, match="not positive-definite"):
+            inverse_root(spec, S, kind=kind)
+    torch.testing.assert_close(inverse_root(spec, 0 * eye, 1.0, kind=kind).to_dense(), eye)
