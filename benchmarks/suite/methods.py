@@ -24,6 +24,16 @@ def singd(model: nn.Module, **options: Any) -> Any:
     return SINGD(model, **options)
 
 
+def automatic(model: nn.Module, like: str, **options: Any) -> Any:
+    """SINGD that chooses structures within the bytes of one structure on all sides."""
+    from singd import SINGD
+
+    with SINGD(model, structures=(like, like), **options) as fixed:
+        rows = fixed.plan().rows
+    budget = sum(row.state_bytes for row in rows if row.rule == "SINGD")
+    return SINGD(model, structures="auto", budget=budget, **options)
+
+
 def kfac(model: nn.Module, **options: Any) -> Any:
     from singd import KFAC
 
@@ -50,6 +60,7 @@ def muon(model: nn.Module, lr: float = 1e-3) -> Any:
 METHODS: dict[str, Callable[..., Any]] = {
     "adamw": adamw,
     "singd": singd,
+    "automatic": automatic,
     "kfac": kfac,
     "kl_shampoo": kl_shampoo,
     "soap": soap,
