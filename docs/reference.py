@@ -36,7 +36,7 @@ STRUCTURED: Groups = {
     "Training and extending": ("StructuredParameter", "static", "add_symmetric_product_"),
 }
 SINGD: Groups = {
-    "Optimizers": ("KroneckerOptimizer", "SINGD", "KLShampoo", "KFAC"),
+    "Optimizers": ("KroneckerOptimizer", "SINGD", "KLShampoo", "SOAP", "KFAC"),
     "Structures from a budget": ("choose_structures",),
     "Trained factors": ("export",),
     "Methods of your own": ("Method", "Factors", "Averages"),

@@ -46,7 +46,13 @@ def kl_shampoo(model: nn.Module, **options: Any) -> Any:
     return KLShampoo(model, **options)
 
 
-def soap(model: nn.Module, lr: float = 3e-3, **options: Any) -> Any:
+def soap(model: nn.Module, **options: Any) -> Any:
+    from singd import SOAP
+
+    return SOAP(model, **options)
+
+
+def their_soap(model: nn.Module, lr: float = 3e-3, **options: Any) -> Any:
     import pytorch_optimizer
 
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -64,6 +70,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "kfac": kfac,
     "kl_shampoo": kl_shampoo,
     "soap": soap,
+    "pytorch_optimizer.soap": their_soap,
     "muon": muon,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -20,7 +21,10 @@ class Covariances(Factors):
     S_C: StructuredMatrix
 
 
-def averaged(S: StructuredMatrix, new: StructuredMatrix, weight: float) -> StructuredMatrix:
+Member = TypeVar("Member", bound=StructuredMatrix)
+
+
+def averaged(S: Member, new: Member, weight: float) -> Member:
     """The mean with one more term; the first that is not zero counts whole."""
     trace = S.trace()
     w = torch.where(trace == 0, torch.ones_like(trace), weight)

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from singd import KFAC, SINGD, KLShampoo
+from singd import KFAC, SINGD, SOAP, KLShampoo
 from singd.testing.sharded import SHARDED_ROWS, Setting
 from singd.testing.sharded.setting import Ends
 from tests.sharded.layouts import NAMES, Context
@@ -38,6 +38,9 @@ METHODS: dict[str, Any] = {
     "KFAC": KFAC,
     "KFAC, owned": partial(KFAC, places="owned"),
     "KLShampoo": KLShampoo,
+    # damped, so that rounding does not turn bases of nearly equal eigenvalues
+    "SOAP": partial(SOAP, damping=1e-2),
+    "SOAP, owned": partial(SOAP, damping=1e-2, places="owned"),
     "KLShampoo, owned": partial(KLShampoo, places="owned"),
 }
 _SOME = ("uneven_shares", "passes_that_are_not_reduced", "a_gradient_that_is_not_finite")
@@ -57,6 +60,8 @@ ROWS: dict[str, Iterable[str]] = {
     "KFAC, owned": _SOME[:1],
     "KLShampoo": (*_SOME, "parameters_that_are_not_sharded"),
     "KLShampoo, owned": _SOME[:1],
+    "SOAP": _SOME[:2],
+    "SOAP, owned": _SOME[:1],
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from singd import KFAC, SINGD, KLShampoo
+from singd import KFAC, SINGD, SOAP, KLShampoo
 from singd.testing.conformance import ROWS, check_optimizer
 from tests.singd.broken import BROKEN, PLAIN, SHARES
 
@@ -17,15 +17,15 @@ METHODS: dict[str, Any] = {
     "SINGD that chooses its structures": partial(SINGD, structures="auto", T=1),
     "KFAC": KFAC,
     "KLShampoo": KLShampoo,
+    "SOAP": SOAP,
 }
 
 
-EXCEPTED = {
-    "KLShampoo": {
-        "complex_parameters": "preconditions real matrices alone: AdamW trains complex ones, and "
-        "pairs of real and imaginary parts are matrices"
-    }
+COMPLEX = {
+    "complex_parameters": "preconditions real matrices alone: AdamW trains complex ones, and pairs "
+    "of real and imaginary parts are matrices"
 }
+EXCEPTED = {"KLShampoo": COMPLEX, "SOAP": COMPLEX}
 
 
 @pytest.mark.parametrize("row", ROWS)

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from singd import SINGD, KLShampoo
+from singd import SINGD, SOAP, KLShampoo
 
 Make = Callable[[nn.Module], Any]
 
@@ -69,6 +69,7 @@ METHODS: dict[str, Make] = {
     "IKFAC": lambda model: SINGD(model, kfac_like=True),
     "momentum of factors": lambda model: SINGD(model, alpha1=0.5),
     "KL-Shampoo": KLShampoo,
+    "SOAP": SOAP,
 }
 
 

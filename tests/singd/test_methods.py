@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from singd import KFAC, SINGD, Averages, KLShampoo, KroneckerOptimizer
+from singd import KFAC, SINGD, SOAP, Averages, KLShampoo, KroneckerOptimizer
 from singd.capture.statistics import Columns, Side, Statistic
 from singd.methods.base import Options, Products, Stack
 from singd.methods.inverse_free import InverseFree, InverseFreeFactors
@@ -36,6 +36,8 @@ METHODS: dict[str, Make] = {
     "KL-Shampoo, blocks": lambda model, params: KLShampoo(
         model, params, T=1, structures=("dense", "block_diagonal(2)")
     ),
+    "SOAP": lambda model, params: SOAP(model, params, basis_interval=2),
+    "SOAP, some sides": lambda model, params: SOAP(model, params, max_dim=4, T=2),
     "root-free Shampoo": lambda model, params: KLShampoo(
         model, params, T=1, structures="hierarchical(1, 1)", power=1
     ),
