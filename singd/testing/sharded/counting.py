@@ -1,0 +1,67 @@
+"""Bytes that a rank gives to collectives."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import torch.distributed as dist
+
+from singd.placement import replicated
+from singd.placement import sharded as sharded_placement
+
+SUM_PACKED = replicated.sum_packed_
+
+
+class Counting:
+    """Counts what this rank sends if collectives go around in a ring.
+
+    Attributes:
+        bytes: Bytes of gradients, directions and statistics.
+        others: Bytes of other sums, which are of a few numbers.
+    """
+
+    def __init__(self) -> None:
+        self.bytes, self.others = 0.0, 0.0
+        self._pausing, self._is_summing = False, False
+
+    def pausing(self) -> Any:
+        """Within this context nothing is counted."""
+        return mock.patch.object(self, "_pausing", True)
+
+    def __enter__(self) -> Counting:
+        self._patches = []
+        for name in ("all_reduce", "reduce", "all_gather", "all_to_all_single"):
+            self._patches.append(mock.patch.object(dist, name, self._counted(name)))
+        for module in (replicated, sharded_placement):
+            self._patches.append(mock.patch.object(module, "sum_packed_", self._summing))
+        for patch in self._patches:
+            patch.start()
+        return self
+
+    def _summing(self, *args: Any, **kwargs: Any) -> None:
+        with mock.patch.object(self, "_is_summing", True):
+            SUM_PACKED(*args, **kwargs)
+
+    def __exit__(self, *_: object) -> None:
+        for patch in self._patches:
+            patch.stop()
+
+    def _counted(self, name: str) -> Any:
+        original = getattr(dist, name)
+
+        def counted(*args: Any, group: Any = None, **kwargs: Any) -> Any:
+            n, me = dist.get_world_size(group), dist.get_rank(group)
+            if name == "all_gather":
+                sent = (n - 1) * args[1].nbytes
+            elif name == "all_to_all_single":
+                sent = args[1].nbytes - args[3][me] * args[1].element_size()
+            else:
+                sent = (1 + (name == "all_reduce")) * (n - 1) / n * args[0].nbytes
+                if not self._is_summing:
+                    self.others += sent
+                    sent = 0
+            self.bytes += 0 if self._pausing else sent
+            return original(*args, group=group, **kwargs)
+
+        return counted
