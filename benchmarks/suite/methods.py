@@ -63,6 +63,23 @@ def muon(model: nn.Module, lr: float = 1e-3) -> Any:
     return Muon(model, lr=lr)
 
 
+class WhitenedMuon(Muon):
+    """Muon for gradients that one-sided SINGD has preconditioned: ``G K K^T``."""
+
+    def __init__(self, model: nn.Module, lr: float = 1e-3) -> None:
+        from singd import SINGD
+
+        super().__init__(model, lr=lr)
+        hidden = [p for part in self.parts[1:] for g in part.param_groups for p in g["params"]]
+        one_sided = ("dense", "scaled_identity")
+        self.inputs = SINGD(model, hidden, structures=one_sided, graft=None) if hidden else None
+
+    def step(self) -> None:
+        if self.inputs is not None:
+            self.inputs.precondition()
+        super().step()
+
+
 METHODS: dict[str, Callable[..., Any]] = {
     "adamw": adamw,
     "singd": singd,
@@ -72,6 +89,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "soap": soap,
     "pytorch_optimizer.soap": their_soap,
     "muon": muon,
+    "whitened_muon": WhitenedMuon,
 }
 
 
