@@ -40,7 +40,7 @@ from benchmarks import nets, optimizers, workers
 from benchmarks.machine import processor
 from benchmarks.nets import DTYPES
 from benchmarks.results import RESULTS, Row, keep
-from docs.costs import FREE, PRODUCTS, work
+from structured.costs import FREE, PRODUCTS, work
 
 KEY = ("processor", "model", "dtype", "T", "method", "part")
 PARTS = {

@@ -18,13 +18,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from docs.costs import FREE
 from singd.capture.accumulator import Accumulator
 from singd.capture.capture import Capture
 from singd.capture.samples import Call
 from singd.capture.weight_matrix import WeightMatrix
 from singd.ops import reductions, stochastic_rounding
 from structured import Operator
+from structured.costs import FREE
 
 aten: Any = torch.ops.aten
 Shapes = dict[str, tuple[torch.Size, torch.Size]]  # of input and output, by module

@@ -39,8 +39,8 @@ from benchmarks import workers
 from benchmarks.machine import machine
 from benchmarks.nets import DTYPES
 from benchmarks.results import read
-from docs.costs import PRODUCTS, work
 from structured import parse
+from structured.costs import PRODUCTS, work
 
 SPECS = (
     *("scaled_identity", "diagonal", "block_diagonal(30)", "lower_triangular", "upper_triangular"),

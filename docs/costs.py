@@ -1,28 +1,22 @@
-"""What the operations of every structure cost, counted instead of timed.
+"""The table of what operations cost, counted by :mod:`structured.costs`.
 
 ::
 
     python -m docs.costs
 
-The operations run on the meta device, without data, at three sizes. Counted are multiply-adds of
-matrix products, ``5/2 L log2 L`` for a real FFT of length ``L`` (twice that for a complex one), and
-elements read or written, whichever are more, by everything else that is not a view. The count is
-then written as its leading term, ``c f(n)``: the ``f`` that leaves ``c`` most nearly constant.
+The operations run at three sizes. A count is then written as its leading term, ``c f(n)``: the
+``f`` that leaves ``c`` most nearly constant.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from docs import catalogue
 from structured import Structure, StructuredMatrix, parse
+from structured.costs import OPERATIONS as COUNTED
+from structured.costs import Operation, operation_cost
 
 SIZES, COLUMNS = (245760, 491520, 983040), 256
 FEWER = (2048, 4096, 8192)  # where all pairs of rows are looked at once, on the CPU
@@ -55,71 +49,20 @@ SPECS = {
     "transposed": "transposed(hierarchical(15, 15))",
 }
 
-Operation = Callable[[StructuredMatrix, Tensor], Any]
-
 OPERATIONS: dict[str, Operation] = {
-    "`A @ X`": lambda A, X: A.apply(X),
-    "`A.mT @ X`": lambda A, X: A.apply_transpose(X),
-    "`A @ B`": lambda A, X: A.matmul(A),
-    "`project_gram(X)`": lambda A, X: A.project_gram(X),
-    "`gram()`": lambda A, X: A.gram(),
-    "`trace()`": lambda A, X: A.trace(),
+    "`A @ X`": COUNTED["apply"],
+    "`A.mT @ X`": COUNTED["apply_transpose"],
+    "`A @ B`": COUNTED["matmul"],
+    "`project_gram(X)`": COUNTED["project_gram"],
+    "`gram()`": COUNTED["gram"],
+    "`trace()`": COUNTED["trace"],
 }
 PER_COLUMN = ("`A @ X`", "`A.mT @ X`", "`project_gram(X)`")  # of X
 
-PRODUCTS = {
-    **dict.fromkeys(("mm", "bmm", "mv"), (0, 1)),
-    **dict.fromkeys(("addmm", "addmm_", "baddbmm", "baddbmm_"), (1, 2)),
-}
-CUBIC = ("linalg_solve_ex", "_linalg_solve_ex", "linalg_lu_factor_ex", "linalg_cholesky_ex")
-FREE = (
-    "_unsafe_view",
-    "detach",
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty",
-    "new_empty_strided",
-)
-
-
-class Count(TorchDispatchMode):
-    """Adds up the work of every operation that reaches PyTorch's dispatcher."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.total += work(func, args, out)
-        return out
-
-
-def work(func: Any, args: Any, out: Any) -> float:
-    """The cost of one call."""
-    name = func.overloadpacket.__name__
-    if func.is_view or name in FREE:
-        return 0.0
-    sizes = [t.numel() for t in tree_leaves((args, out)) if isinstance(t, Tensor)]
-    if name in PRODUCTS:
-        first, second = (args[i] for i in PRODUCTS[name])
-        return float(first.numel() * (second.shape[-1] if name != "mv" else 1))
-    if name.startswith("_fft"):
-        length = max(t.shape[args[1][-1]] for t in (args[0], out))
-        batch = max(sizes) / max(t.shape[args[1][-1]] for t in (args[0], out))
-        return batch * length * math.log2(max(length, 2)) * (5.0 if name == "_fft_c2c" else 2.5)
-    if name in CUBIC:
-        return float(args[0].numel() * args[0].shape[-1])
-    return float(max(sizes, default=0))
-
 
 def count(operation: Operation, A: StructuredMatrix, columns: int = COLUMNS) -> float:
-    """The cost of one operation with a matrix ``X`` of so many columns."""
-    X = torch.empty(*A.batch_shape, A.n, columns, dtype=A.dtype, device=A.device)
-    with torch.no_grad(), Count() as counter:
-        operation(A, X)
-    return counter.total
+    """The multiply-adds of one operation with a matrix of so many columns."""
+    return operation_cost(operation, A, columns).multiply_adds
 
 
 def leading_term(counts: dict[int, float]) -> tuple[float, str]:

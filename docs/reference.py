@@ -33,6 +33,7 @@ STRUCTURED: Groups = {
     ),
     "Operators": ("Operator", "Kronecker", "Sum", "Product", "Outer"),
     "Roots of matrices": ("inverse_root", "divergence"),
+    "Costs": ("cost",),
     "Training and extending": ("StructuredParameter", "static", "add_symmetric_product_"),
 }
 SINGD: Groups = {
@@ -44,6 +45,7 @@ SINGD: Groups = {
 }
 # Modules with more to use than what the packages export, and what is left out of each.
 MODULES: Groups = {
+    "structured.costs": ("cost",),
     "structured.testing": (),
     "structured.interop": (),
     "structured.kernels": (),

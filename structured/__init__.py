@@ -20,6 +20,7 @@ from structured.block_triangular import (
 )
 from structured.centrosymmetric import centrosymmetric
 from structured.circulant import Circulant
+from structured.costs import cost
 from structured.dense import Dense
 from structured.diagonal import Diagonal
 from structured.direct_sum import DirectSum
@@ -77,6 +78,7 @@ __all__ = [
     "add_symmetric_product_",
     "centrosymmetric",
     "complex_numbers",
+    "cost",
     "divergence",
     "inverse_root",
     "low_rank_lower",

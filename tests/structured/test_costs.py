@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from structured import circulant, parse, toeplitz
+from structured import circulant, cost, costs, parse, toeplitz
 from tests.structured.specs import SPECS
 
 SIZE, COLUMNS = 4096, 4
@@ -202,3 +204,50 @@ def test_every_structure_has_its_exponent():
         "upper_triangular",
         "block_lower",
     }
+
+
+# The counts of the package -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_structure_has_a_cost(spec):
+    n = 24
+    found, A = cost(spec, n, columns=3), parse(spec)(n)
+    assert found.numbers == sum(t.numel() for t in A.tensors())
+    assert found.bytes == sum(t.nbytes for t in A.tensors())
+    assert set(found) == set(costs.OPERATIONS)
+    for name, operation in found.items():
+        assert operation.multiply_adds >= 0, name
+        assert operation.bytes >= 0, name
+
+
+def test_counts_of_dense_operations_are_the_formulas():
+    n, m = 50, 7
+    found = cost("dense", n, columns=m, dtype=torch.float64)
+    assert found["apply"] == costs.OperationCost(n * n * m, 8 * (n * n + 2 * n * m))
+    assert found["matmul"].multiply_adds == n**3
+    assert found["project_gram"].multiply_adds == n * n * m
+    assert found.bytes == 8 * n * n
+
+
+@given(blocks=st.integers(1, 9), k=st.integers(1, 9), m=st.integers(1, 9))
+def test_blocks_cost_the_sum_of_theirs(blocks, k, m):
+    whole, one = cost(f"block_diagonal({k})", blocks * k, columns=m), cost("dense", k, columns=m)
+    for name in ("apply", "apply_transpose", "matmul"):
+        assert whole[name].multiply_adds == blocks * one[name].multiply_adds
+
+
+def test_what_is_counted_is_what_runs():
+    """On the meta device and with data alike."""
+    for spec in ("lower_toeplitz", "hierarchical(2, 3)", "lower_triangular"):
+        with_data = parse(spec).identity(32)
+        for name in ("apply", "matmul", "gram"):
+            counted = cost(spec, 32, columns=5)[name]
+            assert costs.operation_cost(costs.OPERATIONS[name], with_data, 5) == counted
+
+
+def test_errors_of_costs():
+    with pytest.raises(ValueError, match="cost: expected n and columns >= 0, got -1 and 1"):
+        cost("dense", -1)
+    with pytest.raises(ValueError, match="dens"):
+        cost("dens", 4)
