@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from structured import Structure, parse
@@ -149,6 +150,9 @@ def _check_groups(
         raise ValueError(f"load_state_dict: expected {len(groups)} groups, got {len(saved)}")
     for index, (own, other) in enumerate(zip(groups, saved, strict=True)):
         where = f"load_state_dict: group {index}"
+        absent = [key for key in identity if key in own and key not in other]
+        if absent:
+            raise ValueError(f"{where}: expected a state of this method, got none of {absent}")
         for key in identity:
             expected, got = _comparable(plain(own.get(key))), _comparable(other.get(key))
             if expected != got:
@@ -213,5 +217,6 @@ def shapes(value: Any) -> Any:
 def copied(value: Any, key: str, p: Tensor) -> Any:
     """A copy on the device of ``p``; the next step puts counters where they belong."""
     if isinstance(value, Tensor):
-        return value.clone() if key == "step" else value.to(p.device, copy=True)
+        is_counter = key == "step"
+        return value.to(torch.float32 if is_counter else p.device, copy=True)
     return [copied(v, key, p) for v in value] if isinstance(value, list) else value

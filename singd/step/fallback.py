@@ -105,6 +105,7 @@ class Fallback:
                 state[p] |= self.init(p)
             for name in self.state_names():
                 state[p][name] = _like(p, state[p][name])
+            state[p]["step"] = state[p]["step"].to(torch.float32)  # kernels take no other
         options = self.options
         own = group["adamw"]
         decay = group["weight_decay"] if own["weight_decay"] is None else own["weight_decay"]

@@ -96,6 +96,9 @@ class Parameters:
             )
         if any(self.group_of[p] is not group for p, group in placed):
             self.bind(groups)
+        if type(state) is dict:  # in the place of PyTorch's, which has a default
+            for p, _ in placed:
+                state.setdefault(p, {})
         for name, p, slots, key, shape in self._owners:
             if slots.get(key, p) is not p and not _is_whole_of(slots[key], p):
                 raise ValueError(
