@@ -28,7 +28,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--tasks", nargs="+", metavar="T", help="some of the tasks")
     flags.add_argument("--methods", nargs="+", metavar="M", help="some of the methods")
     flags.add_argument("--rerun", action="store_true", help="repeat runs that are there")
-    flags.add_argument("--report", action="store_true", help="tables and figures alone")
+    flags.add_argument(
+        "--report", action="store_true", help="tables and figures alone, of all sizes"
+    )
     flags.add_argument("--hours", action="store_true", help="say how long what is missing takes")
     flags.add_argument("--out", type=Path, default=OUT, help="folder of runs, tables, figures")
     return flags
@@ -82,12 +84,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.hours:
         print(f"{hours(runs, size, cases):.1f} hours of two cores at most")
         return
-    if not given.report:
+    if given.report:
+        for name, each in SIZES.items():
+            report.write(runs, each, given.out / name)
+    else:
         new = chain.from_iterable(search.missing(runs, t, methods, size) for t in tasks)
         trials = again(runs, size, cases) if given.rerun else new
         for trial in progress(trials, len(cases) * (1 + size.points + 2 * (size.seeds + 1))):
             runs.add(trial, run(trial))
-    report.write(runs, size, given.out)
+        report.write(runs, size, given.out / given.size)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,7 @@ METHODS: dict[str, Make] = {
     "SINGD hierarchical": both("hierarchical(8, 8)"),
     "SINGD Toeplitz": both("lower_toeplitz"),
     "SINGD diagonal": both("diagonal"),
+    "SINGD auto": singd("auto"),
     "SINGD": singd(),
 }
-"""One entry is one row: a further one, such as ``singd("auto")``, needs nothing else."""
+"""One entry is one row; nothing else has to be changed for a further one."""

@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("networkx")
 pytest.importorskip("pytorch_optimizer")
 
-from benchmarks.evidence import __main__, protocol, report, search, trial
+from benchmarks.evidence import __main__, outcome, protocol, report, search, trial
 from benchmarks.evidence.protocol import SIZES, Range, Size
 from benchmarks.evidence.runs import Runs
 from benchmarks.evidence.tasks import TASKS, halves
@@ -49,10 +49,10 @@ def test_every_method_has_equal_trials_and_paired_seeds(folder):
 def test_tables_and_the_figure_have_every_method(folder):
     names = ("tuned", "one_setting", "target_tuned", "target_one_setting", "costs")
     for name in names:
-        text = (folder / f"{name}.md").read_text()
+        text = (folder / "tiny" / f"{name}.md").read_text()
         assert all(f"\n| {method} |" in text for method in METHODS)
-    assert "<svg" in (folder / "profile.svg").read_text()
-    assert json.loads((folder / "summary.json").read_text())["tasks"] == 2
+    assert "<svg" in (folder / "tiny" / "profile.svg").read_text()
+    assert json.loads((folder / "tiny" / "summary.json").read_text())["tasks"] == 2
 
 
 def test_what_is_there_is_not_run_again_unless_asked_for(folder, monkeypatch):
@@ -156,8 +156,9 @@ def test_differences_are_paired(tmp_path):
                 steps = [0, t.steps // 2, t.steps]
                 row = {"losses": [5.0, 2.05, loss], "checks": steps, "seconds": [1.0, 2.0]}
                 runs.add(t, row | {"state": 8, "failed": loss is None})
-    found = report.Results(runs, size)
+    found = outcome.Results(runs, size)
     assert found.tasks == [task]
+    assert found.methods == list(METHODS)
     mean, error = found.difference("tuned", task, "SOAP")
     assert mean == pytest.approx((-0.1 + 0.1 - 0.3) / 3 / 2.0)
     assert error == pytest.approx(0.2 / 3**0.5 / 2.0)
@@ -167,6 +168,20 @@ def test_differences_are_paired(tmp_path):
     assert found.reached("tuned", task, "SINGD") == (1.0, 1.0)
     assert found.reached("tuned", task, "SOAP") == (math.inf, math.inf)
     assert report.ratios(found, "tuned", "AdamW") == [pytest.approx(2.0 / 1.9)]
+
+
+def test_what_was_not_run_is_left_empty(folder):
+    runs = Runs(folder / "runs.jsonl")
+    left = {k: v for k, v in runs.found.items() if k[:2] != ("deep autoencoder", "SOAP")}
+    runs.found = left
+    results = outcome.Results(runs, SIZES["tiny"])
+    assert results.tasks == list(SIZES["tiny"].tasks)
+    assert results.methods == ["AdamW", "SINGD"]
+    (row,) = [r for r in report.differences(results, "tuned").splitlines() if "SOAP" in r]
+    assert row.startswith("| SOAP |  | ")
+    assert "and 5 of 21 pairs" in report.share(results)
+    runs.found = {k: v for k, v in left.items() if k[1] != "AdamW"}
+    assert outcome.Results(runs, SIZES["tiny"]).tasks == []
 
 
 def test_a_run_that_gives_up_has_failed():
