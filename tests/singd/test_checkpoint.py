@@ -319,6 +319,10 @@ FAULTS: dict[str, tuple[Any, str]] = {
         r"group 0: expected 8 parameters, got 9 \(missing: none; unknown: head\.weight\)",
     ),
     "a group less": (lambda s: without(s, "param_groups", 0), "expected 1 groups, got 0"),
+    "groups of AdamW": (
+        lambda s: [without(s, "param_groups", 0, key) for key in ("kfac_like", "structures")],
+        "expected a state of this method, got none of",
+    ),
     "no groups": (lambda s: s.update(param_groups=None), "expected groups"),
     "no parameters": (lambda s: without(s, "param_groups", 0, "params"), "expected groups"),
     "no state": (lambda s: without(s, "state"), "expected a mapping with 'state'"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from singd import KFAC, SINGD
 from tests.singd.runs import F64, batches, distance, mean_loss, mlp, snapshot, train
@@ -35,6 +36,23 @@ def replace(optimizer: Any, p: Tensor) -> None:
 
 def replace_by_a_dict(optimizer: Any, p: Tensor) -> None:
     optimizer.state = dict(optimizer.state)
+
+
+def replace_by_an_empty_dict(optimizer: Any, p: Tensor) -> None:
+    optimizer.state = {}
+
+
+def all_in_half_precision(optimizer: Any, p: Tensor) -> None:
+    """As a hook that makes checkpoints small; counters of steps as well."""
+    saved = optimizer.state_dict()
+    saved["state"] = tree_map_only(Tensor, Tensor.half, saved["state"])
+    optimizer.load_state_dict(saved)
+
+
+def counters_in_half_precision(optimizer: Any, p: Tensor) -> None:
+    for entry in optimizer.state.values():
+        if "step" in entry:
+            entry["step"] = entry["step"].half()
 
 
 def clear(optimizer: Any, p: Tensor) -> None:
@@ -82,7 +100,8 @@ def other_dtype(optimizer: Any, p: Tensor) -> None:
 
 CHANGES: list[Callable[[Any, Tensor], None]] = [
     *(replace, replace_by_a_dict, clear, delete, forget_the_momentum, copied, zero_momenta),
-    *(scale_factors, exchange_factors, other_dtype),
+    *(scale_factors, exchange_factors, other_dtype, replace_by_an_empty_dict),
+    *(all_in_half_precision, counters_in_half_precision),
 ]
 
 
