@@ -16,7 +16,7 @@ from types import ModuleType
 
 from sphinx.ext.napoleon import Config, GoogleDocstring
 
-from docs import catalogue, clock, costs, gpu, pictures, reference, stages, steps, suite
+from docs import catalogue, clock, costs, gpu, pictures, reference, scale, stages, steps, suite
 from docs import readme as face
 from docs.reference import heading
 
@@ -48,6 +48,8 @@ def build() -> None:
     write(OUT / "costs.md", costs.markdown(rows) + "\n")
     write(OUT / "clock.md", clock.markdown() + "\n")
     for name, text in steps.pages().items():
+        write(OUT / f"{name}.md", text + "\n")
+    for name, text in scale.pages().items():
         write(OUT / f"{name}.md", text + "\n")
     write(OUT / "gpu.md", gpu.section())
     write(OUT / "stages.md", stages.markdown() + "\n")

@@ -7,8 +7,8 @@
     python -m benchmarks.scale --check
 
 State is what the GPU with most keeps between steps beside parameters and gradients, buffers are
-statistics that every GPU holds in a step that updates factors, until they are reduced; the time is
-what a step takes longer than forward and backward passes, in percent of these. SINGD's work is
+statistics that it holds after the backward pass of a step that updates factors; the time is what a
+step takes longer than forward and backward passes, in percent of these. SINGD's work is
 counted on its own code, run on shapes without data; its places are those that the library chooses.
 Tensor parallelism (``--tensor``) is calculated with factors of each GPU's part of a weight, which
 the library does not have: there it has those of whole weights, on every GPU.

@@ -75,8 +75,10 @@ def measured(_: Any, K: str, C: str, place: str) -> list[float]:
         optimizer.step()
     products, sent, buffers = 0.0, 0.0, 0.0
     for _step in range(INTERVAL):
-        products += passes(model, optimizer).products
-        seen = optimizer._parts.capture.collect().values()
+        with Counting() as early:
+            products += passes(model, optimizer).products
+        sent += early.bytes
+        seen = [o for o in optimizer._parts.capture.collect().values() if not o.is_elsewhere]
         held = sum(t.nbytes for one in seen for s in (one.input, one.grad) for t in s.tensors())
         buffers = max(buffers, float(held))
         with Counting() as bytes_, Counter() as counter:

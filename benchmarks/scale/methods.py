@@ -24,7 +24,8 @@ class Estimate:
 
     Attributes:
         state: Bytes kept between steps on the rank with most; parameters and gradients not counted.
-        buffers: Bytes of statistics that every rank has until they are reduced, at an update.
+        buffers: Bytes of statistics after a backward pass before an update, but for what is sent to
+            owners before.
         sent: Bytes that a rank sends in a step, on average over ranks and steps.
         work: Of the rank with most, on average over steps.
         collectives: Number of collectives in a step, on average.
@@ -114,8 +115,8 @@ def singd(
     place = choose(demands, places, ranks, machine)
     owner = owners({w: d for w, d in demands.items() if place[w] == "owned"}, ranks, {})
     T, ring = given.interval, (ranks - 1) / ranks
-    state, loads = [0.0] * ranks, [Work()] * ranks
-    common, kept, sent = Work(), 0.0, 0.0
+    state, loads, own = [0.0] * ranks, [Work()] * ranks, [0.0] * ranks
+    common, kept, buffers, sent = Work(), 0.0, 0.0, 0.0
     for w in every:
         f, P = of[w.matrix.name], w.matrix.numbers
         held = (f.stored + f.cached) * given.itemsize
@@ -123,10 +124,12 @@ def singd(
         reduced = 4 * f.statistics * ring / T
         if place[w] == "owned":
             state[owner[w]] += held
+            own[owner[w]] += 4 * f.statistics
             loads[owner[w]] += f.apply + f.update * (1 / T)
             sent += 2 * 4 * P * ring / ranks + reduced
             continue
         kept += held
+        buffers += 4 * f.statistics
         shared = ranks if place[w] in ("rows", "columns") else 1
         common += f.apply * (1 / shared) + f.update * (1 / T)
         gradient = {"rows": 0.0, "columns": 2 * P * ring / ranks, "everywhere": P * ring}[place[w]]
@@ -142,7 +145,7 @@ def singd(
     busiest = max(loads, key=lambda work: work.seconds(given))
     return Estimate(
         state=4 * numbers / ranks + kept + max(state),
-        buffers=4.0 * sum(of[w.matrix.name].statistics for w in every),
+        buffers=buffers + max(own),
         sent=sent,
         work=common + busiest,
         collectives=collectives if ranks > 1 else 0.0,

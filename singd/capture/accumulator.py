@@ -6,6 +6,7 @@ What a backward pass sees becomes part of the statistics when the pass adds to `
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -81,6 +82,7 @@ class Accumulator:
         self._held: KroneckerStatistics | None = None
         self._is_reduced = False  # whether the gradient of what is held is in weight.grad
         self.last_call = -1  # number of the step before which the module was last called
+        self.is_awaited = False  # a forward pass since the last step was to be captured
         self.was_ignored = False  # a forward pass since the last step was not to be captured
         self._pending: dict[int, Pass] = {}
         self._interrupted: set[int] = set()  # passes that others began in, or that failed
@@ -144,6 +146,27 @@ class Accumulator:
         """
         self._is_reduced = True
 
+    def deliver(
+        self,
+        send: Callable[[KroneckerStatistics], KroneckerStatistics],
+        empty: Callable[[], KroneckerStatistics],
+    ) -> None:
+        """The gradient of all passes so far is in ``weight.grad``: send what they saw at once.
+
+        Args:
+            send: Adds statistics up over ranks.
+            empty: Makes statistics of no rows.
+        """
+        before = self._sum if self._sum is not None and self._sum.is_summed else None
+        self._sum = None if before is not None else self._sum
+        self._is_reduced = True
+        one = self.total
+        self._sum = None
+        sent = send(empty() if one is None else one)
+        if before is not None:
+            before.add_(sent)
+        self._sum = sent if before is None else before
+
     @property
     def total(self) -> KroneckerStatistics | None:
         """What counts."""
@@ -181,4 +204,4 @@ class Accumulator:
         self._pending.clear()
         self._interrupted.clear()
         self._counted.clear()
-        self.was_ignored = False
+        self.is_awaited = self.was_ignored = False

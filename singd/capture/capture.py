@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
@@ -104,6 +105,7 @@ class Capture:
         if self.is_paused or self.is_sampled or not observer.is_captured(matrix):
             accumulator.was_ignored = True
             return None
+        accumulator.is_awaited = True
         made_in = torch._C._current_graph_task_id()
 
         def listener(x: Tensor, g: Tensor) -> None:
@@ -241,7 +243,13 @@ class Capture:
         if weight is not matrix.weight or accumulator.met is None:
             accumulator.commit(self.step)
             self._calls.end()
-        if weight is matrix.weight:
+        if weight is not matrix.weight:
+            return
+        observer = self._observer()
+        if observer is not None and accumulator.is_awaited and observer.sends(matrix):
+            send = functools.partial(observer.send, matrix)
+            accumulator.deliver(send, functools.partial(self.empty, matrix))
+        else:
             accumulator.reduce()
 
     # Steps --------------------------------------------------------------------------------------
@@ -251,7 +259,7 @@ class Capture:
         return {
             matrix: a.total
             for matrix, a in self.accumulators.items()
-            if a.total is not None and a.total.rows
+            if a.total is not None and (a.total.rows or a.total.is_summed)
         }
 
     def empty(self, matrix: WeightMatrix) -> KroneckerStatistics:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from singd.capture.statistics import Columns, Side, Statistic
+from singd.capture.statistics import Columns, KroneckerStatistics, Side, Statistic
 from singd.capture.weight_matrix import WeightMatrix
 
 
@@ -22,6 +22,12 @@ class Observer(Protocol):
 
     def sampling(self, matrix: WeightMatrix) -> tuple[int, float]:
         """How many rows each row that is read stands for, and where to begin, in [0, 1)."""
+
+    def sends(self, matrix: WeightMatrix) -> bool:
+        """Whether statistics go to another rank as soon as their gradient is reduced."""
+
+    def send(self, matrix: WeightMatrix, one: KroneckerStatistics) -> KroneckerStatistics:
+        """Sums over ranks, on the rank that needs them; all ranks call it in the same order."""
 
     def summarize(self, matrix: WeightMatrix, side: Side, columns: Columns) -> Statistic:
         """The statistic of one side of one use."""

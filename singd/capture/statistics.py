@@ -193,11 +193,14 @@ class KroneckerStatistics:
     rows: int  # of the inputs
     samples: int = 0  # N, of the model
     loss_terms: int = 0  # counting every shared position of a sample
+    is_summed: bool = False  # over ranks; counts are not
+    is_elsewhere: bool = False  # on another rank, where the sums are
 
     def add_(self, other: KroneckerStatistics) -> None:
         """Include more rows and their counts."""
-        self.input.add_(other.input)
-        self.grad.add_(other.grad)
+        if not self.is_elsewhere:
+            self.input.add_(other.input)
+            self.grad.add_(other.grad)
         self.rows += other.rows
         self.samples += other.samples
         self.loss_terms += other.loss_terms

@@ -161,6 +161,15 @@ class Placement(ABC):
         """Whether this rank has the factors of a matrix."""
         return True
 
+    def send(self, matrix: WeightMatrix, one: KroneckerStatistics) -> KroneckerStatistics:
+        """The sums over all ranks of statistics, on the rank that has the factors.
+
+        Args:
+            matrix: Matrix with an owner.
+            one: Statistics of this rank, which are given up.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no owners")
+
     def spread(self, items: Sequence[tuple[WeightMatrix, Tensor, Tensor | None]]) -> list[Tensor]:
         """Tensors that the owners of matrices have, in parts on all ranks, for a checkpoint.
 

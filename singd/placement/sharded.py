@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from singd.capture.statistics import KroneckerStatistics
 from singd.capture.weight_matrix import WeightMatrix, stack_gradients, stack_parts
 from singd.ops.dtensor import is_distributed, local, whole
 from singd.placement.assignment import Assignment
@@ -98,7 +100,8 @@ class Sharded(DataParallel):
         if not owned:
             return found
         group = self._assigned.group_of(next(iter(owned)))
-        tensors = {m: [*one.input.tensors(), *one.grad.tensors()] for m, one in owned.items()}
+        kept = {m: one for m, one in owned.items() if not one.is_summed}
+        tensors = {m: [*one.input.tensors(), *one.grad.tensors()] for m, one in kept.items()}
         others = [each for each in self.groups if each is not group]
         sum_packed_([t for ts in tensors.values() for t in ts], others)
         for rank in range(dist.get_world_size(group)):
@@ -106,6 +109,23 @@ class Sharded(DataParallel):
             sum_packed_(own, [group], to=rank)
         counted = self.count(owned)
         return found | {m: one for m, one in counted.items() if self.holds(m)}
+
+    def send(self, matrix: WeightMatrix, one: KroneckerStatistics) -> KroneckerStatistics:
+        """The sums over all ranks, on the owner; others keep counts alone."""
+        group, owner = self._assigned.group_of(matrix), self._assigned.owners[matrix]
+        sides = (one.input, one.grad)
+        tensors = [t for side in sides for t in side.tensors()]
+        for t in tensors:
+            if t.is_cuda:  # this may be called on another stream than their own
+                t.record_stream(torch.cuda.current_stream())
+        sum_packed_(tensors, [each for each in self.groups if each is not group])
+        sum_packed_(tensors, [group], to=owner)
+        if self.holds(matrix):
+            return replace(one, is_summed=True)
+        gone = [
+            s.with_tensors([t.new_zeros(()).expand(t.shape) for t in s.tensors()]) for s in sides
+        ]
+        return replace(one, input=gone[0], grad=gone[1], is_summed=True, is_elsewhere=True)
 
     def average_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Average gradients over the ranks that :func:`fully_shard` has not averaged them over.

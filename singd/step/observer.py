@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable
 
-from singd.capture.statistics import Columns, Side, Statistic
+from singd.capture.statistics import Columns, KroneckerStatistics, Side, Statistic
 from singd.capture.weight_matrix import WeightMatrix
 from singd.step.groups import is_due
 from singd.step.pipeline import Parts
@@ -51,6 +51,17 @@ class StepObserver:
         if every == 1:
             return 1, 0.0
         return every, random.Random(f"{group['seed']} {group['step']}").random()
+
+    def sends(self, matrix: WeightMatrix) -> bool:
+        """Whether one rank has the factors of ``matrix``, and the next step updates them."""
+        if not self.is_captured(matrix):
+            return False
+        self.prepare(matrix)
+        return self.parts.placement.owner_of(matrix) is not None
+
+    def send(self, matrix: WeightMatrix, one: KroneckerStatistics) -> KroneckerStatistics:
+        """To that rank."""
+        return self.parts.placement.send(matrix, one)
 
     def summarize(self, matrix: WeightMatrix, side: Side, columns: Columns) -> Statistic:
         """The statistic that the method asks for."""

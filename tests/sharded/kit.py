@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -50,7 +51,7 @@ ROWS: dict[str, Iterable[str]] = {
     "SINGD, sampled": ("uneven_shares", "passes_that_are_not_reduced"),
     "SINGD, automatic": ("uneven_shares", "noise"),
     EXACT: ("noise",),
-    "SINGD, owned": (*_SOME, "a_rank_without_samples", "parameters_that_are_not_sharded", "noise"),
+    "SINGD, owned": SHARDED_ROWS,
     "SINGD, columns": (*_SOME, "a_rank_without_samples", "parameters_that_are_not_sharded"),
     "SINGD, columns, without products": _SOME[:1],
     "SINGD, rows": (*_SOME, "a_rank_without_samples", "parameters_that_are_not_sharded"),
@@ -79,6 +80,15 @@ class WithoutReduction(SINGD):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, **OPTIONS)
         self._parts.placement.reduce = lambda statistics: statistics  # type: ignore[method-assign]
+
+
+class WithoutSums(SINGD):
+    """Every rank keeps the statistics of its own matrices, and sends those of others to nobody."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, **OPTIONS | {"places": "owned"})
+        send = lambda _, one: replace(one, is_summed=True)  # noqa: E731
+        self._parts.placement.send = send  # type: ignore[method-assign]
 
 
 class WithoutAverages(SINGD):
@@ -117,6 +127,7 @@ class HookOfTheShard(SINGD):
 FAULTS: dict[type[SINGD], str] = {
     WrongScale: "uneven_shares",
     WithoutReduction: "uneven_shares",
+    WithoutSums: "uneven_shares",
     WithoutAverages: "parameters_that_are_not_sharded",
     LocalNorms: "uneven_shares",
     NoiseOfTheRank: "noise",

@@ -22,8 +22,7 @@ def traffic(setting: Setting, place: str, **options: Any) -> Ends:
     with Counting() as sent:
         for X, y in batches(4):  # two updates
             optimizer.zero_grad()
-            with sent.pausing():
-                setting.backward(model, X, y)
+            setting.backward(model, X, y)
             optimizer.step()
     return {"sent": torch.tensor(0.0 if abs(planned * 4 / sent.bytes - 1) < 1e-9 else sent.bytes)}
 
@@ -46,6 +45,40 @@ def quiet(setting: Setting) -> Ends:
     return ends
 
 
+def buffers(setting: Setting) -> Ends:
+    """Statistics go to their owners block by block, in the backward pass.
+
+    Zero if no rank ever has statistics of more than a block beside those that it owns.
+    """
+    model = setting.shard(net())
+    optimizer = SINGD(model, places="owned", **OPTIONS)
+    parts, most = optimizer._parts, [0]
+    send = parts.placement.send
+
+    def held() -> dict[str, int]:
+        found: dict[str, int] = {}
+        for matrix, a in parts.capture.accumulators.items():
+            for one in (a._sum, a._held):
+                if one is not None and not one.is_summed:
+                    tensors = [*one.input.tensors(), *one.grad.tensors()]
+                    block = matrix.name.split(".")[0]
+                    found[block] = found.get(block, 0) + sum(t.nbytes for t in tensors)
+        return found
+
+    def watched(matrix: Any, one: Any) -> Any:
+        assert len(held().keys() - {matrix.name.split(".")[0]}) == 0
+        most[0] += 1
+        return send(matrix, one)
+
+    parts.placement.send = watched  # type: ignore[method-assign]
+    for X, y in batches(3):
+        optimizer.zero_grad()
+        setting.backward(model, X, y)
+        assert not held()
+        optimizer.step()
+    return {"sends": torch.tensor(float(most[0]))}  # of 6 matrices, at two updates
+
+
 ROWS = {"3.*": ("dense", "diagonal"), "*": ("dense", "block_diagonal(2)")}
 PLACES: dict[str, Any] = {
     "everywhere": partial(traffic, place="everywhere"),
@@ -54,10 +87,12 @@ PLACES: dict[str, Any] = {
     "rows": partial(traffic, place="rows", structures=("dense", "diagonal")),
     "rows of blocks": partial(traffic, place="rows", structures=ROWS),
     "rows, between updates": quiet,
+    "one block at a time": buffers,
 }
 LAYOUTS = {"owned": NAMES[3], "rows": NAMES[3]}
 EXPECTED = {
-    "rows, between updates": {f"{step}": torch.tensor(float(not step)) for step in range(3)}
+    "rows, between updates": {f"{step}": torch.tensor(float(not step)) for step in range(3)},
+    "one block at a time": {"sends": torch.tensor(12.0)},
 }
 
 
