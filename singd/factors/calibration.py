@@ -118,7 +118,7 @@ def require_calibrated(factors: KroneckerFactors, purpose: str) -> None:
     if far:
         warnings.warn(
             f"{purpose}: expected factors with a residual of at most {TRUSTED} and a damping below "
-            f"the mean curvature, got {', '.join(far)}: calibrate(..., refit=1e-3) finds the best "
+            f"the mean curvature, got {', '.join(far)}: calibrate(..., refit=1e-2) finds the best "
             "ones of their structures",
             stacklevel=3,
         )

@@ -110,6 +110,9 @@ def prune(
 
     >>> prune(factors, model, keep(weight_scores(factors, model), sparsity=0.8))
 
+    The damping of the factors holds the others near to where the loss is quadratic: 1e-2 of the
+    mean curvature or more (``calibrate(..., refit=1e-2)``), for many weights at once.
+
     Args:
         factors: What :func:`singd.factors.calibrate` returned.
         model: Model, changed in place.

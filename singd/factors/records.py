@@ -125,18 +125,17 @@ class KroneckerFactors(Mapping[str, WeightFactors]):
         return f"{type(self).__name__}({len(self)} weights, {self.samples} samples)"
 
     def __str__(self) -> str:
-        width = max(map(len, self), default=0)
-        titles = f"{'structures':32} {'damping / mean':18} {'residual':18}"
-        head = f"{'weight':{width}}  {'shape':12} {titles}"
-        rows = [head, "-" * len(head)]
+        rows = [("weight", "shape", "structures", "damping / mean", "residual")]
         for name, one in self.items():
             found = ["not calibrated", ""]
             if one.calibration is not None:
                 pairs = one.calibration.relative_damping, one.calibration.worst_residual
                 found = [" ".join(f"{value:8.2g}" for value in pair) for pair in pairs]
             shape, specs = "x".join(map(str, one.shape)), ", ".join(map(str, one.structures))
-            rows.append(f"{name:{width}}  {shape:12} {specs:32} {found[0]:18} {found[1]:18}")
-        return "\n".join(map(str.rstrip, rows))
+            rows.append((name, shape, specs, found[0], found[1]))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        head, *body = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return "\n".join([head, "-" * len(head), *body])
 
     # Models -------------------------------------------------------------------------------------
 

@@ -186,3 +186,16 @@ def test_what_cannot_be_calibrated_says_why() -> None:
     other = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3, bias=False)).double()
     with pytest.raises(ValueError, match=r"2\.weight: expected shape and bias"):
         calibrate(factors, other, loader)
+
+
+def test_factors_in_bfloat16_are_calibrated_in_float32() -> None:
+    """Rounded to bfloat16 the best factors would not be the best ones."""
+    model, loader = network().float(), [(x.float(), y) for x, y in data(4)]
+    half = (torch.bfloat16, torch.bfloat16)
+    factors = trained(model, loader, preconditioner_dtype=half)
+    assert factors["0.weight"].K.dtype is torch.bfloat16
+    fitted = calibrate(factors, model, loader, refit=1e-2)
+    again = calibrate(fitted, model, loader)
+    for one in again.values():
+        assert one.K.dtype is torch.float32
+        assert max(calibration(one).worst_residual) < 1e-3
