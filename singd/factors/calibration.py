@@ -91,9 +91,8 @@ def calibrate(
             sides.append(fit)
         (K, *of_K), (C, *of_C) = sides
         calibration = Calibration(*zip(of_K, of_C, strict=True))
-        found[name] = replace(
-            one, K=K.to(one.K.dtype), C=C.to(one.C.dtype), calibration=calibration
-        )
+        wide = torch.promote_types(one.K.dtype, torch.float32)
+        found[name] = replace(one, K=K.to(wide), C=C.to(wide), calibration=calibration)
     return KroneckerFactors(found, samples)
 
 
