@@ -1,0 +1,49 @@
+"""The tables of methods and of structures at equal bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from docs import rivals
+
+HEAD = "task,part,method,options,seed,steps,batch,test loss,seconds,state bytes"
+
+
+def written(path: Path, rows: list[str]) -> Path:
+    path.write_text("\n".join([HEAD, *rows]) + "\n")
+    return path
+
+
+def test_methods_at_the_best_of_their_rates(tmp_path: Path) -> None:
+    rows = [
+        *("A,held out,adamw,lr=1,0,9,1,4.0,1,200", "A,held out,adamw,lr=2,0,9,1,2.0,1,200"),
+        "B,held out,adamw,lr=1,0,9,1,1.0,1,100",
+        *("A,held out,soap,lr=3e-3,0,9,1,nan,1,600", "A,held out,soap,lr=1e-2,0,9,1,1.0,1,600"),
+        *("B,held out,soap,lr=3e-3,0,9,1,3.0,1,100", "C,development,soap,lr=3e-3,0,9,1,9,1,1"),
+        "A,held out,singd,\"lr=3e-3,structures=(1,'scaled_identity')\",0,9,1,4.0,1,400",
+    ]
+    table = rivals.methods(written(tmp_path / "methods.csv", rows)).splitlines()[2:]
+    assert table == [
+        "| `SOAP` | best of 2 | 1 of 2 | 1.750 | 3.00 (B) | 2.00 |",
+        "| | 3e-3 | 0 of 2 | inf | inf (A) | |",
+        '| `SINGD(structures=("dense", "scaled_identity"))` | best of 1 '
+        "| 0 of 1 | 2.000 | 2.00 (A) | 2.00 |",
+        "| | 3e-3 | 0 of 1 | 2.000 | 2.00 (A) | |",
+    ]
+
+
+def test_structures_beside_those_chosen_within_their_bytes(tmp_path: Path) -> None:
+    rows = [
+        "A,held out,adamw,lr=1,0,9,1,2.0,1,200",
+        "A,held out,singd,,0,9,1,1.0,1,300",
+        "A,held out,singd,structures='auto',0,9,1,1.5,1,310",
+        "A,held out,singd,\"structures=('diagonal','diagonal')\",0,9,1,4.0,1,100",
+        "A,held out,automatic,like='diagonal',0,9,1,3.0,1,90",
+    ]
+    table = rivals.equal_bytes(written(tmp_path / "equal_bytes.csv", rows)).splitlines()[2:]
+    assert table == [
+        "| `diagonal` on both sides | 0 of 1 | 2.000 | 2.00 (A) | 0.50 |",
+        "| chosen | 0 of 1 | 1.500 | 1.50 (A) | 0.45 |",
+        "| the default's | 1 of 1 | 0.500 | 0.50 (A) | 1.50 |",
+        "| chosen, `budget=1.5` | 1 of 1 | 0.750 | 0.75 (A) | 1.55 |",
+    ]
