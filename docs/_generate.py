@@ -16,7 +16,19 @@ from types import ModuleType
 
 from sphinx.ext.napoleon import Config, GoogleDocstring
 
-from docs import catalogue, clock, costs, gpu, pictures, reference, scale, stages, steps, suite
+from docs import (
+    catalogue,
+    clock,
+    costs,
+    gpu,
+    pictures,
+    reference,
+    rivals,
+    scale,
+    stages,
+    steps,
+    suite,
+)
 from docs import readme as face
 from docs.reference import heading
 
@@ -46,6 +58,8 @@ def build() -> None:
     for name in catalogue.names():
         write(OUT / f"{name}.svg", pictures.growing(name))
     write(OUT / "costs.md", costs.markdown(rows) + "\n")
+    write(OUT / "methods.md", rivals.methods() + "\n")
+    write(OUT / "equal_bytes.md", rivals.equal_bytes() + "\n")
     write(OUT / "clock.md", clock.markdown() + "\n")
     for name, text in steps.pages().items():
         write(OUT / f"{name}.md", text + "\n")
