@@ -20,7 +20,6 @@ from docs import (
     catalogue,
     clock,
     costs,
-    equal_trials,
     gpu,
     pictures,
     reference,
@@ -134,7 +133,7 @@ def pages() -> dict[Path, str]:
     parts = {
         README: {
             "why": face.why(results),
-            "suite": f"{suite.worst(results)}\n{equal_trials.others()}",
+            "suite": suite.worst(results),
             "structures": face.table(),
             "gpus": face.gpus(),
         },

@@ -18,7 +18,9 @@ from singd.optimizer import KroneckerOptimizer
 class _Measuring(Automatic):
     """Averages the curvature and never chooses."""
 
-    averages: Mapping[WeightMatrix, Covariances]
+    def __init__(self, candidates: Sequence[str]) -> None:
+        super().__init__(candidates)
+        self.averages: Mapping[WeightMatrix, Covariances] = {}
 
     def check(self, options: Options) -> None:
         check_budget(options["budget"])
@@ -77,11 +79,11 @@ def choose_structures(
         optimizer.zero_grad()
     if not count:
         raise ValueError("losses: expected at least one, got none")
-    seen = {m: both for m, both in method.averages.items() if bool(both.S_K.trace().any())}
+    seen = {m: both for m, both in method.averages.items() if both.batches()}
     if not seen:
         raise ValueError(
-            "losses: expected passes through supported layers, made one after the other (a "
-            "generator), got none that reached a weight"
+            "losses: expected finite passes through supported layers, made one after the other "
+            "(a generator), got none that reached a weight"
         )
     (group,) = optimizer.param_groups
     return method.choose(seen, numbers_within(budget, seen, group), strict=True)

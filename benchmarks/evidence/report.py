@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.evidence import protocol
+from benchmarks.evidence import protocol, search
 from benchmarks.evidence.outcome import KINDS, Results
 from benchmarks.evidence.protocol import BASELINE, SIZES, Size
 from benchmarks.evidence.runs import Runs
@@ -59,40 +59,16 @@ def targets(results: Results, kind: str) -> str:
 
 
 def costs(results: Results) -> str:
-    """Medians over tasks, and counts."""
+    """Medians over tasks."""
     lines = [
-        "| | state, tuned | state, one setting | peak, tuned | peak, one setting | failed "
-        "| lowest rate is best | highest rate is best |",
-        "| --- |" + " --: |" * 7,
+        "| | state, tuned | state, one setting | peak, tuned | peak, one setting | failed |",
+        "| --- | --: | --: | --: | --: | --: |",
     ]
     for method in results.methods:
         found = [[results.bytes_of(kind, t, method) for t in results.tasks] for kind in KINDS]
-        cells = [middle([b[i] for b in each]) for i in (0, 1) for each in found]
+        cells = [f"{median(b[i] for b in each):.2f}" for i in (0, 1) for each in found]
         failed, count = results.failed(method)
-        ends = [results.ends(method).count(end) for end in ("lowest", "highest")]
-        lines.append(
-            f"| {method} | {' | '.join(cells)} | {failed} of {count} | {ends[0]} | {ends[1]} |"
-        )
-    return "\n".join(lines)
-
-
-def middle(values: list[float]) -> str:
-    """The median of those that are there."""
-    known = [v for v in values if math.isfinite(v)]
-    return f"{median(known):.2f}" if known else ""
-
-
-def duels(results: Results) -> str:
-    """On how many tasks a method's loss is lower than SINGD's, and on how many higher."""
-    lines = ["| | tuned: lower | higher | one setting: lower | higher |", "| --- |" + " --: |" * 4]
-    for method in results.methods:
-        if method != OURS and OURS in results.methods:
-            counts = [
-                sum(results.ahead(kind, t, *pair) for t in results.tasks)
-                for kind in KINDS
-                for pair in ((method, OURS), (OURS, method))
-            ]
-            lines.append(f"| {method} | {' | '.join(map(str, counts))} |")
+        lines.append(f"| {method} | {' | '.join(cells)} | {failed} of {count} |")
     return "\n".join(lines)
 
 
@@ -130,9 +106,13 @@ def named(results: Results, kind: str, task: str) -> str:
 
 def share(results: Results) -> str:
     """How much of the protocol the tables show."""
-    size, full = results.size, SIZES["full"]
+    size, full, runs = results.size, SIZES["full"], results.runs
     pairs = [(t, m) for t in results.tasks for m in protocol.METHODS if (t, m) in results.done]
-    ends = [end for method in protocol.METHODS for end in results.ends(method)]
+    ends = [
+        f"{method} on {task} ({end})"
+        for task, method in pairs
+        if (end := search.at_border(runs, task, method, size, search.rounds(runs, task, size)))
+    ]
     return (
         f"Of the full protocol this is a part: {len(results.tasks)} of {len(full.tasks)} tasks, "
         f"and {len(pairs)} of {len(full.tasks) * len(protocol.METHODS)} pairs of a task and a "
@@ -140,9 +120,9 @@ def share(results: Results) -> str:
         f"{full.points} points in the first round of the search, and {len(size.wider) - 1} of up "
         f"to {len(full.wider) - 1} further rounds; {size.seeds} of {full.seeds} seeds. Cells that "
         f"are empty were not run.\n\n"
-        f"The tuned rate is the lowest of those tried in {ends.count('lowest')} of {len(pairs)} "
-        f"searches, and the highest in {ends.count('highest')}; these ranges are to be widened, "
-        "for all methods, as the full protocol does by itself."
+        f"The tuned rate is the lowest or the highest of those tried in {len(ends)} of "
+        f"{len(pairs)} searches; these ranges are to be widened, for all methods, as the full "
+        f"protocol does by itself: {', '.join(ends) or 'none'}."
     )
 
 
@@ -152,11 +132,6 @@ def summary(results: Results) -> dict[str, Any]:
         "tasks": len(results.tasks),
         "seeds": results.size.seeds,
         **{kind: {k: len(v) for k, v in standing(results, kind).items()} for kind in KINDS},
-        "lower than SINGD when tuned": {
-            method: sum(results.ahead("tuned", t, method, OURS) for t in results.tasks)
-            for method in results.methods
-            if OURS in results.methods
-        },
     }
 
 
@@ -212,7 +187,6 @@ def write(runs: Runs, size: Size, out: Path) -> None:
         "target_tuned": targets(results, "tuned"),
         "target_one_setting": targets(results, "one setting"),
         "costs": costs(results),
-        "duels": duels(results),
     }
     for name, text in parts.items():
         (out / f"{name}.md").write_text(text + "\n")

@@ -81,7 +81,8 @@ def _listened(watchers: Sequence[Watcher]) -> Callable[..., Any]:
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         output = F.linear(x, weight, bias)
-        return watched("out", x.view(*size, -1), output.view(*size, -1)).view_as(output)
+        rows, sums = x.view(*size, x.shape[-1]), output.view(*size, output.shape[-1])
+        return watched("out", rows, sums).view_as(output)
 
     names = {name: project(vars(F)[name]) for name in ("_in_projection_packed", "_in_projection")}
     names |= {"linear": linear, "has_torch_function": lambda _: False}

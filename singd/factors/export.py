@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from singd.factors.records import KroneckerFactors, WeightFactors, plain
+from singd.methods.automatic import measures
 from singd.optimizer import KroneckerOptimizer
 from structured import parse
 
@@ -31,6 +32,11 @@ def export(optimizer: KroneckerOptimizer) -> KroneckerFactors:
     factors = {}
     for stored in optimizer.stored_factors():
         roots = stored.method.roots(stored.factors)
+        if roots is None and measures(stored.group):
+            raise ValueError(
+                "optimizer: expected one that has chosen its structures, got one that still "
+                "averages the curvature: take more steps"
+            )
         if roots is None:
             raise ValueError(
                 f"optimizer: expected factors that are roots of the inverse curvature (those of "

@@ -13,7 +13,7 @@ from singd.capture.statistics import Columns, Side, Statistic
 from singd.capture.warning import warn_user
 from singd.capture.weight_matrix import WeightMatrix
 from singd.methods.base import Averages, Options, Products, Stack
-from singd.methods.covariances import Covariances, averaged, inverse_diagonal, projected
+from singd.methods.covariances import Covariances, inverse_diagonal, projected
 from singd.methods.inverse_free import MAX_DIM, InverseFree
 from singd.methods.options import by_name
 from singd.methods.structure_choice import (
@@ -25,11 +25,11 @@ from singd.methods.structure_choice import (
     options_of,
     unbeaten,
 )
-from structured import Diagonal, Structure, StructuredMatrix, parse
+from structured import Diagonal, ScaledIdentity, Structure, StructuredMatrix, parse
 
 AUTO = "auto"
 UPDATES = 3
-"""Number of updates that average the curvature before structures are chosen."""
+"""Number of batches whose curvature is averaged before structures are chosen."""
 
 MEASURED = 2048
 """Size of the largest side whose whole curvature is looked at; larger sides are diagonal."""
@@ -48,6 +48,8 @@ class Automatic(InverseFree):
     revises = True
 
     def __init__(self, candidates: Sequence[str] = CANDIDATES) -> None:
+        if isinstance(candidates, str) or not candidates:
+            raise ValueError(f"candidates: expected one spec or more, got {candidates!r}")
         for spec in candidates:
             parse(spec)
         self.candidates = tuple(candidates)
@@ -57,7 +59,7 @@ class Automatic(InverseFree):
         given = options["structures"]
         if isinstance(given, str) and given != AUTO:
             raise ValueError(f"structures: expected a pair, a mapping or 'auto', got {given!r}")
-        super().check({**options, "structures": None} if _measures(options) else options)
+        super().check({**options, "structures": None} if measures(options) else options)
         check_budget(options["budget"])
 
     # Which of the two a call is about -----------------------------------------------------------
@@ -66,7 +68,7 @@ class Automatic(InverseFree):
         self, name: str, shape: Sequence[int], input_structure: str | None, options: Options
     ) -> tuple[Structure, ...]:
         """Those of the averages at first, dense unless a side is wide; then those chosen."""
-        if not _measures(options):
+        if not measures(options):
             return super().structures(name, shape, input_structure, options)
         limit = by_name(options["max_dim"], name, MAX_DIM)
         limit = MEASURED if limit is None else min(limit, MEASURED)
@@ -76,7 +78,7 @@ class Automatic(InverseFree):
 
     def layout(self, options: Options) -> tuple[Any, ...]:
         """The options that structures, data types and momenta depend on."""
-        return _measures(options), *super().layout(options)
+        return measures(options), *super().layout(options)
 
     def init(
         self,
@@ -89,7 +91,7 @@ class Automatic(InverseFree):
         device: torch.device | str,
     ) -> Any:
         """Averages of nothing at first."""
-        if not _measures(options):
+        if not measures(options):
             return super().init(
                 shape, structures, options, batch_shape=batch_shape, dtype=dtype, device=device
             )
@@ -97,7 +99,9 @@ class Automatic(InverseFree):
         wide = torch.promote_types(dtype, torch.float32)
         sides = zip(structures, (d_in, d_out), strict=True)
         batch = (*batch_shape, *inner)
-        return Covariances(*(s(n, batch_shape=batch, dtype=wide, device=device) for s, n in sides))
+        like: dict[str, Any] = {"batch_shape": batch, "dtype": wide, "device": device}
+        S_K, S_C = (s(n, **like) for s, n in sides)
+        return Covariances(S_K, S_C, ScaledIdentity.zeros(1, **like))
 
     def summarize(self, factors: Any, side: Side, columns: Columns, options: Options) -> Statistic:
         """The whole ``S`` at first."""
@@ -116,13 +120,12 @@ class Automatic(InverseFree):
         """The average over one batch more, or an update of the factors."""
         if not isinstance(factors, Covariances):
             return super().update(factors, statistics, options, step)
-        pairs = ((factors.S_K, statistics.input.value), (factors.S_C, statistics.grad.value))
-        weight = 1 / (step + 1)
-        return Covariances(*(averaged(S, new.to(S.dtype), weight) for S, new in pairs))
+        dtype = factors.S_K.dtype
+        return factors.with_batch(statistics.input.value.to(dtype), statistics.grad.value.to(dtype))
 
     def update_all(self, stacks: Any, options: Options, step: int) -> Any:
         """:meth:`update` of all stacks; factors are updated together."""
-        if not _measures(options):
+        if not measures(options):
             yield from super().update_all(stacks, options, step)
             return
         for stack in stacks:
@@ -173,15 +176,30 @@ class Automatic(InverseFree):
         groups: Sequence[tuple[dict[str, Any], Mapping[WeightMatrix, Any]]],
         agree: Callable[[Sequence[float]], Sequence[float]],
     ) -> dict[WeightMatrix, Any]:
-        """Choose structures once the curvature of enough batches was averaged."""
+        """Choose structures once the curvature of enough batches was averaged.
+
+        Until then every step updates the averages: steps that were skipped, or had no gradients,
+        do not count. A weight that nothing was seen of is diagonal, with a warning.
+        """
         ready: dict[float, list[tuple[dict[str, Any], Mapping[WeightMatrix, Any]]]] = {}
         for options, factors in groups:
-            enough = _measures(options) and options["step"] >= options["burn_in"]
-            if factors and enough:
+            if not factors or not measures(options):
+                continue
+            if max(both.batches() for both in factors.values()) < UPDATES:
+                options["burn_in"] = max(options["burn_in"], options["step"] + 1)
+            elif options["step"] >= options["burn_in"]:
                 ready.setdefault(options["budget"], []).append((options, factors))
         found: dict[WeightMatrix, Any] = {}
         for budget, some in ready.items():
             averages = {m: both for _, factors in some for m, both in factors.items()}
+            unseen = [
+                m.name for m, S in averages.items() if m.weight.grad is None and not S.batches()
+            ]
+            if unseen:
+                warn_user(
+                    f"{', '.join(dict.fromkeys(unseen))}: without gradients when structures were "
+                    "chosen, so factors are diagonal"
+                )
             numbers = numbers_within(budget, averages, some[0][0])
             choice = self.choose(averages, numbers, agree)
             for options, factors in some:
@@ -275,7 +293,7 @@ def numbers_within(budget: float, factors: Mapping[WeightMatrix, Any], options: 
     return int(state) - weights * bool(options["momentum"])
 
 
-def _measures(options: Options) -> bool:
+def measures(options: Options) -> bool:
     """Whether structures are yet to be chosen."""
     given = options["structures"]
     return isinstance(given, str) and given == AUTO

@@ -10,15 +10,31 @@ import torch
 from singd.capture.statistics import Statistic
 from singd.methods.base import Factors
 from singd.methods.structure_choice import DAMPING
-from structured import Diagonal, StructuredMatrix
+from structured import Diagonal, ScaledIdentity, StructuredMatrix
 
 
 @dataclass(frozen=True)
 class Covariances(Factors):
-    """Means of ``S_K`` and ``S_C`` over all updates so far, in float32 at least."""
+    """Means of ``S_K`` and ``S_C``, in float32 at least, over ``count`` batches (a 1 x 1 member).
+
+    A batch without inputs or without output gradients has no curvature, and does not count.
+    """
 
     S_K: StructuredMatrix
     S_C: StructuredMatrix
+    count: ScaledIdentity
+
+    def with_batch(self, new_K: StructuredMatrix, new_C: StructuredMatrix) -> Covariances:
+        """The means with one batch more."""
+        seen = (new_K.trace() > 0) & (new_C.trace() > 0)
+        count = self.count.c + seen
+        w = seen / count.clamp(min=1)
+        S_K, S_C = ((1 - w) * S + w * new for S, new in ((self.S_K, new_K), (self.S_C, new_C)))
+        return Covariances(S_K, S_C, ScaledIdentity(count, 1))
+
+    def batches(self) -> int:
+        """How many batches were averaged; the most of any part of a packed weight."""
+        return int(self.count.c.max())
 
 
 Member = TypeVar("Member", bound=StructuredMatrix)

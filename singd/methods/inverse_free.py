@@ -82,6 +82,11 @@ class InverseFree(Method):
         given = options["structures"]
         pairs = list(given.values()) if isinstance(given, Mapping) else [given]
         pairs = [each for each in pairs if each is not None]
+        if given == "auto":
+            raise ValueError(
+                "structures: expected a pair or a mapping in a group of an optimizer "
+                "that was not made with structures='auto', got 'auto'"
+            )
         for each in pairs:
             pair("structures", each)
         for spec in (options["wide_structure"], *(spec for each in pairs for spec in each)):

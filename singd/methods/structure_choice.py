@@ -9,6 +9,7 @@ the most nats for a number, until the budget is spent.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -166,7 +167,7 @@ def cheapest_nats(
 def check_budget(budget: Any) -> None:
     """Raise ``ValueError`` unless it is a multiple or a number of bytes."""
     good = isinstance(budget, int | float) and not isinstance(budget, bool) and budget > 0
-    if not good or (isinstance(budget, int) and budget < 1000):
+    if not good or not math.isfinite(budget) or (isinstance(budget, int) and budget < 1000):
         raise ValueError(
             "budget: expected a multiple of AdamW's state (a float) or bytes (an integer of 1000 "
             f"or more), got {budget!r}"

@@ -105,6 +105,8 @@ def make_plan(rule: str, parts: Parts) -> Plan:
                 for matrix in ours[p]:
                     own = parameters.group_of[matrix.weight]
                     structures = ", ".join(map(str, store.structures(matrix, own)))
+                    if own.get("structures") == "auto":
+                        structures = f"auto, averages: {structures}"
                     lost = own.get("nats_lost", {}).get(matrix.name) if p is matrix.weight else None
                     if p is matrix.weight and is_distributed(p):
                         place = _place(parts, matrix)

@@ -83,11 +83,6 @@ class Fallback:
         step = torch.zeros((), dtype=torch.float32, device=counter_device(p))
         return {"step": step, **{name: torch.zeros_like(p) for name in self.state_names()}}
 
-    def refuse_sparse(self, parameters: Iterable[Tensor]) -> None:
-        """Raise ``RuntimeError`` if a gradient is not dense."""
-        if any(p.grad is not None and p.grad.layout is not torch.strided for p in parameters):
-            raise RuntimeError("AdamW cannot step a sparse gradient: use sparse=False")
-
     def step(
         self, parameters: Sequence[Tensor], group: Group, state: State, unless: Tensor | None
     ) -> None:

@@ -159,6 +159,15 @@ class Parameters:
                 sorted_.setdefault(id(group), (group, []))[1].append(p)
         return list(sorted_.values())
 
+    def refuse_sparse(self, *, all_of_them: bool) -> None:
+        """Raise ``RuntimeError`` if a gradient is not dense, of all or of those preconditioned."""
+        ours = {p for matrix in self.preconditioned() for p in matrix.parameters}
+        for p in self.group_of if all_of_them else ours:
+            if p.grad is not None and p.grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"{self.name(p)}: expected a dense gradient, got a sparse one: use sparse=False"
+                )
+
     def hand_over(self, reasons: dict[WeightMatrix, str], state: State) -> None:
         """Leave matrices to AdamW, with a warning that names them; their state is dropped.
 

@@ -80,8 +80,7 @@ def take_step(
     """
     placement, store, parameters = parts.placement, parts.store, parts.parameters
     others = parameters.fallback()
-    if descend:
-        parts.fallback.refuse_sparse(p for _, some in others for p in some)
+    parameters.refuse_sparse(all_of_them=descend)
     residuals: Residuals = {}
     with scope("singd::factors"):
         reduced = placement.reduce(statistics)

@@ -310,3 +310,13 @@ def test_compiled_attention() -> None:
             optimizer.step()
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(0, L, E), (N, 0, E)])
+def test_outputs_of_no_rows_are_those_without_an_optimizer(shape: tuple[int, ...]) -> None:
+    model, x = nn.MultiheadAttention(E, HEADS, batch_first=True), torch.zeros(shape)
+    with SINGD(model) as optimizer:
+        model(x, x, x)[0].sum().backward()
+        optimizer.step()
+    assert model(x, x, x)[0].shape == shape
+    assert optimizer.skipped == 0

@@ -172,15 +172,73 @@ def test_a_skipped_step_is_no_part_of_the_averages() -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_a_weight_that_nothing_passed_through_begins_afresh() -> None:
+@given(
+    kinds=st.lists(st.sampled_from(["batch", "nan", "nothing", "zero", "empty"]), max_size=6),
+    T=st.sampled_from([1, 10]),
+)
+def test_only_batches_with_a_curvature_are_averaged(kinds: list[str], T: int) -> None:
+    """Whatever else the first steps are, the choice is that of as many batches, before training."""
+    model = network()
+    losses = (cross_entropy(model(X), y) for X, y in itertools.islice(batches(), UPDATES))
+    choice = choose_structures(model, losses, budget=1.1)
+    optimizer = SINGD(model, structures="auto", budget=1.1, T=T, lr=0.0)
+    (group,) = optimizer.param_groups
+    data = batches()
+    factor = {"batch": 1.0, "nan": float("nan"), "zero": 0.0}
+    for kind in [*kinds, *["batch"] * (UPDATES + 1)]:
+        assert group["structures"] == "auto"
+        optimizer.zero_grad()
+        if kind == "empty":
+            model(torch.zeros(0, 16, dtype=torch.float64)).sum().backward()
+        elif kind != "nothing":
+            X, y = next(data) if kind == "batch" else next(batches())
+            (factor[kind] * cross_entropy(model(X), y)).backward()
+        optimizer.step()
+        if group["structures"] != "auto":
+            break
+    assert group["structures"] == dict(choice)
+    for name, lost in group["nats_lost"].items():
+        assert lost == pytest.approx(choice.nats_of(name), rel=1e-6, abs=1e-6)
+
+
+def test_structures_may_be_chosen_again() -> None:
+    model = network()
+    optimizer = SINGD(model, structures="auto", budget=1.1, T=1, lr=0.0)
+    (group,) = optimizer.param_groups
+    train(model, optimizer, UPDATES)
+    chosen = group["structures"]
+    train(model, optimizer, UPDATES)
+    group["structures"] = "auto"
+    train(model, optimizer, UPDATES)
+    assert group["structures"] == chosen
+
+
+def test_a_weight_that_nothing_passed_through_begins_afresh_and_is_named() -> None:
     model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]).double()
     optimizer = SINGD(model, structures="auto", T=1)
-    for i in range(UPDATES + 3):
-        optimizer.zero_grad()
-        out = model[0](torch.randn(8, 4).double())
-        (out if i < UPDATES else model[1](out)).square().sum(1).mean().backward()
-        optimizer.step()
+
+    def run(steps: int, *, both: bool) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            out = model[0](torch.randn(8, 4).double())
+            (model[1](out) if both else out).square().sum(1).mean().backward()
+            optimizer.step()
+
+    with pytest.warns(UserWarning, match=r"^1\.weight: without gradients when structures were"):
+        run(UPDATES, both=False)
+    run(3, both=True)
     assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_the_plan_says_that_structures_are_yet_to_be_chosen() -> None:
+    row = SINGD(nn.Linear(3, 2), structures="auto").plan().rows[0]
+    assert row.structures == "auto, averages: dense, dense"
+
+
+def test_they_are_asked_for_where_the_optimizer_is_made() -> None:
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="not made with structures='auto', got 'auto'"):
+        SINGD(model, [{"params": model.parameters(), "structures": "auto"}])
 
 
 def test_a_budget_that_is_too_small_is_said() -> None:
@@ -198,6 +256,7 @@ def test_a_budget_that_is_too_small_is_said() -> None:
     [
         ({"structures": "dense"}, "structures: expected a pair, a mapping or 'auto', got 'dense'"),
         ({"structures": "auto", "budget": 0.0}, "budget: expected a multiple .*, got 0.0"),
+        ({"structures": "auto", "budget": float("inf")}, "budget: expected a multiple .*, got inf"),
         ({"structures": "auto", "budget": 2}, "budget: .* bytes .* of 1000 or more.*, got 2"),
         ({"structures": "auto", "budget": "2 GB"}, "budget: .*, got '2 GB'"),
         ({"structures": "auto", "T": 0}, "T: expected an integer >= 1, got 0"),

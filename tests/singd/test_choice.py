@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from singd import SINGD, choose_structures
-from singd.methods.structure_choice import CANDIDATES, Option, cheapest_nats
+from singd.methods.structure_choice import Option, cheapest_nats
 from structured import divergence, inverse_root
 
 
@@ -132,4 +132,8 @@ def test_errors_say_what_was_expected() -> None:
         choose_structures(model, list(losses(model)))
     with pytest.raises(ValueError, match=r"budget: expected at least \d+ numbers, got"):
         choose_structures(model, losses(model), budget=0.01)
-    assert "dense" in CANDIDATES
+    with pytest.raises(ValueError, match="losses: expected finite passes"):
+        choose_structures(model, (float("nan") * loss for loss in losses(model)))
+    for candidates in ("dense", ()):
+        with pytest.raises(ValueError, match="candidates: expected one spec or more, got"):
+            choose_structures(model, losses(model), candidates=candidates)

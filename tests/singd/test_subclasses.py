@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from singd import KFAC, SINGD
+from singd import KFAC, SINGD, SOAP, KLShampoo
 
 Forward = Callable[[Any, Any], Any]
 READ = ""
@@ -236,12 +236,24 @@ def test_a_subclass_is_read_right_or_trained_by_adamw(method: Any, name: str) ->
     assert not [n for n in used if torch.equal(model.get_parameter(n), before[n])]
 
 
+@pytest.mark.parametrize("method", [KLShampoo, SOAP])
+@pytest.mark.parametrize("step", ["step", "precondition"])
+def test_methods_of_gradients_refuse_sparse_ones(method: Any, step: str) -> None:
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 3))
+    optimizer = method(model)
+    model(torch.tensor([0, 1])).square().sum().backward()
+    with pytest.raises(RuntimeError, match=r"0\.weight: expected a dense gradient"):
+        getattr(optimizer, step)()
+
+
 def test_an_embedding_with_sparse_gradients_is_left_to_adamw_which_refuses_them() -> None:
     model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 3))
     optimizer = SINGD(model, T=1, lr=0.05, layers="all")
     before = model[1].weight.detach().clone()
     model(torch.tensor([0, 1])).square().sum().backward()
-    with pytest.raises(RuntimeError, match="AdamW cannot step a sparse gradient"):
+    with pytest.raises(
+        RuntimeError, match=r"0\.weight: expected a dense gradient, got a sparse one"
+    ):
         optimizer.step()
     assert torch.equal(model[1].weight, before)
     optimizer.precondition()  # of the others; a sparse gradient may be another optimizer's
