@@ -20,6 +20,7 @@ from docs import (
     catalogue,
     clock,
     costs,
+    equal_trials,
     gpu,
     pictures,
     reference,
@@ -133,7 +134,7 @@ def pages() -> dict[Path, str]:
     parts = {
         README: {
             "why": face.why(results),
-            "suite": suite.worst(results),
+            "suite": f"{suite.worst(results)}\n{equal_trials.others()}",
             "structures": face.table(),
             "gpus": face.gpus(),
         },

@@ -1,4 +1,4 @@
-"""Checkpoints in other forms: as tensors and text, and those of PyPI ``singd`` 0.0.5."""
+"""Checkpoints in other forms: as text, in other structures, and those of PyPI ``singd`` 0.0.5."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from singd.capture.weight_matrix import WeightMatrix
+from singd.ops.dtensor import whole
 from singd.optimizer import KroneckerOptimizer
+from singd.state import checkpoint
+from singd.step.factor_store import state_key
 from singd.step.groups import as_groups, parameter_of
 
 # As tensors and text -----------------------------------------------------------------------------
@@ -61,6 +65,66 @@ def _from_text(value: Any) -> Any:
     """The value, or the dtype of that name."""
     named = getattr(torch, str(value).removeprefix("torch."), None)
     return named if isinstance(named, torch.dtype) else value
+
+
+# Of other structures ------------------------------------------------------------------------------
+
+_STRUCTURAL = ("structures", "max_dim", "wide_structure")
+
+
+def to_structures(optimizer: KroneckerOptimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A state of other structures, for ``optimizer.load_state_dict``.
+
+    Every factor and momentum becomes the nearest member of the structure that ``optimizer`` has for
+    it: the same matrix where that holds it, so that a run goes on in a larger structure as it was.
+
+    Args:
+        optimizer: Made for the same model by the same method, with other structures.
+        saved: What ``state_dict()`` of the optimizer with the former structures returned.
+
+    Raises:
+        ValueError: If ``saved`` is of other groups, structures are still to be chosen
+            (``"auto"``), or the nearest member to a factor is singular.
+    """
+    state = {number: dict(entry) for number, entry in saved["state"].items()}
+    packed = [dict(group) for group in saved["param_groups"]]
+    own = optimizer.param_groups
+    if [len(g["params"]) for g in own] != [len(g["params"]) for g in packed]:
+        raise ValueError("to_structures: expected groups of as many parameters, got others")
+    for group, there in zip(own, packed, strict=True):
+        former = {**group, **{k: checkpoint.tupled(v) for k, v in there.items()}}
+        if "auto" in (group.get("structures"), former.get("structures")):
+            raise ValueError("to_structures: expected structures that are chosen, got 'auto'")
+        numbers = dict(zip(group["params"], there["params"], strict=True))
+        for matrix in optimizer._parts.parameters.matrices:
+            if matrix.weight in numbers:
+                entry = state.setdefault(numbers[matrix.weight], {})
+                _restructure(optimizer, matrix, former, group, entry)
+        there |= {k: checkpoint.plain(group[k]) for k in _STRUCTURAL if k in group}
+    return {**saved, "state": state, "param_groups": packed}
+
+
+def _restructure(
+    optimizer: KroneckerOptimizer,
+    matrix: WeightMatrix,
+    former: dict[str, Any],
+    group: dict[str, Any],
+    entry: dict[str, Any],
+) -> None:
+    """Write the factors of one matrix anew, by the options of its group."""
+    template = optimizer._parts.store.template
+    now = template(matrix, group).members()
+    for name, member in template(matrix, former).members().items():
+        key = state_key(matrix, name)
+        if key not in entry or name not in now:
+            continue
+        dense = member.with_tensors([whole(t) for t in checkpoint.listed(entry[key])]).to_dense()
+        nearest = now[name].to(dense.device, dense.dtype).orthogonal_project(dense)
+        if not name.startswith("m_") and not nearest.logdet().isfinite().all():
+            raise ValueError(
+                f"to_structures: the nearest member to {key} of {matrix.name} is singular"
+            )
+        entry[key] = dict(enumerate(nearest.tensors()))
 
 
 # Of PyPI singd -----------------------------------------------------------------------------------

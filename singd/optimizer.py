@@ -18,7 +18,7 @@ from singd.ops import cuda_graph
 from singd.passes import Passes
 from singd.placement import Placement, find_placement, unwrapped
 from singd.state import checkpoint
-from singd.state.loading import copies, fitting, names, spread
+from singd.state.loading import copies, fitting, names, put, spread
 from singd.state.plan import Plan, make_plan
 from singd.step.attempt import attempt, ensure, place
 from singd.step.factor_store import FactorStore
@@ -257,7 +257,7 @@ class KroneckerOptimizer(Passes, Optimizer):
             return fitted
 
         def restore(_: Optimizer) -> None:
-            self.state.update(copies(self._parts, self.param_groups, fitted))
+            put(self.state, copies(self._parts, self.param_groups, fitted))
             self._parts.parameters.bind(self.param_groups)
 
         handles = [

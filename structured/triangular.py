@@ -11,136 +11,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 from torch.linalg import solve_triangular
 from torch.nn.functional import pad
 
-from structured._core.checks import check_pivots
-from structured._core.matrix import Scalar, StructuredMatrix
-from structured._core.numbers import add_to_diagonal, at_least_float32, largest, trailing
-from structured._products.in_place import plain
-from structured._products.triangular import adjoint, product, tril_, write_gram
+from structured._core.numbers import at_least_float32
+from structured._products import folded
+from structured._products.triangular import adjoint, product
+from structured._triangular import Triangular
 
 
-class _Triangular(StructuredMatrix):
-    """What the lower and the upper form share: one rectangle with a place for each number.
-
-    With ``L = [[L1, 0], [B, L2]]``, ``R`` holds ``[L1; B]`` as it stands and ``L2^T`` in the places
-    above the diagonal of ``L1`` (rectangular full packed format; Gustavson et al., ACM TOMS 37(2),
-    2010). The three blocks are views of ``R``, so products run on matrix blocks and skip the half
-    of the work that meets the zero block. The upper form stores its transpose.
-    """
-
-    R: Tensor  # [..., n + 1 - n % 2, (n + 1) // 2]
-
-    dimensions = ("rows columns",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        rows, columns = self.R.shape[-2:]
-        if abs(rows - 2 * columns) != 1:
-            raise ValueError(
-                f"{type(self).__name__}.R: expected [..., n + 1 - n % 2, (n + 1) // 2], got "
-                f"{list(self.R.shape)}; zeros(n).orthogonal_project(M) reads a dense M"
-            )
-
-    @classmethod
-    def zeros(cls, n: int, *, batch_shape: Sequence[int] = (), **opts: Any) -> Self:
-        """The zero matrix of size ``n``."""
-        return cls(torch.zeros(*batch_shape, n + 1 - n % 2, (n + 1) // 2, **opts))
-
-    @property
-    def shape(self) -> Size:
-        """``[..., n, n]``."""
-        rows, columns = self.R.shape[-2:]
-        n = min(rows, 2 * columns)
-        return Size((*self.R.shape[:-2], n, n))
-
-    @property
-    def _shift(self) -> int:
-        """Rows of ``R`` above ``L1``: one for even n, none for odd."""
-        return 1 - self.n % 2
-
-    def _diagonals(self, R: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of the diagonals of ``L1`` and ``L2`` in a rectangle like ours."""
-        shift = self._shift
-        return R.diagonal(-shift, -2, -1), R.diagonal(1 - shift, -2, -1)
-
-    def _below(self, columns: Tensor) -> Tensor:
-        """A copy of the first columns ``[..., n, h]`` in their place in the rectangle."""
-        return pad(columns, (0, 0, self._shift, 0))
-
-    def _fold(self, R: Tensor, U: Tensor) -> Self:
-        """The member with ``[L1; B]`` in ``R`` and ``L2^T`` in ``U``, in their memory."""
-        n, h = self.n, self.R.shape[-1]
-        if not plain(R, U):
-            corner = pad(U.triu(), (2 * h - n, 0, 0, R.shape[-2] - (n - h)))
-            return self._build([R.tril(-self._shift) + corner])
-        R = R.tril_(-self._shift)
-        R[..., : n - h, h - (n - h) :].add_(tril_(U.mT).mT)
-        return self._build([R])
-
-    def _fold_twice(self, R: Tensor, U: Tensor) -> Self:
-        """``Pi`` of the symmetric matrix of which these are twice the blocks."""
-        member = self._fold(R, U)
-        for diagonal in self._diagonals(member.R):
-            diagonal /= 2
-        return member
-
-    def project(self, S: Tensor) -> Self:
-        """The triangle of ``S [..., n, n]``, twice off the diagonal."""
-        h = self.R.shape[-1]
-        return self._fold_twice(self._below(S[..., :h]).mul_(2), 2 * S[..., h:, h:])
-
-    def project_gram(self, X: Tensor) -> Self:
-        """The triangle of ``X X^T``, twice off the diagonal; at most 3/4 n^2 a column."""
-        n, h, shift, batch = self.n, self.R.shape[-1], self._shift, X.shape[:-2]
-        R, U = X.new_empty(*batch, n + shift, h), X.new_empty(*batch, n - h, n - h)
-        write_gram(R[..., shift:, :], X)
-        write_gram(U.mT, X[..., h:, :])
-        return self._fold_twice(R, U)
-
-    def orthogonal_project_gram(self, X: Tensor) -> Self:
-        """The same triangle, once."""
-        member = self.project_gram(X) / 2
-        for diagonal in self._diagonals(member.R):
-            diagonal *= 2
-        return member
-
-    def diagonal(self) -> Tensor:
-        """Those of ``L1`` and of ``L2``."""
-        return torch.cat(self._diagonals(self.R), -1)
-
-    def add_scaled_identity(self, alpha: Scalar) -> Self:
-        """Add to the diagonal."""
-        shift = self._shift
-        R = add_to_diagonal(self.R, alpha, -shift)
-        second = R.diagonal(1 - shift, -2, -1)  # R is a copy, and as much transformed as alpha
-        second += trailing(alpha, second) if isinstance(alpha, Tensor) else alpha
-        return self._build([R])
-
-    def _check_pivots(self) -> None:
-        for diagonal in self._diagonals(self.R):
-            check_pivots(diagonal)
-
-    def logdet(self) -> Tensor:
-        """Sum of ``log |A_ii|``."""
-        return self.diagonal().abs().log().sum(-1)
-
-    def max_abs(self) -> Tensor:
-        """Largest absolute entry."""
-        return largest(self.R, self.R.ndim - 2)
-
-    def frobenius_norm(self) -> Tensor:
-        """Norm of the rectangle: each number stands for one entry."""
-        return torch.linalg.vector_norm(self.R, dim=(-2, -1))
-
-
-class LowerTriangular(_Triangular):
+class LowerTriangular(Triangular):
     """``A_ij = 0`` for ``i < j``. Stores n (n + 1) / 2 numbers; ``A X`` costs n^2 / 2 a column."""
 
     @property
@@ -163,15 +47,19 @@ class LowerTriangular(_Triangular):
 
     def to_dense(self) -> Tensor:
         """``[[L1, 0], [B, L2]]``."""
+        if self._is_small:
+            return folded.unfold(self.R, self.n)
         return torch.cat([pad(self._blocks[0].tril(), (0, self.n // 2)), self._rows], -2)
 
     @property
     def mT(self) -> UpperTriangular:
         """The upper form of the same numbers."""
-        return UpperTriangular(self.R)
+        return UpperTriangular._unflatten([self.R], ())
 
     def matmul(self, other: Self) -> Self:
         """``[[L1 M1, 0], [B M1 + L2 C, L2 M2]]``, half the work of a dense product."""
+        if self._is_small:
+            return self._build([folded.fold(self.to_dense() @ other.to_dense())])
         columns, h = other._columns, self.R.shape[-1]
         first = self._blocks[0].tril() @ columns[..., :h, :]
         last = self._blocks[2].tril() @ other._blocks[2].tril()
@@ -179,6 +67,8 @@ class LowerTriangular(_Triangular):
 
     def apply(self, X: Tensor) -> Tensor:
         """``[L1 x1, B x1 + L2 x2]``."""
+        if self._is_small:
+            return self.to_dense() @ X
         h = self.R.shape[-1]
         x1, x2 = X[..., :h, :], X[..., h:, :]
         L1, B, L2 = self._blocks
@@ -186,6 +76,8 @@ class LowerTriangular(_Triangular):
 
     def apply_transpose(self, X: Tensor) -> Tensor:
         """``[L1^T x1 + B^T x2, L2^T x2]``."""
+        if self._is_small:
+            return self.to_dense().mT @ X
         h = self.R.shape[-1]
         x1, x2 = X[..., :h, :], X[..., h:, :]
         L1, B, L2 = self._blocks
@@ -193,11 +85,16 @@ class LowerTriangular(_Triangular):
 
     def orthogonal_project(self, M: Tensor) -> Self:
         """The lower triangle of ``M [..., n, n]``."""
+        if self._is_small:
+            return self._build([folded.fold(M)])
         h = self.R.shape[-1]
         return self._fold(self._below(M[..., :h]), M[..., h:, h:].mT.clone())
 
     def gram(self) -> Self:
         """``Pi(A^T A)``, half the work of a dense product."""
+        if self._is_small:
+            L = self.to_dense()
+            return self._build([folded.fold_twice(L.mT @ L)])
         _, B, L2 = self._blocks
         columns, L2 = self._columns, L2.tril()
         first = torch.cat([columns.mT @ columns, L2.mT @ B], -2)
@@ -205,6 +102,9 @@ class LowerTriangular(_Triangular):
 
     def _outer(self) -> Self:
         """``Pi(A A^T)``, half the work of a dense product."""
+        if self._is_small:
+            L = self.to_dense()
+            return self._build([folded.fold_twice(L @ L.mT)])
         columns, rows = self._columns, self._rows
         L1 = columns[..., : self.R.shape[-1], :]
         return self._fold_twice(self._below(columns @ L1.mT).mul_(2), 2 * (rows @ rows.mT))
@@ -253,7 +153,7 @@ class LowerTriangular(_Triangular):
         return torch.cat([x1, x2], -2).to(X.dtype)
 
 
-class UpperTriangular(_Triangular):
+class UpperTriangular(Triangular):
     """``A_ij = 0`` for ``i > j``. Stores n (n + 1) / 2 numbers; ``A X`` costs n^2 / 2 a column."""
 
     def to_dense(self) -> Tensor:
@@ -263,7 +163,7 @@ class UpperTriangular(_Triangular):
     @property
     def mT(self) -> LowerTriangular:
         """The lower form of the same numbers."""
-        return LowerTriangular(self.R)
+        return LowerTriangular._unflatten([self.R], ())
 
     def matmul(self, other: Self) -> Self:
         """``A B = (B^T A^T)^T``."""

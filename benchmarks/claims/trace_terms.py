@@ -19,12 +19,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from benchmarks.claims import common
 from benchmarks.claims.common import BARE, Outcome, markdown, table
+from benchmarks.evidence.tasks import TASKS as EVERY_TASK
 from benchmarks.results import Row
-from singd import SINGD, KroneckerOptimizer, update
+from singd import KFAC, SINGD, KroneckerOptimizer, update
 from singd.methods.base import Averages, Method, Options, Stack
 from singd.methods.inverse_free import InverseFree, InverseFreeFactors
 from singd.methods.scale import begun, dampings
@@ -169,6 +171,40 @@ def scales(out: Path, steps: dict[str, int]) -> list[Row]:
     return table(out / "trace_terms_scales.csv", key, cases, measure)
 
 
+def starts() -> str:
+    """The largest number that each rule meets at its first update, from the identity."""
+    lines = []
+    for task, scale in TASKS:
+        factors = first_factors(task, scale)
+        alone = [max(largest(pair[i]) for pair in factors) for i in (0, 1)]
+        both = max(largest(a) * mean(b) for K, C in factors for a, b in ((K, C), (C, K)))
+        cells = (f"{x:.2g}" for x in (*alone, both))
+        lines.append([f"{task}, loss times {scale:g}", *cells])
+    head = ["task", "IKFAC, K", "IKFAC, C", "INGD"]
+    limits = ", ".join(f"{1 + 4 / b:.0f} at {b:g}" for b in LR_COV)
+    return f"{markdown(head, lines)}\n\nThe bound $1 + 4 / \\beta_1$ is {limits}."
+
+
+def first_factors(task: str, scale: float) -> list[tuple[Tensor, Tensor]]:
+    """``S_K`` and ``S_C`` of every weight, of the first batch."""
+    torch.manual_seed(0)
+    made = EVERY_TASK[task]
+    model = made.model()
+    optimizer = KFAC(model, T=1, lr_cov=1.0, damping=1.0)
+    (scale * made.loss(model, next(made.batches(0, made.batch)))).backward()
+    optimizer.precondition()
+    states = [state for state in optimizer.state.values() if "S_K" in state]
+    return [(state["S_K"][0].double(), state["S_C"][0].double()) for state in states]
+
+
+def largest(S: Tensor) -> float:
+    return float(torch.linalg.eigvalsh(S)[-1])
+
+
+def mean(S: Tensor) -> float:
+    return float(S.diagonal().mean())
+
+
 def report(rows: list[Row], scaled: list[Row]) -> list[str]:
     """Shares of failed runs, condition numbers, and what a factor of the loss changes."""
     lines = []
@@ -180,7 +216,14 @@ def report(rows: list[Row], scaled: list[Row]) -> list[str]:
         middle = median(float(r["condition of K"]) for r in good) if good else math.nan
         lowest = min((float(r["loss"]) for r in good), default=math.nan)
         name = f"{task}, loss times {scale:g}: {variant}"
-        lines.append([name, share(own), *shares, f"{middle:.2g}", f"{lowest:.4g}"])
+        lines.append(
+            [
+                name,
+                share(own),
+                *shares,
+                *("" if math.isnan(x) else f"{x:.4g}" for x in (middle, lowest)),
+            ]
+        )
     head = ["task: terms", "failed", *(f"at lr_cov {b:g}" for b in LR_COV)]
     head += ["median condition of K", "lowest loss"]
     changes = []
@@ -189,6 +232,7 @@ def report(rows: list[Row], scaled: list[Row]) -> list[str]:
         if own:
             changes.append([f"{variant}; {form}", *change(own)])
     return [
+        starts(),
         markdown(head, lines),
         markdown(
             ["terms; form", "failed", "largest change of the loss", "condition of K"], changes
@@ -206,7 +250,11 @@ def change(rows: list[Row]) -> list[str]:
     losses = [float(r["loss"]) for r in rows if r["how"] != "nan"]
     most = max((abs(x / one - 1) for x in losses), default=math.nan)
     conditions = [float(r["condition of K"]) for r in rows]
-    return [share(rows), f"{100 * most:.2g} %", f"{min(conditions):.2g} to {max(conditions):.2g}"]
+    return [
+        share(rows),
+        f"{100 * most:.2g} %" if losses and math.isfinite(one) else "",
+        f"{min(conditions):.2g} to {max(conditions):.2g}",
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -69,13 +69,27 @@ class Results:
         return fmean(d), stdev(d) / len(d) ** 0.5 if len(d) > 1 else math.nan
 
     def reached(self, kind: str, task: str, method: str) -> tuple[float, float]:
-        """Steps and seconds to the target over those of AdamW's run, each a median over seeds."""
+        """Steps and seconds to the target over those of AdamW's run.
+
+        Steps are those at which the mean over seeds first is as low, seconds a median over seeds.
+        """
         theirs = median(r["seconds"][-1] for r in self.finals("tuned", task, BASELINE))
-        steps, seconds = [math.inf], [math.inf]
-        if rows := self.finals(kind, task, method):
-            found = [first(row, self.target[task]) for row in rows]
-            steps, seconds = [f[0] for f in found], [f[1] for f in found]
-        return median(steps) / search.steps(task, self.size), median(seconds) / theirs
+        rows = self.finals(kind, task, method)
+        if not rows or any(row["failed"] for row in rows):
+            return math.inf, math.inf
+        for k, step in enumerate(rows[0]["checks"][1:]):
+            if fmean(row["losses"][k + 1] for row in rows) <= self.target[task]:
+                seconds = median(row["seconds"][k] for row in rows)
+                return step / search.steps(task, self.size), seconds / theirs
+        return math.inf, math.inf
+
+    def ahead(self, kind: str, task: str, method: str, other: str) -> bool:
+        """Whether a method's loss is lower by more than two standard errors of the difference."""
+        own, theirs = self.losses(kind, task, method), self.losses(kind, task, other)
+        if not all(map(math.isfinite, own + theirs)):
+            return all(map(math.isfinite, own))
+        d = [a - b for a, b in zip(own, theirs, strict=True)]
+        return fmean(d) < -2 * stdev(d) / len(d) ** 0.5
 
     def bytes_of(self, kind: str, task: str, method: str) -> tuple[float, float]:
         """State, and peak with weights and batch, over those of the tuned AdamW."""
@@ -89,6 +103,15 @@ class Results:
         (state, peak), (theirs, highest) = out
         return state / theirs, peak / highest
 
+    def ends(self, method: str) -> list[str]:
+        """Where the tuned rate is an end of those tried: ``"lowest"``, ``"highest"`` or ``""``."""
+        runs, size = self.runs, self.size
+        return [
+            search.at_border(runs, t, method, size, search.rounds(runs, t, size))
+            for t in self.tasks
+            if (t, method) in self.done
+        ]
+
     def failed(self, method: str) -> tuple[int, int]:
         """Trials of the search that failed, and all of them."""
         tasks = [t for t in self.tasks if (t, method) in self.done]
@@ -96,13 +119,3 @@ class Results:
         found = (search.searched(t, method, self.size, rounds[t]) for t in tasks)
         trials = list(chain.from_iterable(found))
         return sum(self.runs[t]["failed"] for t in trials), len(trials)
-
-
-def first(row: dict[str, Any], target: float) -> tuple[float, float]:
-    """Steps and seconds at the first check whose loss is at most ``target``."""
-    for step, loss, seconds in zip(
-        row["checks"][1:], row["losses"][1:], row["seconds"], strict=False
-    ):
-        if loss is not None and loss <= target:
-            return step, seconds
-    return math.inf, math.inf

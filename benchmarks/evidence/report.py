@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.evidence import protocol, search
+from benchmarks.evidence import protocol
 from benchmarks.evidence.outcome import KINDS, Results
 from benchmarks.evidence.protocol import BASELINE, SIZES, Size
 from benchmarks.evidence.runs import Runs
@@ -59,16 +59,40 @@ def targets(results: Results, kind: str) -> str:
 
 
 def costs(results: Results) -> str:
-    """Medians over tasks."""
+    """Medians over tasks, and counts."""
     lines = [
-        "| | state, tuned | state, one setting | peak, tuned | peak, one setting | failed |",
-        "| --- | --: | --: | --: | --: | --: |",
+        "| | state, tuned | state, one setting | peak, tuned | peak, one setting | failed "
+        "| lowest rate is best | highest rate is best |",
+        "| --- |" + " --: |" * 7,
     ]
     for method in results.methods:
         found = [[results.bytes_of(kind, t, method) for t in results.tasks] for kind in KINDS]
-        cells = [f"{median(b[i] for b in each):.2f}" for i in (0, 1) for each in found]
+        cells = [middle([b[i] for b in each]) for i in (0, 1) for each in found]
         failed, count = results.failed(method)
-        lines.append(f"| {method} | {' | '.join(cells)} | {failed} of {count} |")
+        ends = [results.ends(method).count(end) for end in ("lowest", "highest")]
+        lines.append(
+            f"| {method} | {' | '.join(cells)} | {failed} of {count} | {ends[0]} | {ends[1]} |"
+        )
+    return "\n".join(lines)
+
+
+def middle(values: list[float]) -> str:
+    """The median of those that are there."""
+    known = [v for v in values if math.isfinite(v)]
+    return f"{median(known):.2f}" if known else ""
+
+
+def duels(results: Results) -> str:
+    """On how many tasks a method's loss is lower than SINGD's, and on how many higher."""
+    lines = ["| | tuned: lower | higher | one setting: lower | higher |", "| --- |" + " --: |" * 4]
+    for method in results.methods:
+        if method != OURS and OURS in results.methods:
+            counts = [
+                sum(results.ahead(kind, t, *pair) for t in results.tasks)
+                for kind in KINDS
+                for pair in ((method, OURS), (OURS, method))
+            ]
+            lines.append(f"| {method} | {' | '.join(map(str, counts))} |")
     return "\n".join(lines)
 
 
@@ -106,13 +130,9 @@ def named(results: Results, kind: str, task: str) -> str:
 
 def share(results: Results) -> str:
     """How much of the protocol the tables show."""
-    size, full, runs = results.size, SIZES["full"], results.runs
+    size, full = results.size, SIZES["full"]
     pairs = [(t, m) for t in results.tasks for m in protocol.METHODS if (t, m) in results.done]
-    ends = [
-        f"{method} on {task} ({end})"
-        for task, method in pairs
-        if (end := search.at_border(runs, task, method, size, search.rounds(runs, task, size)))
-    ]
+    ends = [end for method in protocol.METHODS for end in results.ends(method)]
     return (
         f"Of the full protocol this is a part: {len(results.tasks)} of {len(full.tasks)} tasks, "
         f"and {len(pairs)} of {len(full.tasks) * len(protocol.METHODS)} pairs of a task and a "
@@ -120,9 +140,9 @@ def share(results: Results) -> str:
         f"{full.points} points in the first round of the search, and {len(size.wider) - 1} of up "
         f"to {len(full.wider) - 1} further rounds; {size.seeds} of {full.seeds} seeds. Cells that "
         f"are empty were not run.\n\n"
-        f"The tuned rate is the lowest or the highest of those tried in {len(ends)} of "
-        f"{len(pairs)} searches; these ranges are to be widened, for all methods, as the full "
-        f"protocol does by itself: {', '.join(ends) or 'none'}."
+        f"The tuned rate is the lowest of those tried in {ends.count('lowest')} of {len(pairs)} "
+        f"searches, and the highest in {ends.count('highest')}; these ranges are to be widened, "
+        "for all methods, as the full protocol does by itself."
     )
 
 
@@ -132,6 +152,11 @@ def summary(results: Results) -> dict[str, Any]:
         "tasks": len(results.tasks),
         "seeds": results.size.seeds,
         **{kind: {k: len(v) for k, v in standing(results, kind).items()} for kind in KINDS},
+        "lower than SINGD when tuned": {
+            method: sum(results.ahead("tuned", t, method, OURS) for t in results.tasks)
+            for method in results.methods
+            if OURS in results.methods
+        },
     }
 
 
@@ -187,6 +212,7 @@ def write(runs: Runs, size: Size, out: Path) -> None:
         "target_tuned": targets(results, "tuned"),
         "target_one_setting": targets(results, "one setting"),
         "costs": costs(results),
+        "duels": duels(results),
     }
     for name, text in parts.items():
         (out / f"{name}.md").write_text(text + "\n")

@@ -1,4 +1,9 @@
-"""Images of digits, and a small network that is trained on them: what the next pages begin with."""
+"""
+Images of digits
+================
+
+Data and a small network, which the pages on trained factors begin with.
+"""
 
 from __future__ import annotations
 

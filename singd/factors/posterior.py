@@ -179,6 +179,8 @@ def posterior(
             is ``tau = n_data gamma``. ``None``: the damping of the factors is the prior.
         n_data: Number of samples of the training data; those of the calibration if ``None``.
 
+    With a prior, a side that is not diagonal is decomposed into dense eigenvectors, at n^3.
+
     Raises:
         ValueError: If the factors are not calibrated or not those of the model, or a number is out
             of range.

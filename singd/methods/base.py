@@ -235,7 +235,8 @@ class Method(ABC):
     def roots(self, factors: Any) -> tuple[StructuredMatrix, StructuredMatrix] | None:
         """``K`` and ``C`` with ``K K^T ~ S_K^-1`` and ``C C^T ~ S_C^-1``, whatever their damping.
 
-        For :func:`singd.export`; ``None`` if the factors mean something else.
+        For :func:`singd.export`; ``None`` if the factors mean something else. They are of the two
+        structures that :meth:`structures` gives, or dense if it gives none.
 
         Args:
             factors: Factors of one matrix.

@@ -144,7 +144,10 @@ def choose(
         return sum(times) + latencies[place] * machine.latency
 
     best = min(latencies, key=total)
-    return found | {matrix: _fitting(best, demand) for matrix, demand in free.items()}
+    instead = "rows" if best in ("everywhere", "columns") else best  # which sends less
+    for matrix, demand in free.items():
+        found[matrix] = instead if _may_have(instead, demand) else _fitting(best, demand)
+    return found
 
 
 def _wanted(given: Any, name: str) -> str | None:

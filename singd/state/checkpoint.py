@@ -93,7 +93,7 @@ def unpack(
     merged = []
     for index, (own, other) in enumerate(zip(groups, saved, strict=True)):
         group = {k: v for k, v in own.items() if k in options}
-        group |= copy.deepcopy({k: _tupled(v) for k, v in other.items() if k != "param_names"})
+        group |= copy.deepcopy({k: tupled(v) for k, v in other.items() if k != "param_names"})
         group["params"] = list(other["params"])
         try:
             check_group(group)
@@ -103,7 +103,7 @@ def unpack(
             raise ValueError(f"load_state_dict: group {index}: {error}") from error
         merged.append(group)
     state = {
-        number: {k: _listed(v) for k, v in entry.items()}
+        number: {k: listed(v) for k, v in entry.items()}
         for number, entry in state_dict["state"].items()
     }
     unknown = state.keys() - {number for group in merged for number in group["params"]}
@@ -113,11 +113,11 @@ def unpack(
     return {"state": state, "param_groups": merged}
 
 
-def _tupled(value: Any) -> Any:
+def tupled(value: Any) -> Any:
     """An option with tuples for lists: some formats know lists only."""
     if isinstance(value, Mapping):
-        return {k: _tupled(v) for k, v in value.items()}
-    return tuple(map(_tupled, value)) if isinstance(value, list | tuple) else value
+        return {k: tupled(v) for k, v in value.items()}
+    return tuple(map(tupled, value)) if isinstance(value, list | tuple) else value
 
 
 def _comparable(value: Any) -> Any:
@@ -132,7 +132,7 @@ def _comparable(value: Any) -> Any:
         return value  # not a spec
 
 
-def _listed(value: Any) -> Any:
+def listed(value: Any) -> Any:
     """The numbered tensors of a factor as a list."""
     if isinstance(value, Mapping) and all(str(k).isdecimal() for k in value):
         return [value[k] for k in sorted(value, key=int)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -69,6 +69,13 @@ def copies(
                 if not isinstance(v, list) or _is_held(parts, p, k)
             }
     return found
+
+
+def put(state: MutableMapping[Any, Any], values: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Put values into a state, and leave no entry without: PyTorch looks whether there is one."""
+    state.update(values)
+    for p in [p for p, entry in state.items() if not entry]:
+        del state[p]
 
 
 def spread(parts: Parts, groups: Sequence[Group], state_dict: Mapping[str, Any]) -> None:

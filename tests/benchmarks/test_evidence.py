@@ -165,8 +165,12 @@ def test_differences_are_paired(tmp_path):
     assert found.difference("tuned", task, "SINGD")[0] == math.inf
     assert report.standing(found, "tuned") == {"worse": [task], "level": [], "better": []}
     assert report.standing(found, "tuned", "SOAP")["level"] == [task]
-    assert found.reached("tuned", task, "SINGD") == (1.0, 1.0)
-    assert found.reached("tuned", task, "SOAP") == (math.inf, math.inf)
+    assert found.reached("tuned", task, "SINGD") == (math.inf, math.inf)
+    assert found.reached("tuned", task, "SOAP") == (1.0, 1.0)
+    assert found.reached("tuned", task, "AdamW") == (1.0, 1.0)
+    assert found.ahead("tuned", task, "SOAP", "SINGD")
+    assert not found.ahead("tuned", task, "SINGD", "SOAP")
+    assert not found.ahead("tuned", task, "SOAP", "AdamW")
     assert report.ratios(found, "tuned", "AdamW") == [pytest.approx(2.0 / 1.9)]
 
 

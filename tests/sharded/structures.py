@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -65,6 +67,19 @@ def structures_by_budget(setting: Setting) -> Ends:
     return snapshot(model, optimizer) | nats
 
 
+def passes_that_are_all_reduced(setting: Setting, places: str) -> Ends:
+    """Three backward passes a step, one of which is not captured."""
+    model = setting.shard(net())
+    optimizer = SINGD(model, places=places, **OPTIONS)
+    for step, (X, y) in enumerate(batches()):
+        optimizer.zero_grad()
+        for part in range(3):
+            with optimizer.paused() if part == step % 3 else nullcontext():
+                setting.backward(model, X + part, y)
+        optimizer.step()
+    return snapshot(model, optimizer)
+
+
 def places_by_name(setting: Setting) -> Ends:
     """The first pattern that matches says where factors are worked on."""
     places = {"0.*": "owned", "*.inner.*": "columns", "3.*": "everywhere"}
@@ -86,6 +101,8 @@ SCENARIOS: dict[str, Callable[[Setting], Ends]] = {
     "every structure": every_structure,
     "structures by budget": structures_by_budget,
     "places by name": places_by_name,
+    "passes that are all reduced": partial(passes_that_are_all_reduced, places="everywhere"),
+    "passes that are all reduced, owned": partial(passes_that_are_all_reduced, places="owned"),
 }
 
 

@@ -98,6 +98,19 @@ def test_looking_at_a_fresh_optimizer_changes_nothing(method: str) -> None:
     assert same(train(other, looked_at, DATA), train(model, optimizer, DATA))
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_state_before_any_step_is_still_one_when_loaded(tmp_path: Path) -> None:
+    """As accelerate loads it, to move it to a device: PyTorch makes a state where there is none."""
+    model, other = net(), net()
+    optimizer, loading = METHODS["SINGD"](model), METHODS["SINGD"](other)
+    train(model, optimizer, DATA[:3])
+    save(tmp_path, model, optimizer, StateDictOptions())
+    loading.load_state_dict(loading.state_dict())
+    assert not loading.state
+    load(tmp_path, other, loading, StateDictOptions())
+    assert same(train(other, loading, DATA[3:]), train(model, optimizer, DATA[3:]))
+
+
 def test_a_step_with_a_rate_of_zero_is_a_step() -> None:
     """A warm-up from zero, unlike the step that only makes state."""
     model = net()

@@ -43,6 +43,7 @@ def test_the_cheapest_place_is_chosen() -> None:
     assert chosen(matrices(*[WIDE] * 16)) == ["owned"] * 16
     assert chosen(matrices(SMALL)) == ["everywhere"]
     assert chosen(matrices(DIAGONAL, *[WIDE] * 16)) == ["rows"] + ["owned"] * 16
+    assert chosen(matrices(replace(SMALL, has_rows=True), SMALL)) == ["rows", "everywhere"]
     narrow = replace(WIDE, needs_factors=True)  # no rank may have its factors alone
     assert chosen(matrices(*[narrow] * 16)) == ["columns"] * 16
 

@@ -3,7 +3,7 @@
 import pytest
 
 from structured import block_circulant, circulant, parse, rotated, toeplitz
-from structured._products import gram, in_place
+from structured._products import folded, gram, in_place
 from structured._products import triangular as triangular_products
 from structured._transforms import autocorrelation, cosine, hadamard
 from structured.testing import LAWS, check
@@ -78,8 +78,17 @@ def test_law_by_fft(law, way, monkeypatch):
 @pytest.mark.parametrize("law", OF_PRODUCTS)
 def test_law_by_blocks(law, way, monkeypatch):
     spec, *decision = way
+    monkeypatch.setattr(folded, "SMALL", 0)
     monkeypatch.setattr(*decision)
     check(spec, laws=[law], sizes=range(0, 13, 6) if "tied" in spec else range(13))
+
+
+@pytest.mark.parametrize("spec", ["lower_triangular", "upper_triangular"])
+@pytest.mark.parametrize("law", [law for law in LAWS if law not in SLOW])
+def test_law_of_large_triangles(law, spec, monkeypatch):
+    """Small ones are multiplied as dense matrices."""
+    monkeypatch.setattr(folded, "SMALL", 0)
+    check(spec, laws=[law], sizes=SPECS[spec])
 
 
 @pytest.mark.parametrize("alias", ALIASES)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from singd.factors import Calibration, KroneckerFactors, WeightFactors, calibrate
+from singd.factors import Calibration, KroneckerFactors, WeightFactors, calibrate, posterior
 from singd.factors.calibration import require_calibrated
 from structured import inverse_root, parse
 from tests.singd.factors.networks import convolutions, data, moments, network, trained
@@ -199,3 +199,15 @@ def test_factors_in_bfloat16_are_calibrated_in_float32() -> None:
     for one in again.values():
         assert one.K.dtype is torch.float32
         assert max(calibration(one).worst_residual) < 1e-3
+
+
+def test_a_bias_that_was_not_trained_is_not_folded_in() -> None:
+    model, loader = network(), data(4)
+    model[0].bias.requires_grad_(False)
+    factors = trained(model, loader)
+    model[0].bias.requires_grad_(True)
+    fitted = calibrate(factors, model, loader, refit=0.1)
+    assert (fitted["0.weight"].bias, fitted["0.weight"].shape) == (None, (5, 4))
+    drawn = posterior(fitted, model, 1.0).sample()
+    assert torch.equal(drawn["0.bias"], model[0].bias)
+    assert not torch.equal(drawn["2.bias"], model[2].bias)

@@ -197,3 +197,15 @@ def test_conjugate_gradients_say_if_they_do_not_converge() -> None:
     ones = torch.ones(30, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="expected 1e-09 in 5 steps, got"):
         conjugate.solve(lambda x: A @ x, ones, ones, limit=5)
+
+
+def test_masks_of_weights_leave_biases_and_those_of_rows_do_not() -> None:
+    model, loader = network(), data(4)
+    factors = calibrate(trained(model, loader), model, loader, refit=0.1)
+    bias = model[0].bias.detach().clone()
+    prune(factors, model, {"0.weight": torch.zeros(5, 4, dtype=torch.bool)}, update=False)
+    assert not model[0].weight.any()
+    assert torch.equal(model[0].bias, bias)
+    kept = torch.arange(5) != 2
+    prune(factors, model, {"0.weight": kept}, update=False)
+    assert torch.equal(model[0].bias, torch.where(kept, bias, 0.0))
