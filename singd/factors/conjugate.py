@@ -33,8 +33,10 @@ def solve(
     p, rz = z, (r * z).sum()
     start = rz
     for _ in range(limit):
-        if not bool(rz > tolerance**2 * start):
+        if bool(rz <= tolerance**2 * start):
             return x
+        if not bool(rz.isfinite()):
+            break
         Ap = product(p)
         step = rz / (p * Ap).sum()
         x, r = x + step * p, r - step * Ap

@@ -197,6 +197,9 @@ def test_conjugate_gradients_say_if_they_do_not_converge() -> None:
     ones = torch.ones(30, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="expected 1e-09 in 5 steps, got"):
         conjugate.solve(lambda x: A @ x, ones, ones, limit=5)
+    with pytest.raises(RuntimeError, match="got nan"):
+        conjugate.solve(lambda x: A @ x * torch.nan, ones, ones)
+    assert not conjugate.solve(lambda x: A @ x, 0 * ones, ones).any()
 
 
 def test_masks_of_weights_leave_biases_and_those_of_rows_do_not() -> None:
