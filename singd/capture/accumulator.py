@@ -148,8 +148,8 @@ class Accumulator:
 
     def deliver(
         self,
-        send: Callable[[KroneckerStatistics], KroneckerStatistics],
-        empty: Callable[[], KroneckerStatistics],
+        send: Callable[[WeightMatrix, KroneckerStatistics], KroneckerStatistics],
+        empty: Callable[[WeightMatrix], KroneckerStatistics],
     ) -> None:
         """The gradient of all passes so far is in ``weight.grad``: send what they saw at once.
 
@@ -162,7 +162,7 @@ class Accumulator:
         self._is_reduced = True
         one = self.total
         self._sum = None
-        sent = send(empty() if one is None else one)
+        sent = send(self.matrix, empty(self.matrix) if one is None else one)
         if before is not None:
             before.add_(sent)
         self._sum = sent if before is None else before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
@@ -243,14 +242,12 @@ class Capture:
         if weight is not matrix.weight or accumulator.met is None:
             accumulator.commit(self.step)
             self._calls.end()
-        if weight is not matrix.weight:
-            return
-        observer = self._observer()
-        if observer is not None and accumulator.is_awaited and observer.sends(matrix):
-            send = functools.partial(observer.send, matrix)
-            accumulator.deliver(send, functools.partial(self.empty, matrix))
-        else:
-            accumulator.reduce()
+        if weight is matrix.weight:
+            observer = self._observer()
+            if observer is not None and accumulator.is_awaited and observer.sends(matrix):
+                accumulator.deliver(observer.send, self.empty)
+            else:
+                accumulator.reduce()
 
     # Steps --------------------------------------------------------------------------------------
 

@@ -158,7 +158,7 @@ def compiled(setting: Setting) -> Ends:
     """Every block is compiled, then sharded."""
     model = net()
     for block in model[1:3]:
-        block.compile(backend="eager")
+        block.compile(backend="aot_eager")
     setting.shard(model)
     optimizer = singd(model)
     for X, y in batches():
