@@ -38,9 +38,10 @@ def export(optimizer: KroneckerOptimizer) -> KroneckerFactors:
                 "averages the curvature: take more steps"
             )
         if roots is None:
+            kind, name = type(stored.factors).__name__, type(optimizer).__name__
             raise ValueError(
-                f"optimizer: expected factors that are roots of the inverse curvature (those of "
-                f"SINGD or KFAC), got those of {type(optimizer).__name__}"
+                "optimizer: expected factors that are roots of the inverse curvature, as those of "
+                f"SINGD (under 'auto' once they are chosen) and KFAC, got {kind} of {name}"
             )
         K, C = (root.detach().clone() for root in roots)
         structures = stored.structures or (parse("dense"), parse("dense"))

@@ -88,10 +88,6 @@ class WeightFactors:
         """``C (x) K``: its product with ``vec(Z)`` is ``vec(C Z K^T)``."""
         return Kronecker(self.C, self.K)
 
-    def to(self, dtype: torch.dtype) -> Self:
-        """The same factors in another data type."""
-        return replace(self, K=self.K.to(dtype), C=self.C.to(dtype))
-
 
 class KroneckerFactors(Mapping[str, WeightFactors]):
     """Factors by the name of each weight; made by :func:`singd.export` or :meth:`load`.
