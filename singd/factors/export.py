@@ -41,7 +41,7 @@ def export(optimizer: KroneckerOptimizer) -> KroneckerFactors:
             kind, name = type(stored.factors).__name__, type(optimizer).__name__
             raise ValueError(
                 "optimizer: expected factors that are roots of the inverse curvature, as those of "
-                f"SINGD (under 'auto' once they are chosen) and KFAC, got {kind} of {name}"
+                f"SINGD and KFAC, got {kind} of {name}"
             )
         K, C = (root.detach().clone() for root in roots)
         structures = stored.structures or (parse("dense"), parse("dense"))
