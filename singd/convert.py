@@ -16,6 +16,7 @@ from singd.optimizer import KroneckerOptimizer
 from singd.state import checkpoint
 from singd.step.factor_store import state_key
 from singd.step.groups import as_groups, parameter_of
+from structured import StructuredMatrix
 
 # As tensors and text -----------------------------------------------------------------------------
 
@@ -92,29 +93,26 @@ def to_structures(optimizer: KroneckerOptimizer, saved: Mapping[str, Any]) -> di
     if [len(g["params"]) for g in own] != [len(g["params"]) for g in packed]:
         raise ValueError("to_structures: expected groups of as many parameters, got others")
     for group, there in zip(own, packed, strict=True):
-        former = {**group, **{k: checkpoint.tupled(v) for k, v in there.items()}}
+        former = group | {k: checkpoint.tupled(v) for k, v in there.items() if k != "params"}
         if "auto" in (group.get("structures"), former.get("structures")):
             raise ValueError("to_structures: expected structures that are chosen, got 'auto'")
         numbers = dict(zip(group["params"], there["params"], strict=True))
-        for matrix in optimizer._parts.parameters.matrices:
-            if matrix.weight in numbers:
-                entry = state.setdefault(numbers[matrix.weight], {})
-                _restructure(optimizer, matrix, former, group, entry)
+        blanks = (optimizer.blank_factors(options) for options in (former, group))
+        for (matrix, before), (_, now) in zip(*blanks, strict=True):
+            entry = state.setdefault(numbers[matrix.weight], {})
+            _restructure(matrix, before.members(), now.members(), entry)
         there |= {k: checkpoint.plain(group[k]) for k in _STRUCTURAL if k in group}
     return {**saved, "state": state, "param_groups": packed}
 
 
 def _restructure(
-    optimizer: KroneckerOptimizer,
     matrix: WeightMatrix,
-    former: dict[str, Any],
-    group: dict[str, Any],
+    before: Mapping[str, StructuredMatrix],
+    now: Mapping[str, StructuredMatrix],
     entry: dict[str, Any],
 ) -> None:
-    """Write the factors of one matrix anew, by the options of its group."""
-    template = optimizer._parts.store.template
-    now = template(matrix, group).members()
-    for name, member in template(matrix, former).members().items():
+    """Write the factors of one matrix anew, as members of other structures."""
+    for name, member in before.items():
         key = state_key(matrix, name)
         if key not in entry or name not in now:
             continue

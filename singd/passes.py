@@ -62,6 +62,17 @@ class Passes:
             structures = parts.store.structures(matrix, group)
             yield Stored(matrix, parts.store.factors(matrix), structures, group, parts.method)
 
+    def blank_factors(self, options: Mapping[str, Any]) -> Iterator[tuple[WeightMatrix, Factors]]:
+        """Factors of zeros that take no memory, of every matrix of a group.
+
+        Args:
+            options: Options of the group; its ``"params"`` say which matrices are meant.
+        """
+        given = set(options["params"])
+        for matrix in self._parts.parameters.matrices:
+            if matrix.weight in given:
+                yield matrix, self._parts.store.template(matrix, options)
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Within this context forward passes are not captured."""

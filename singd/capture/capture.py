@@ -67,9 +67,7 @@ class Capture:
             commit = _Commit(self, matrix)
             self._handles.append(matrix.weight.register_post_accumulate_grad_hook(commit))
             matrix.weight.requires_grad_(trained)
-        found: dict[tuple[Tensor, str], WeightMatrix] = {
-            (matrix.weight, matrix.label): matrix for matrix in new
-        }
+        found: Any = {(matrix.weight, matrix.label): matrix for matrix in new}
         for module in model.modules():
             if isinstance(module, nn.MultiheadAttention):
                 products = {

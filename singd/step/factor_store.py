@@ -106,7 +106,7 @@ class FactorStore:
         layout = self._layout(matrix, group, self.method.layout(group))
         return self._layouts.get(matrix) == layout
 
-    def structures(self, matrix: WeightMatrix, group: Group) -> tuple[Structure, ...]:
+    def structures(self, matrix: WeightMatrix, group: Mapping[str, Any]) -> tuple[Structure, ...]:
         """The structures of the factors of a matrix."""
         shape, fixed = matrix.layer.shape(matrix.module), matrix.layer.input_structure
         return self.method.structures(matrix.name, shape, fixed, group)
@@ -132,7 +132,7 @@ class FactorStore:
         )
         return factors
 
-    def template(self, matrix: WeightMatrix, group: Group) -> Factors:
+    def template(self, matrix: WeightMatrix, group: Mapping[str, Any]) -> Factors:
         """Factors of zeros that take no memory: of what shapes, data types and device they are."""
         weight, structures = matrix.weight, self.structures(matrix, group)
         factors: Factors = self.method.init(
