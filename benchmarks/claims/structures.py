@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -139,9 +139,12 @@ def run(case: Row, spectrum: Spectrum) -> Row:
     }
 
 
-def over_dense(rows: list[Row]) -> dict[tuple[str, str, str], dict[str, float]]:
+Found = dict[tuple[str, str, str], dict[str, float]]  # by task, structure and side
+
+
+def over_dense(rows: list[Row]) -> Found:
     """By task, structure and side: means over seeds, in units of those of dense factors."""
-    found: dict[tuple[str, str, str], dict[str, float]] = {}
+    found: Found = {}
     names = ("loss", "seconds", "state", "nats")
     for case in dict.fromkeys((r["task"], r["structure"], r["side"]) for r in rows):
         own = [r for r in rows if (r["task"], r["structure"], r["side"]) == case]
@@ -164,7 +167,14 @@ def report(rows: list[Row]) -> list[str]:
         lines.append([f"`{spec}`, {side}", *cells])
         shares = (fmean(v[f"{name} ratio"] for v in own) for name in ("state", "seconds"))
         costs.append([f"`{spec}`, {side}", *(f"{x:.2f}" for x in shares)])
-    fits = [["rank correlation of loss and nats", *(f"{agreement(found, t):+.2f}" for t in tasks)]]
+    fits = [
+        [f"rank correlation of loss and nats, {words}", *(f"{f(found, t):+.2f}" for t in tasks)]
+        for words, f in (
+            ("both sides", agreement),
+            ("K's", partial(agreement, counted="K")),
+            ("C's", partial(agreement, counted="C")),
+        )
+    ]
     for name in ("rank of K", "rank of C", "inside blocks of 8"):
         fits.append([name, *(f"{first(rows, t, name):.3f}" for t in tasks)])
     for new, old in PAIRS:
@@ -180,10 +190,16 @@ def report(rows: list[Row]) -> list[str]:
     ]
 
 
-def agreement(found: dict[tuple[str, str, str], dict[str, float]], task: str) -> float:
-    """Spearman's rank correlation over structures and sides, dense ones included."""
-    own = [v for (t, _, _), v in found.items() if t == task and math.isfinite(v["loss"])]
-    return float(spearmanr([v["nats"] for v in own], [v["loss"] for v in own]).statistic)
+def agreement(found: Found, task: str, counted: str = "both") -> float:
+    """Spearman's rank correlation of nats lost on the sides that count, and the loss."""
+    losses, nats = [], []
+    for (t, spec, side), values in found.items():
+        if t == task and math.isfinite(values["loss"]):
+            has = spec != DENSE[0] and (side in ("both", counted) or counted == "both")
+            from_side = side if counted == "both" else counted
+            losses.append(values["loss"])
+            nats.append(found[task, spec, from_side]["nats"] if has else 0.0)
+    return float(spearmanr(nats, losses).statistic)
 
 
 def first(rows: list[Row], task: str, name: str) -> float:

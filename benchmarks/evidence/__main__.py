@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from itertools import chain, product
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -44,20 +45,23 @@ def again(runs: Runs, size: Size, cases: Sequence[tuple[str, str]]) -> Iterator[
             yield trial
 
 
-def hours(runs: Runs, size: Size, cases: Sequence[tuple[str, str]]) -> float:
-    """Hours of two cores that a size takes, from the seconds of a step in the runs so far."""
-    total = 0.0
+def hours(runs: Runs, size: Size, cases: Sequence[tuple[str, str]]) -> str:
+    """Hours of two cores that a size takes at most, from the seconds of a step in the runs."""
+    total, unknown = 0.0, []
     for task, method in cases:
         known = [
             row["seconds"][-1] / trial.steps
             for trial, row in runs
-            if (trial.task, trial.method) == (task, method) and "seconds" in row
+            if (trial.task, trial.method) == (task, method) and row.get("seconds")
         ]
-        if not known:
-            raise SystemExit(f"no run of {method} on {task} yet to tell a step's time from")
-        count = 1 + size.points * len(size.wider) + 2 * size.seeds
-        total += count * search.steps(task, size) * sorted(known)[len(known) // 2]
-    return total / 3600 / 2
+        if known:
+            count = 1 + size.points * len(size.wider) + 2 * size.seeds
+            total += count * search.steps(task, size) * median(known)
+        else:
+            unknown.append(task)
+    names = ", ".join(dict.fromkeys(unknown))
+    left = f", and runs without a known time on {names}" if unknown else ""
+    return f"{total / 3600 / 2:.1f} hours of two cores at most{left}"
 
 
 def progress(trials: Iterator[Trial], total: int) -> Iterator[Trial]:
@@ -82,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     methods = [m for m in protocol.METHODS if not given.methods or m in given.methods]
     cases = list(product(tasks, methods))
     if given.hours:
-        print(f"{hours(runs, size, cases):.1f} hours of two cores at most")
+        print(hours(runs, size, cases))
         return
     if given.report:
         for name, each in SIZES.items():

@@ -64,6 +64,17 @@ def test_what_is_there_is_not_run_again_unless_asked_for(folder, monkeypatch):
         __main__.main(["--size", "tiny", "--rerun", "--methods", "SOAP", "--out", str(folder)])
 
 
+def test_hours_are_those_of_two_cores(tmp_path, capsys):
+    runs, size = Runs(tmp_path / "runs.jsonl"), SIZES["full"]
+    for known in search.searched("deep autoencoder", "AdamW", SIZES["part"], 1):
+        runs.add(known, {"seconds": [1.0, 3.0], "failed": False, "losses": [1.0, 1.0]})
+    __main__.main(["--size", "full", "--hours", "--methods", "AdamW", "--out", str(tmp_path)])
+    trials = 1 + len(size.wider) * size.points + 2 * size.seeds
+    hours = trials * 3.0 * size.stretch / 3600 / 2
+    said = capsys.readouterr().out
+    assert said.startswith(f"{hours:.1f} hours of two cores at most, and runs without")
+
+
 def test_a_rerun_gives_the_same_losses(folder):
     runs = Runs(folder / "runs.jsonl")
     known = [t for t, row in runs if t.stage == "final" and not row["failed"]]
