@@ -12,9 +12,9 @@ from torch.nn.functional import pad
 from structured._core.checks import check_pivots
 from structured._core.matrix import Scalar, StructuredMatrix
 from structured._core.numbers import add_to_diagonal, largest, trailing
-from structured._products import folded
 from structured._products.in_place import plain
 from structured._products.triangular import tril_, write_gram
+from structured._transforms import folded
 
 
 class Triangular(StructuredMatrix):

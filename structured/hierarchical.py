@@ -252,7 +252,7 @@ class Hierarchical(StructuredMatrix):
         """
         return self._solve(X, transpose=False)
 
-    def _solve_transpose(self, X: Tensor) -> Tensor:
+    def solve_transpose(self, X: Tensor) -> Tensor:
         """``A^{-T} X``, the other way about."""
         return self._solve(X, transpose=True)
 

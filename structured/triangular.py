@@ -19,8 +19,8 @@ from torch.linalg import solve_triangular
 from torch.nn.functional import pad
 
 from structured._core.numbers import at_least_float32
-from structured._products import folded
 from structured._products.triangular import adjoint, product
+from structured._transforms import folded
 from structured._triangular import Triangular
 
 
@@ -54,7 +54,7 @@ class LowerTriangular(Triangular):
     @property
     def mT(self) -> UpperTriangular:
         """The upper form of the same numbers."""
-        return UpperTriangular._unflatten([self.R], ())
+        return UpperTriangular(self.R)
 
     def matmul(self, other: Self) -> Self:
         """``[[L1 M1, 0], [B M1 + L2 C, L2 M2]]``, half the work of a dense product."""
@@ -142,7 +142,7 @@ class LowerTriangular(Triangular):
         columns = torch.cat([first, mixed], -2).to(self.dtype)
         return self._fold(self._below(columns), last.to(self.dtype).mT.clone())
 
-    def _solve_transpose(self, X: Tensor) -> Tensor:
+    def solve_transpose(self, X: Tensor) -> Tensor:
         """``A^{-T} X``, back substitution."""
         self._check_pivots()
         h, wide = self.R.shape[-1], at_least_float32(X.dtype)
@@ -163,7 +163,7 @@ class UpperTriangular(Triangular):
     @property
     def mT(self) -> LowerTriangular:
         """The lower form of the same numbers."""
-        return LowerTriangular._unflatten([self.R], ())
+        return LowerTriangular(self.R)
 
     def matmul(self, other: Self) -> Self:
         """``A B = (B^T A^T)^T``."""
@@ -191,7 +191,7 @@ class UpperTriangular(Triangular):
         Raises:
             RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
         """
-        return self.mT._solve_transpose(X)
+        return self.mT.solve_transpose(X)
 
     def inverse(self) -> Self:
         """As of the lower form."""

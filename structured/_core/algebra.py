@@ -43,8 +43,12 @@ class Algebra(Member):
         """
         return solve_dense(self.to_dense(), X)
 
-    def _solve_transpose(self, X: Tensor) -> Tensor:
-        """``A^{-T} X``."""
+    def solve_transpose(self, X: Tensor) -> Tensor:
+        """``A^{-T} X``.
+
+        Raises:
+            RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
+        """
         return solve_dense(self.to_dense().mT, X)
 
     # Inverses and powers ------------------------------------------------------------------------

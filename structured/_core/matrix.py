@@ -254,7 +254,7 @@ class Transposed(StructuredMatrix):
         """``A^-T X``; by the class of ``A.mT`` if it has one of its own."""
         named = self.A.mT
         unnamed = isinstance(named, Transposed)
-        return self.A._solve_transpose(X) if unnamed else named.solve(X)
+        return self.A.solve_transpose(X) if unnamed else named.solve(X)
 
     def squared_rows(self) -> Tensor:
         """Sums of squares of the columns of ``A``; by the class of ``A.mT`` if it has its own."""

@@ -3,9 +3,8 @@
 import pytest
 
 from structured import block_circulant, circulant, parse, rotated, toeplitz
-from structured._products import folded, gram, in_place
 from structured._products import triangular as triangular_products
-from structured._transforms import autocorrelation, cosine, hadamard
+from structured._transforms import autocorrelation, cosine, folded, gram, hadamard, in_place
 from structured.testing import LAWS, check
 from tests.structured.specs import ALIASES, NESTINGS, SPECS
 
