@@ -3,8 +3,9 @@
 import pytest
 
 from structured import block_circulant, circulant, parse, rotated, toeplitz
+from structured._products import gram, in_place
 from structured._products import triangular as triangular_products
-from structured._transforms import autocorrelation, cosine, folded, gram, hadamard, in_place
+from structured._transforms import autocorrelation, cosine, folded, hadamard
 from structured.testing import LAWS, check
 from tests.structured.specs import ALIASES, NESTINGS, SPECS
 
