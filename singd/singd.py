@@ -107,7 +107,7 @@ class SINGD(KroneckerOptimizer):
         max_skipped: Steps in a row that may be skipped since a gradient or statistic was not
             finite, before that is an error. On a GPU a step does not wait for the device: that it
             was skipped is known at the next one, or as soon as ``skipped`` is asked for. ``None``
-            looks for nothing.
+            looks for nothing, and 0 sets no bound.
         seed: Seed of the stochastic rounding.
         telemetry: Function called after every step with :func:`singd.diagnostics.describe`.
 

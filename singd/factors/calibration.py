@@ -64,6 +64,7 @@ def calibrate(
     Raises:
         ValueError: If the factors are not those of the model, there is no data, or the curvature
             of a weight is zero on it.
+        FloatingPointError: If gradients on a batch are not finite.
     """
     if refit is not None:
         in_range("refit", refit, 0.0, float("inf"))

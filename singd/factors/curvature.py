@@ -129,12 +129,18 @@ def average(
     method = FisherFactors(statistics)
     samples = 0
     with (
-        KroneckerOptimizer(model, method, [*params], options, layers=[*OPTIONAL]) as optimizer,
+        trainable([*params]),
+        KroneckerOptimizer(
+            model, method, [*params], options, layers=[*OPTIONAL], max_skipped=1
+        ) as optimizer,
         evaluated(model),
     ):
+        optimizer.zero_grad()
         for batch in loader:
             f = forward(model, batch)
             N = f.shape[0]
+            if not N:
+                continue
             samples += N
             optimizer.param_groups[0]["share"] = N / samples
             for g in hessian_roots(f.detach(), likelihood, columns, generator):
@@ -176,6 +182,19 @@ def evaluated(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def trainable(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Gradients of parameters, frozen ones too, until this ends."""
+    frozen = [p for p in parameters if not p.requires_grad]
+    for p in frozen:
+        p.requires_grad_()
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 def hessian_roots(

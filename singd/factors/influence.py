@@ -39,7 +39,13 @@ def influence(
         loss: Function of the model and one sample ``[1, ...]``: its share in the loss, a sum.
         output: Function of the model and one query: numbers ``[...]``, such as logits or a loss.
         chunk: Number of samples at a time.
+
+    Raises:
+        ValueError: If ``samples`` or ``queries`` is a tensor or has no sample.
     """
+    for what, given in (("samples", samples), ("queries", queries)):
+        if isinstance(given, Tensor) or not given or not all(map(len, given)):
+            raise ValueError(f"{what}: expected a tuple of tensors with a sample or more")
     g = posterior.whiten(posterior.weights.jacobians(loss, *samples, chunk=chunk))
     J = posterior.weights.jacobians(output, *queries, chunk=chunk)
     name = next(iter(J))

@@ -110,7 +110,12 @@ class Posterior:
             x: Inputs ``[N, ...]``.
             function: Function of model and one sample ``[1, ...]``, with outputs ``[k]``.
             chunk: Number of samples at a time.
+
+        Raises:
+            ValueError: If there is no sample.
         """
+        if not len(x):
+            raise ValueError("x: expected one sample or more, got none")
         means, covariances = [], []
         for some in x.split(chunk or len(x)):
             J = self.weights.jacobians(function, some)

@@ -94,6 +94,8 @@ def keep(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
         sparsity: Share of all numbers whose scores are lowest, in [0, 1].
     """
     in_range("sparsity", sparsity, 0.0, 1.0)
+    if not scores:
+        raise ValueError("scores: expected those of one weight or more, got none")
     flat = torch.cat([t.flatten() for t in scores.values()])
     order = torch.zeros_like(flat, dtype=torch.bool)
     order[flat.argsort(descending=True)[: len(flat) - round(sparsity * len(flat))]] = True

@@ -159,9 +159,25 @@ def test_factors_without_the_scale_are_refused_and_bad_ones_reported() -> None:
         require_calibrated(calibrate(factors, model, loader, refit=0.1), "posterior")
 
 
+def test_frozen_weights_and_empty_batches_make_no_difference() -> None:
+    model, loader = network(), data(4)
+    factors = trained(model, loader)
+    expected = calibrate(factors, model, loader)
+    model[0].requires_grad_(False)
+    x, y = loader[0]
+    found = calibrate(factors, model, [(x[:0], y[:0]), *loader])
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, True]
+    assert found.samples == expected.samples
+    for name, one in found.items():
+        assert torch.equal(one.K.to_dense(), expected[name].K.to_dense())
+        assert torch.equal(one.C.to_dense(), expected[name].C.to_dense())
+
+
 def test_what_cannot_be_calibrated_says_why() -> None:
     model, loader = network(), data(4)
     factors = trained(model, loader)
+    with pytest.raises(FloatingPointError, match=r"0\.weight: its .* not finite"):
+        calibrate(factors, model, [*loader, (torch.nan * loader[0][0], loader[0][1])])
     with pytest.raises(ValueError, match="at least one batch, got none"):
         calibrate(factors, model, [])
     with pytest.raises(ValueError, match="likelihood: expected one of 'classification'"):

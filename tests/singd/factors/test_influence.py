@@ -114,3 +114,13 @@ def test_it_is_the_gradient_times_the_covariance() -> None:
         expected += g @ R.to_dense() @ R.to_dense().mT @ g.mT
     torch.testing.assert_close(values, expected)
     assert values[0, 0] == pytest.approx(float(expected[0, 0]))
+
+
+def test_what_are_no_samples_is_said() -> None:
+    model, loader = network(), data(4)
+    found = posterior(calibrate(trained(model, loader), model, loader, refit=1e-3), model, TAU)
+    x, y = loader[0]
+    with pytest.raises(ValueError, match="samples: expected a tuple of tensors with a sample"):
+        influence(found, (x[:0], y[:0]), (x,))
+    with pytest.raises(ValueError, match="queries: expected a tuple of tensors with a sample"):
+        influence(found, (x, y), x)

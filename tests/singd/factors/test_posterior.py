@@ -186,6 +186,8 @@ def test_what_makes_no_posterior_says_why() -> None:
     with pytest.raises(ValueError, match="n_data: expected an integer >= 1, got 0"):
         posterior(factors, model, n_data=0)
     folded = posterior(factors, model)
+    with pytest.raises(ValueError, match="x: expected one sample or more, got none"):
+        folded.predict(inputs()[:0])
     with pytest.raises(ValueError, match="expected a posterior with a prior_precision"):
         folded.log_marginal_likelihood(0.0)
     with pytest.raises(ValueError, match="expected a posterior with a prior_precision"):

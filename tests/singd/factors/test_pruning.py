@@ -177,6 +177,8 @@ def test_what_cannot_be_pruned_says_why() -> None:
     factors = calibrate(trained(model, loader), model, loader, refit=0.1)
     with pytest.raises(ValueError, match="sparsity: expected a number in"):
         keep({"a": torch.ones(1)}, 1.5)
+    with pytest.raises(ValueError, match="scores: expected those of one weight or more"):
+        keep({}, 0.5)
     with pytest.raises(ValueError, match=r"masks: expected names among 0\.weight, 2\.weight, got"):
         prune(factors, model, {"1.weight": torch.ones(3, dtype=torch.bool)})
     with pytest.raises(ValueError, match=r"expected truth values, got torch\.float32"):
