@@ -113,8 +113,11 @@ def place(parts: Parts) -> None:
 
 
 def _loss_averages(parts: Parts, groups: Sequence[Group]) -> set[str | None]:
-    """What the groups say the loss is a mean over, where it matters; nothing if it is given."""
+    """What the groups say the loss is a mean over, where it matters; nothing if it is given.
+
+    It does not matter to methods of gradients alone, which have no such option.
+    """
     terms = parts.capture.count.terms
-    if isinstance(terms, Tensor) or terms:
+    if isinstance(terms, Tensor) or terms or not parts.method.needs_activations:
         return set()
     return {group["loss_average"] for group in groups if sees_scale(group)}

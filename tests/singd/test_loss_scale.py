@@ -113,6 +113,18 @@ def test_it_does_not_matter_by_default_and_is_not_reported(graft: str, kfac_like
         torch.testing.assert_close(weights(wrong), right, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", [singd.KLShampoo, singd.SOAP])
+def test_methods_of_gradients_have_no_such_option(method: Any) -> None:
+    torch.manual_seed(0)
+    model = net("linear")
+    optimizer = method(model)
+    x = torch.randint(C, (N, P))
+    flat_ce(model(x), x).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
     "options",
     [{"graft": None}, {"kl_clip": 1e-3}, {"relative_damping": False}, {"scale_init": False}],
