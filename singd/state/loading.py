@@ -72,7 +72,7 @@ def copies(
 
 
 def put(state: MutableMapping[Any, Any], values: Mapping[Tensor, dict[str, Any]]) -> None:
-    """Put values into a state, and leave no entry without: PyTorch looks whether there is one."""
+    """Put values into a state, without empty entries: PyTorch takes any entry for a used state."""
     state.update(values)
     for p in [p for p, entry in state.items() if not entry]:
         del state[p]
