@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from singd.capture.accumulator import Accumulator
 from singd.capture.capture import Capture
+from singd.capture.compiled import unseen_reason
 from singd.capture.samples import Call
 from singd.capture.weight_matrix import WeightMatrix
 from singd.ops import reductions, stochastic_rounding
@@ -117,7 +118,7 @@ def gpu() -> Iterator[Crossings]:
 
 def _watch_without_hooks(capture: Capture, _: nn.Module, matrices: Iterable[WeightMatrix]) -> None:
     """What :func:`backward` needs: gradients on a fake device take no hooks."""
-    capture.accumulators |= {matrix: Accumulator(matrix) for matrix in matrices}
+    capture.accumulators |= {matrix: Accumulator(matrix, unseen_reason()) for matrix in matrices}
 
 
 def shapes(model: nn.Module, x: Tensor) -> Shapes:
