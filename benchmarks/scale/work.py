@@ -11,13 +11,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.scale.models import Assumptions, Matrix
-from docs.costs import CUBIC, PRODUCTS
-from docs.costs import work as cost_of
 from singd import SINGD
 from singd.capture.statistics import Columns, Side, side_by_side
 from singd.layers import find_layer
 from singd.methods.base import Averages, Stack
 from singd.methods.inverse_free import InverseFree
+from structured.costs import CUBIC, PRODUCTS
+from structured.costs import work as cost_of
 
 ROWS = 1024  # of which statistics are made
 

@@ -66,7 +66,7 @@ EXPONENTS = {
 }
 WRITTEN_OUT = {  # what kron has no fast way for
     *("solve", "solve_member", "inverse", "project_gram", "logdet", "spectral_norm"),
-    *("gram", "outer, its numbers", "outer, solved"),
+    *("gram", "outer, its numbers", "outer, solved", "orthogonal_project_gram"),
 }
 
 
