@@ -48,4 +48,5 @@ sphinx_gallery_conf = {
     "ignore_pattern": r"__init__\.py",
     "download_all_examples": False,
     "show_memory": False,
+    "capture_repr": (),  # what is printed alone, not what a last line returns
 }
