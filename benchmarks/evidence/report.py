@@ -65,8 +65,11 @@ def costs(results: Results) -> str:
         "| lowest rate is best | highest rate is best |",
         "| --- |" + " --: |" * 7,
     ]
-    for method in results.methods:
-        found = [[results.bytes_of(kind, t, method) for t in results.tasks] for kind in KINDS]
+    for method in protocol.METHODS:
+        tasks = [t for t in results.tasks if (t, method) in results.done]
+        if not tasks:
+            continue
+        found = [[results.bytes_of(kind, t, method) for t in tasks] for kind in KINDS]
         cells = [middle([b[i] for b in each]) for i in (0, 1) for each in found]
         failed, count = results.failed(method)
         ends = [results.ends(method).count(end) for end in ("lowest", "highest")]
@@ -84,15 +87,19 @@ def middle(values: list[float]) -> str:
 
 def duels(results: Results) -> str:
     """On how many tasks a method's loss is lower than SINGD's, and on how many higher."""
-    lines = ["| | tuned: lower | higher | one setting: lower | higher |", "| --- |" + " --: |" * 4]
-    for method in results.methods:
-        if method != OURS and OURS in results.methods:
+    lines = [
+        "| | tasks | tuned: lower | higher | one setting: lower | higher |",
+        "| --- |" + " --: |" * 5,
+    ]
+    for method in protocol.METHODS:
+        tasks = [t for t in results.tasks if {(t, method), (t, OURS)} <= results.done]
+        if method != OURS and tasks:
             counts = [
-                sum(results.ahead(kind, t, *pair) for t in results.tasks)
+                sum(results.ahead(kind, t, *pair) for t in tasks)
                 for kind in KINDS
                 for pair in ((method, OURS), (OURS, method))
             ]
-            lines.append(f"| {method} | {' | '.join(map(str, counts))} |")
+            lines.append(f"| {method} | {len(tasks)} | {' | '.join(map(str, counts))} |")
     return "\n".join(lines)
 
 
