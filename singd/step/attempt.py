@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from singd.capture import requests
@@ -41,6 +42,8 @@ def attempt(
         skipping.settle()
     scale = calling_scale() if scale is None else scale
     parts.placement.prepare()
+    if not torch.compiler.is_compiling():
+        parts.options.check(groups)
     parts.parameters.check(groups, state)
     parts.parameters.notice_new()
     if wants_state(parts, groups, state):

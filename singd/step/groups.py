@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from singd.step.skipping import write_
 Group = dict[str, Any]
 
 LOSS_AVERAGES = (None, "batch", "batch+sequence")
+MOVING = ("params", "lr", "peak_lr", "step", "handed_over")
+"""What changes from step to step by itself."""
+
 GRAFTS = ("auto", None, "rms", "sgd", "adamw")
 
 
@@ -77,6 +80,28 @@ def check_group(group: Mapping[str, Any]) -> None:
         in_range("kl_clip", group["kl_clip"], 0.0, float("inf"))
 
 
+class ChangedOptions:
+    """Checks the options of groups that were set since the last step.
+
+    Args:
+        check: Function that raises ``ValueError`` if an option of the method is out of range.
+    """
+
+    def __init__(self, check: Callable[[Group], None]) -> None:
+        self._check = check
+        self._seen: dict[int, Group] = {}  # by the place of the group
+
+    def check(self, groups: Sequence[Group]) -> None:
+        """Raise ``ValueError`` if one is out of range; rates are a scheduler's."""
+        for place, group in enumerate(groups):
+            now = {name: value for name, value in group.items() if name not in MOVING}
+            seen = self._seen.get(place, {})
+            if now.keys() != seen.keys() or any(now[name] is not seen[name] for name in now):
+                check_group(group)
+                self._check(group)
+                self._seen[place] = now
+
+
 def counters(group: Group) -> Group:
     """What is counted in a new group: steps, the highest rate, and weights handed over to AdamW."""
     lr = group["lr"]
@@ -125,8 +150,9 @@ def keep_peak_lr(group: Group, unless: Tensor | None) -> None:
 
 
 def is_due(group: Group) -> bool:
-    """Whether the next step updates factors."""
-    due: bool = group["step"] < group.get("burn_in", 0) or group["step"] % group["T"] == 0
+    """Whether the next step updates factors; it is the step that refuses a wrong ``T``."""
+    T = max(group["T"], 1)
+    due: bool = group["step"] < group.get("burn_in", 0) or group["step"] % T == 0
     return due
 
 

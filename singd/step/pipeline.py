@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from singd.step.directions import (
 from singd.step.factor_store import FactorStore, State
 from singd.step.factor_updates import Normalization, Residuals, Statistics, update_factors
 from singd.step.fallback import Fallback
-from singd.step.groups import Group, is_due
+from singd.step.groups import ChangedOptions, Group, is_due
 from singd.step.parameters import Parameters
 from singd.step.skipping import SkippedSteps, reading_waits
 
@@ -57,6 +57,10 @@ class Parts:
     skipping: SkippedSteps
     fallback: Fallback
     max_skipped: int | None
+    options: ChangedOptions = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.options = ChangedOptions(self.method.check)
 
 
 def take_step(

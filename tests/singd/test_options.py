@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import float16, float32, float64, int32, nn
@@ -137,3 +138,31 @@ def test_a_group_is_checked_before_it_is_added() -> None:
 
 def test_kfac_checks_its_weight_of_new_statistics() -> None:
     refused("lr_cov", 1.5, "a number in [0, 1]", KFAC)
+
+
+SET_BETWEEN_STEPS: dict[str, Any] = {
+    **{"T": 0, "graft": "foo", "loss_average": "foo", "kfac_approx": "foo", "momentum": 1.5},
+    **{"lr_cov": -1.0, "damping": -1.0, "factor_clip": 2.0, "structures": ("dens", "dense")},
+}
+
+
+@pytest.mark.parametrize("name", SET_BETWEEN_STEPS)
+def test_options_that_are_set_between_steps_are_checked(name: str) -> None:
+    """Before anything is changed; what is right afterwards trains on."""
+    model = mlp()
+    optimizer = SINGD(model, T=1)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(torch.ones(2, 4).double()).square().sum().backward()
+        optimizer.step()
+
+    step()
+    (group,) = optimizer.param_groups
+    right, before = group[name], [p.detach().clone() for p in model.parameters()]
+    group[name] = SET_BETWEEN_STEPS[name]
+    with pytest.raises(ValueError, match=r"expected|unknown name"):
+        step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    group[name] = right
+    step()
