@@ -97,8 +97,9 @@ class ChangedOptions:
             now = {name: value for name, value in group.items() if name not in MOVING}
             seen = self._seen.get(place, {})
             if now.keys() != seen.keys() or any(now[name] is not seen[name] for name in now):
-                check_group(group)
-                self._check(group)
+                given = {**group, "lr": 0.0}  # which may be a tensor, and to read it may wait
+                check_group(given)
+                self._check(given)
                 self._seen[place] = now
 
 
