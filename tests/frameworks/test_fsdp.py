@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -18,10 +18,13 @@ from tests.frameworks.data import by_hand, classifier, loader
 from tests.singd.paper import SINGD
 
 
-@pytest.fixture(autouse=True)
-def _one_rank(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+@pytest.fixture(scope="module", autouse=True)
+def _one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Models may be sharded here, over a mesh of one."""
+    meeting = tmp_path_factory.mktemp("one") / "meet"
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
     yield
+    gc.collect()  # what waits for the group goes before it
     dist.destroy_process_group()
 
 

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 
+from singd.testing.sharded.world import spawn_within
 from tests.frozen.cases import BF16, CASES, F16, F32, F64
 from tests.frozen.train import WAYS, Run
 
@@ -126,7 +127,7 @@ def of_ranks() -> dict[str, Record]:
     """All configurations of two ranks; hashes of both."""
     names = [name for name, case in CASES.items() if case.ranks == 2]
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(worker, (2, folder, names), nprocs=2)
+        spawn_within(240, worker, (2, folder, names), 2)
         one, two = (json.loads(Path(folder, str(rank)).read_text()) for rank in range(2))
     for name, each in one.items():
         assert each["weights"] == two[name]["weights"], f"{name}: weights of the ranks differ"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,12 +23,13 @@ KIT, FAULTS = kit.cases(), kit.faults()
 BOUNDS = {row.__name__: bound for row, bound in TOLERANCES.items()}
 
 
-@pytest.fixture(autouse=True)
-def _one_rank(tmp_path: Path) -> Iterator[None]:
+@pytest.fixture(scope="module", autouse=True)
+def _one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Models may be sharded here, over a mesh of one."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
+    meeting = tmp_path_factory.mktemp("one") / "meet"
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
     yield
+    gc.collect()  # what waits for the group goes before it
     dist.destroy_process_group()
 
 

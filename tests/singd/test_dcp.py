@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+from singd.testing.sharded.world import spawn_within
 from tests.singd.paper import KFAC, SINGD
 from tests.singd.runs import batches, mlp, snapshot, train
 
@@ -184,11 +184,7 @@ def worker(rank: int, folder: str) -> None:
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    ranks = multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2, join=False)
-    assert ranks is not None
-    deadline = time.monotonic() + 120
-    while not ranks.join(timeout=5):  # raises what a rank raised
-        assert time.monotonic() < deadline, "the ranks wait for each other"
+    spawn_within(120, worker, (str(tmp_path),), 2)
     runs = [torch.load(tmp_path / str(rank)) for rank in range(2)]
     for ended in runs:
         assert same(ended["loaded"], ended["whole"])

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
+from singd.testing.sharded.world import spawn_within
 from tests.singd.ranks import alone, later, worker
 from tests.singd.runs import distance
 
@@ -43,7 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     ended: Runs = {}
     for ranks in (2, 4):
         folder: Path = tmp_path_factory.mktemp("ranks")
-        multiprocessing.spawn(worker, (ranks, str(folder), CASES), nprocs=ranks)
+        spawn_within(240, worker, (ranks, str(folder), CASES), ranks)
         ended[ranks] = [torch.load(folder / str(rank)) for rank in range(ranks)]
     return ended
 

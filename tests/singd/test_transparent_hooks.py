@@ -223,8 +223,9 @@ def test_passes_in_several_threads_raise_nothing_and_hand_nothing_over() -> None
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
     assert not faults
+    assert not any(thread.is_alive() for thread in threads)
     train(model, optimizer, batches(2))
     assert not any(group["handed_over"] for group in optimizer.param_groups)
 

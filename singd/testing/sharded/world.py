@@ -46,6 +46,23 @@ def _rank(
     os._exit(0)  # FSDP2 on gloo does not always end by itself
 
 
+def spawn_within(
+    limit: float, function: Callable[..., None], args: tuple[Any, ...], n: int
+) -> None:
+    """``function(rank, *args)`` in ``n`` processes, which are ended after ``limit`` seconds.
+
+    Raises:
+        TimeoutError: If they were not done by then.
+    """
+    spawned: Any = spawn(function, args, nprocs=n, join=False)
+    deadline = time.monotonic() + limit
+    while not spawned.join(timeout=1):  # raises what a rank raised
+        if time.monotonic() > deadline:
+            for process in spawned.processes:
+                process.kill()
+            raise TimeoutError(f"{n} ranks were not done in {limit} s")
+
+
 def run(
     folder: Path,
     begin: Callable[[Path], Any],
@@ -65,13 +82,7 @@ def run(
     Raises:
         TimeoutError: If they were not done in time.
     """
-    spawned: Any = spawn(_rank, (ranks, str(folder), begin, cases), nprocs=ranks, join=False)
-    deadline = time.monotonic() + limit
-    while not spawned.join(timeout=1):  # raises what a rank raised
-        if time.monotonic() > deadline:
-            for process in spawned.processes:
-                process.kill()
-            raise TimeoutError(f"{ranks} ranks were not done in {limit} s")
+    spawn_within(limit, _rank, (ranks, str(folder), begin, cases), ranks)
     return load(folder, ranks)
 
 
