@@ -42,7 +42,7 @@ class KFAC(KroneckerOptimizer):
         lr_cov: float = 0.3,
         kfac_approx: str = "expand",
         *,
-        sample: int = 1,
+        sample: int | str = 1,
         decoupled_weight_decay: bool = True,
         kl_clip: float | None = None,
         graft: str | None = "auto",

@@ -89,7 +89,7 @@ class KroneckerOptimizer(Passes, Optimizer):
         data: Any = None,
         places: Any = None,
     ) -> None:
-        model, is_reduced = unwrapped(model)
+        model, wrapper = unwrapped(model)
         check_model(model)
         types = optional_layers(layers)
         check_watching(max_skipped, telemetry)
@@ -100,7 +100,7 @@ class KroneckerOptimizer(Passes, Optimizer):
         self.model, self.telemetry = model, telemetry
         fallback = Fallback(adamw, options["lr"], self.adamw_ratio)
         self._sharding = data, places
-        placement = find_placement(model, process_group, data, places, is_reduced=is_reduced)
+        placement = find_placement(model, process_group, data, places, wrapper)
         self._connect(method, placement, SkippedSteps(), fallback, max_skipped, types)
         self._parts.parameters.expected.update(
             parameter_of(p) for group in groups for p in group["params"]
@@ -290,7 +290,7 @@ class KroneckerOptimizer(Passes, Optimizer):
         if copied is None:  # a part of loading a checkpoint
             return
         method, skipping, fallback, max_skipped, layers = copied
-        placement = find_placement(self.model, None, *self._sharding, is_reduced=False)
+        placement = find_placement(self.model, None, *self._sharding)
         self._connect(method, placement, skipping, fallback, max_skipped, layers)
         parameters = self._parts.parameters
         given = [p for group in self.param_groups for p in group["params"]]

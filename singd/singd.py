@@ -79,6 +79,8 @@ class SINGD(KroneckerOptimizer):
         sample: Statistics are of one row (one position of a sample) in so many, at equal distances
             from a random first one: unbiased, and so many times cheaper. Of convolutions and under
             ``"reduce"``, of one sample in so many. A CUDA graph reads the same rows in each replay.
+            ``"last"``: of the last of the backward passes before a step, which stands for all;
+            those under ``no_sync()``, or ``set_requires_gradient_sync(False)``, cost nothing.
         kfac_approx: ``"expand"`` or ``"reduce"`` for layers that share their weight over positions
             (Eschenhagen et al., arXiv 2311.00636).
         loss_average: What the loss is a mean over: ``"batch"`` (as many terms as samples),
@@ -151,7 +153,7 @@ class SINGD(KroneckerOptimizer):
         structures: Choice = None,
         kfac_approx: str = "expand",
         *,
-        sample: int = 1,
+        sample: int | str = 1,
         budget: float = 1.5,
         kfac_like: bool = False,
         relative_damping: bool = True,

@@ -82,6 +82,9 @@ class Accumulator:
         self._held: KroneckerStatistics | None = None
         self._is_reduced = False  # whether the gradient of what is held is in weight.grad
         self.last_call = -1  # number of the step before which the module was last called
+        self.keeps_last = False  # the last pass stands for all
+        self._unread = (0, 0)  # samples and loss terms of passes that cannot be the last
+        self._last = -1, 1.0  # the root of the last pass, and how many of it there were
         self.is_awaited = False  # a forward pass since the last step was to be captured
         self.was_ignored = False  # a forward pass since the last step was not to be captured
         self._pending: dict[int, Pass] = {}
@@ -123,21 +126,40 @@ class Accumulator:
             if current not in self._interrupted and self._is_used_otherwise(step):
                 self.verification.refuse(self._unseen)
             return
-        self.verification.conclude(done.probes)
-        if done.statistics is None:
+        if done.statistics is not None:
+            self.verification.conclude(done.probes)
+        elif not done.uses:
             return
         counts = [use.counts() for use in done.uses]
         before = self._counted.get(done.root, (0, 0))
         after = max(before[0], *(n for n, _ in counts)), max(before[1], *(n for _, n in counts))
         self._counted[done.root] = after
-        done.statistics.samples, done.statistics.loss_terms = (
-            new - old for new, old in zip(after, before, strict=True)
-        )
+        samples, loss_terms = (new - old for new, old in zip(after, before, strict=True))
+        if done.statistics is None:
+            self._unread = self._unread[0] + samples, self._unread[1] + loss_terms
+            return
+        done.statistics.samples, done.statistics.loss_terms = samples, loss_terms
         self._add_held()
+        if self.keeps_last:
+            self._extend(done.statistics, done.root)
         if self._held is None:
             self._held = done.statistics
         else:
             self._held.add_(done.statistics)
+
+    def _extend(self, one: KroneckerStatistics, root: int) -> None:
+        """Let the last pass stand for all samples since the last step."""
+        if root != self._last[0]:
+            earlier = [s for s in (self._sum, self._held) if s is not None]
+            before = self._unread[0] + sum(s.samples for s in earlier)
+            self._last = root, (before + one.samples) / max(one.samples, 1)
+            one.is_last = True
+        one.stand_for_(self._last[1])
+        one.samples, one.loss_terms = (
+            one.samples + self._unread[0],
+            one.loss_terms + self._unread[1],
+        )
+        self._unread = 0, 0
 
     def reduce(self) -> None:
         """The gradient of all passes so far is in ``weight.grad``: what they saw counts.
@@ -160,12 +182,18 @@ class Accumulator:
         before = self._sum if self._sum is not None and self._sum.is_summed else None
         self._sum = None if before is not None else self._sum
         self._is_reduced = True
-        one = self.total
+        one = self.total or empty(self.matrix)
+        one.is_last = self.keeps_last
         self._sum = None
-        sent = send(self.matrix, empty(self.matrix) if one is None else one)
+        sent = send(self.matrix, one)
         if before is not None:
             before.add_(sent)
         self._sum = sent if before is None else before
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether there were passes that cannot be the last, and none since that can be."""
+        return any(self._unread)
 
     @property
     def total(self) -> KroneckerStatistics | None:
@@ -200,8 +228,11 @@ class Accumulator:
         self._add_held()
         if held:
             self._held = None
+        if held or self.met is None:
+            self._unread = 0, 0
         self._sum = None
         self._pending.clear()
         self._interrupted.clear()
         self._counted.clear()
+        self._last = -1, 1.0
         self.is_awaited = self.was_ignored = False

@@ -10,25 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from singd.capture import attention
-from singd.capture.accumulator import Accumulator, Use
+from singd.capture.accumulator import Accumulator
 from singd.capture.compiled import unseen_reason
 from singd.capture.hooks import AttentionHook, LayerHook, Listener
 from singd.capture.loss_count import LossCount
 from singd.capture.loss_terms import LossTerms
 from singd.capture.observer import Observer
+from singd.capture.reading import statistics_of, use_of
 from singd.capture.samples import Call, Calls, is_dense
-from singd.capture.share import take
 from singd.capture.statistics import (
-    Columns,
     KroneckerStatistics,
     NoColumns,
     Side,
     Statistic,
     UnreadableError,
-    read,
 )
 from singd.capture.weight_matrix import WeightMatrix
-from singd.layers.base import piece_size
 from singd.layers.convolution import Convolution
 from singd.ops import cuda_graph
 from singd.ops.dtensor import is_distributed, whole
@@ -165,69 +162,17 @@ class Capture:
         accumulator = self.accumulators[matrix]
         x, g = whole(x), whole(g)
         observer.prepare(matrix)
-        current = accumulator.begin(root, verify=not cuda_graph.is_capturing())
+        accumulator.keeps_last, is_read = observer.keeps_last(matrix), observer.reads(matrix)
+        verify = is_read and not cuda_graph.is_capturing()
+        current = accumulator.begin(root, verify=verify)
         self.count.begin_pass()
         try:
-            statistics, use = self._statistics(observer, matrix, module, x, g, call)
-            current.add(module, x, g, statistics, use)
+            if is_read:
+                current.add(module, x, g, *statistics_of(observer, matrix, module, x, g, call))
+            else:
+                current.uses.append(use_of(matrix, module, x, g, call))
         except UnreadableError as error:
             accumulator.verification.refuse(str(error))
-
-    def _statistics(
-        self,
-        observer: Observer,
-        matrix: WeightMatrix,
-        module: nn.Module,
-        x: Tensor,
-        g: Tensor,
-        call: Call,
-    ) -> tuple[KroneckerStatistics, Use]:
-        layer, samples = matrix.layer, call.samples
-        flat = x.ndim == 2
-        x = read(layer, layer.samples_first, module, x, samples)
-        g = read(layer, layer.samples_first, module, g, samples)
-        size = observer.piece_bytes(matrix)
-        whole = x.shape[:1].numel()
-        share = take(layer, observer.approximation(matrix), x, g, *observer.sampling(matrix))
-        if share is not None:
-            x, g = share.x, share.g
-        pieces = [(x, g)]
-        if size is not None:
-            largest = max(size, piece_size(x.device))
-            pieces = list(read(layer, layer.pieces, module, x, g, largest))
-        total, use = None, Use(call, 0, 0, flat)
-        for piece in pieces:
-            sums = self._sum(observer, matrix, module, *piece, use)
-            if total is None:
-                total = sums
-            else:
-                total.add_(sums)
-        if total is None:
-            raise UnreadableError("it was called with nothing")
-        if share is not None:
-            share.complete(total)
-            use.samples, use.rows = whole, share.count(use.rows)
-        return total, use
-
-    def _sum(
-        self,
-        observer: Observer,
-        matrix: WeightMatrix,
-        module: nn.Module,
-        x: Tensor,
-        g: Tensor,
-        use: Use,
-    ) -> KroneckerStatistics:
-        layer, approximation = matrix.layer, observer.approximation(matrix)
-        ones, (*batch, d_out, d_in) = matrix.bias is not None, matrix.shape
-        inputs = Columns(layer, module, "input", x, approximation, ones, (*batch, d_in))
-        grads = Columns(layer, module, "grad", g, approximation, False, (*batch, d_out))
-        of_inputs = observer.summarize(matrix, "input", inputs)
-        of_grads = observer.summarize(matrix, "grad", grads)
-        samples, positions = grads.counts
-        use.samples += samples
-        use.rows += samples * positions
-        return KroneckerStatistics(of_inputs, of_grads, inputs.rows)
 
     def commit(self, matrix: WeightMatrix, weight: Tensor) -> None:
         """A backward pass has added to the gradient of ``matrix``.
@@ -250,12 +195,23 @@ class Capture:
     # Steps --------------------------------------------------------------------------------------
 
     def collect(self) -> Mapping[WeightMatrix, KroneckerStatistics]:
-        """What was seen since the last step, of weights of which any rows were seen."""
-        return {
+        """What was seen since the last step, of weights of which any rows were seen.
+
+        Raises:
+            ValueError: If only the last pass was to be read, and there was none that could be it.
+        """
+        found = {
             matrix: a.total
             for matrix, a in self.accumulators.items()
             if a.total is not None and (a.total.rows or a.total.is_summed)
         }
+        unread = next((m for m, a in self.accumulators.items() if a.is_unread), None)
+        if unread is not None and not found:
+            raise ValueError(
+                f"{unread.name}: sample='last' reads a backward pass that reduces gradients: "
+                "expected the last one before a step outside no_sync(), got none"
+            )
+        return found
 
     def empty(self, matrix: WeightMatrix) -> KroneckerStatistics:
         """Statistics of no rows, for a rank that did not use a layer."""

@@ -23,6 +23,12 @@ class Observer(Protocol):
     def sampling(self, matrix: WeightMatrix) -> tuple[int, float]:
         """How many rows each row that is read stands for, and where to begin, in [0, 1)."""
 
+    def keeps_last(self, matrix: WeightMatrix) -> bool:
+        """Whether statistics are those of the last pass before a step, in place of all."""
+
+    def reads(self, matrix: WeightMatrix) -> bool:
+        """Whether the pass under way may be one that statistics are of."""
+
     def sends(self, matrix: WeightMatrix) -> bool:
         """Whether statistics go to another rank as soon as their gradient is reduced."""
 

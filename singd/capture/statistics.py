@@ -195,10 +195,20 @@ class KroneckerStatistics:
     loss_terms: int = 0  # counting every shared position of a sample
     is_summed: bool = False  # over ranks; counts are not
     is_elsewhere: bool = False  # on another rank, where the sums are
+    is_last: bool = False  # these sums stand for those of all passes before, too
+
+    def stand_for_(self, times: float) -> None:
+        """Make these sums those of so many times as many rows."""
+        if times != 1:
+            torch._foreach_mul_([*self.input.tensors(), *self.grad.tensors()], times)
+            self.rows = round(self.rows * times)
 
     def add_(self, other: KroneckerStatistics) -> None:
-        """Include more rows and their counts."""
-        if not self.is_elsewhere:
+        """Include more rows and their counts; the last pass takes the place of the others."""
+        if other.is_last:
+            self.input, self.grad, self.rows = other.input, other.grad, 0
+            self.is_elsewhere = other.is_elsewhere
+        elif not self.is_elsewhere:
             self.input.add_(other.input)
             self.grad.add_(other.grad)
         self.rows += other.rows

@@ -191,6 +191,10 @@ class Placement(ABC):
         """
         return
 
+    def is_reducing(self) -> bool:
+        """Whether gradients of the pass under way are reduced, as those of the last one are."""
+        return True
+
     @abstractmethod
     def agree(self, numbers: Sequence[float | Tensor], like: Tensor) -> list[float]:
         """The sums over all ranks of numbers that decide what a step does.

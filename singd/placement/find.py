@@ -17,7 +17,7 @@ from singd.placement.replicated import DataParallel, OneProcess
 
 
 def find_placement(
-    model: nn.Module, group: Any, data: Any, places: Any = None, *, is_reduced: bool
+    model: nn.Module, group: Any, data: Any, places: Any = None, wrapper: Any = None
 ) -> Placement:
     """The placement of a model.
 
@@ -30,7 +30,7 @@ def find_placement(
         places: Where factors of a sharded model are worked on: one of
             :data:`~singd.placement.places.PLACES`, or places by patterns of parameter names; the
             cheapest if ``None``.
-        is_reduced: Whether a wrapper averages gradients in the backward pass.
+        wrapper: Module around the model that averages gradients in the backward pass, if any.
 
     Raises:
         ValueError: If the options do not fit the model, or it is sharded in another way.
@@ -47,27 +47,27 @@ def find_placement(
                 "the dimensions over which samples differ"
             )
         groups = data_groups(model, data)
-        return Sharded(model, groups, places, averages_gradients=not is_reduced)
+        return Sharded(model, groups, places, averages_gradients=wrapper is None)
     if data is not None:
         raise ValueError(
             f"data: expected None for a model that is whole on every rank, got {data!r}: use "
             "process_group"
         )
     if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
-        return DataParallel([group], averages_gradients=not is_reduced)
+        return DataParallel([group], wrapper is None, wrapper)
     return OneProcess()
 
 
-def unwrapped(model: Any) -> tuple[Any, bool]:
-    """The model inside wrappers of PyTorch, and whether one of them averages gradients."""
-    is_reduced = False
+def unwrapped(model: Any) -> tuple[Any, Any]:
+    """The model inside wrappers of PyTorch, and that which averages gradients, if there is one."""
+    wrapper = None
     while True:
         if isinstance(model, TorchDataParallel | DistributedDataParallel):
-            model, is_reduced = model.module, True
+            model, wrapper = model.module, model
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # by torch.compile
             model = model._orig_mod
         else:
-            return model, is_reduced
+            return model, wrapper
 
 
 def _refuse_flat(model: nn.Module) -> None:

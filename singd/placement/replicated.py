@@ -6,6 +6,7 @@ Statistics are sums with counts, so ranks only have to add them up.
 from __future__ import annotations
 
 import math
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -47,10 +48,14 @@ class DataParallel(Placement):
             them is that of all ranks.
         averages_gradients: Whether gradients are still to be averaged, as they are not in a model
             wrapped in :class:`~torch.nn.parallel.DistributedDataParallel`.
+        wrapper: That wrapper, which is not kept alive.
     """
 
-    def __init__(self, groups: Sequence[Any], averages_gradients: bool) -> None:
+    def __init__(
+        self, groups: Sequence[Any], averages_gradients: bool, wrapper: Any = None
+    ) -> None:
         super().__init__()
+        self._wrapper = (lambda: None) if wrapper is None else weakref.ref(wrapper)
         self.groups, self.averages_gradients = list(groups), averages_gradients
         self._is_checked = False
         self.size = math.prod(dist.get_world_size(group) for group in self.groups)
@@ -70,6 +75,10 @@ class DataParallel(Placement):
                 "an optimizer of a pipeline stage needs process_group, the ranks of the same stage"
             )
         self._is_checked = True
+
+    def is_reducing(self) -> bool:
+        """Whether this is no pass under ``no_sync``."""
+        return bool(getattr(self._wrapper(), "require_backward_grad_sync", True))
 
     def agree(self, numbers: Sequence[float | Tensor], like: Tensor) -> list[float]:
         """The sums over all ranks, in one reduction."""

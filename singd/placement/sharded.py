@@ -90,6 +90,12 @@ class Sharded(DataParallel):
         for module in self._modules:
             module.reshard()
 
+    def is_reducing(self) -> bool:
+        """Whether :meth:`set_requires_gradient_sync` has not been told otherwise."""
+        states = (module._get_fsdp_state() for module in self._modules)
+        groups = (g for s in states for g in getattr(s, "_fsdp_param_groups", ()))
+        return all(getattr(group, "reduce_grads", True) for group in groups)
+
     # A step -------------------------------------------------------------------------------------
 
     def reduce(self, statistics: Statistics) -> Statistics:

@@ -47,10 +47,19 @@ class StepObserver:
     def sampling(self, matrix: WeightMatrix) -> tuple[int, float]:
         """The option ``sample``, and a number that is new at each step, the same on all ranks."""
         group = self.parts.parameters.group_of[matrix.weight]
-        every: int = group["sample"]
-        if every == 1:
+        every = group["sample"]
+        if every in (1, "last"):
             return 1, 0.0
         return every, random.Random(f"{group['seed']} {group['step']}").random()
+
+    def keeps_last(self, matrix: WeightMatrix) -> bool:
+        """Whether the option ``sample`` is ``"last"``."""
+        group = self.parts.parameters.group_of[matrix.weight]
+        return bool(group["sample"] == "last")
+
+    def reads(self, matrix: WeightMatrix) -> bool:
+        """Whether the pass under way may be the last: one that is not reduced is not."""
+        return not self.keeps_last(matrix) or self.parts.placement.is_reducing()
 
     def sends(self, matrix: WeightMatrix) -> bool:
         """Whether one rank has the factors of ``matrix``, and the next step updates them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import cycle
 from typing import Any
 
@@ -154,6 +155,30 @@ def counted(setting: Setting) -> Ends:
     return snapshot(model, optimizer)
 
 
+def last_passes(setting: Setting, places: str = "everywhere") -> Ends:
+    """Statistics of the pass that reduces gradients; one process captures the same passes."""
+    model, rows = setting.shard(net()), 12
+    options = {"sample": 1 if setting.layout is None else "last"}
+    optimizer = SINGD(model, places=places, **OPTIONS | options)
+    for X, y in batches():
+        optimizer.zero_grad()
+        if setting.layout is None:
+            optimizer.count_terms(3 * rows)  # of a third of the rows, which stands for all
+        width = rows // setting.ranks // 3  # of all passes
+        ranks = range(setting.ranks) if setting.layout is None else [setting.layout.rank]
+        for rank in ranks:
+            for part in range(3):
+                setting.synchronise(model, part == 2)
+                first = (3 * rank + part) * width
+                some = slice(first, first + width)
+                is_paused = setting.layout is None and part < 2
+                with optimizer.paused() if is_paused else nullcontext():
+                    loss = setting.loss(model(X[some]), y[some], rows)
+                loss.backward()
+        optimizer.step()
+    return snapshot(model, optimizer)
+
+
 def compiled(setting: Setting) -> Ends:
     """Every block is compiled, then sharded."""
     model = net()
@@ -222,6 +247,8 @@ SCENARIOS: dict[str, Callable[[Setting], Ends]] = (
         "counted terms": counted,
         "compiled": compiled,
         "never called": functional,
+        "last passes": last_passes,
+        "last passes, owned": functools.partial(last_passes, places="owned"),
         "owned": owned,
         "owned, again": owned,
     }

@@ -1,0 +1,80 @@
+"""From one use of a module to statistics, or to its counts alone."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from singd.capture.accumulator import Use
+from singd.capture.observer import Observer
+from singd.capture.samples import Call
+from singd.capture.share import take
+from singd.capture.statistics import Columns, KroneckerStatistics, UnreadableError, read
+from singd.capture.weight_matrix import WeightMatrix
+from singd.layers.base import piece_size
+
+
+def statistics_of(
+    observer: Observer, matrix: WeightMatrix, module: nn.Module, x: Tensor, g: Tensor, call: Call
+) -> tuple[KroneckerStatistics, Use]:
+    """The statistics of one use, and its counts.
+
+    Args:
+        observer: Says how they are summed up.
+        matrix: Weight that was used.
+        module: Module that was called.
+        x: Its input.
+        g: Gradient of its output.
+        call: Call of the model.
+
+    Raises:
+        UnreadableError: If the layer cannot read them.
+    """
+    layer, flat = matrix.layer, x.ndim == 2
+    x = read(layer, layer.samples_first, module, x, call.samples)
+    g = read(layer, layer.samples_first, module, g, call.samples)
+    size = observer.piece_bytes(matrix)
+    whole = x.shape[:1].numel()
+    share = take(layer, observer.approximation(matrix), x, g, *observer.sampling(matrix))
+    if share is not None:
+        x, g = share.x, share.g
+    pieces = [(x, g)]
+    if size is not None:
+        largest = max(size, piece_size(x.device))
+        pieces = list(read(layer, layer.pieces, module, x, g, largest))
+    total, use = None, Use(call, 0, 0, flat)
+    for piece in pieces:
+        sums = _sum(observer, matrix, module, *piece, use)
+        if total is None:
+            total = sums
+        else:
+            total.add_(sums)
+    if total is None:
+        raise UnreadableError("it was called with nothing")
+    if share is not None:
+        share.complete(total)
+        use.samples, use.rows = whole, share.count(use.rows)
+    return total, use
+
+
+def use_of(matrix: WeightMatrix, module: nn.Module, x: Tensor, g: Tensor, call: Call) -> Use:
+    """The counts of one use; no product is made. Arguments are those of :func:`statistics_of`."""
+    layer, (*batch, d_out, _) = matrix.layer, matrix.shape
+    first = read(layer, layer.samples_first, module, g, call.samples)
+    columns = Columns(layer, module, "grad", first, "expand", False, (*batch, d_out))
+    samples, positions = columns.counts
+    return Use(call, samples, samples * positions, x.ndim == 2)
+
+
+def _sum(
+    observer: Observer, matrix: WeightMatrix, module: nn.Module, x: Tensor, g: Tensor, use: Use
+) -> KroneckerStatistics:
+    layer, approximation = matrix.layer, observer.approximation(matrix)
+    ones, (*batch, d_out, d_in) = matrix.bias is not None, matrix.shape
+    inputs = Columns(layer, module, "input", x, approximation, ones, (*batch, d_in))
+    grads = Columns(layer, module, "grad", g, approximation, False, (*batch, d_out))
+    of_inputs = observer.summarize(matrix, "input", inputs)
+    of_grads = observer.summarize(matrix, "grad", grads)
+    samples, positions = grads.counts
+    use.samples += samples
+    use.rows += samples * positions
+    return KroneckerStatistics(of_inputs, of_grads, inputs.rows)
