@@ -135,10 +135,9 @@ def singd(
         gradient = {"rows": 0.0, "columns": 2 * P * ring / ranks, "everywhere": P * ring}[place[w]]
         sent += 4 * gradient + 2 * reduced
     used = {place[w] for w in every}
-    shapes = len({(w.matrix.rows, w.matrix.columns) for w in every})
     packs = sum(of[w.matrix.name].statistics for w in every) / (1 << 24) + 1
     collectives = HOUSEKEEPING + packs / T
-    collectives += 2 * shapes if "columns" in used else 0
+    collectives += 2 if "columns" in used else 0
     collectives += 1 if "everywhere" in used else 0
     collectives += 2 + ranks / T if "owned" in used else 0
     numbers = sum(m.count * m.numbers for m in matrices)

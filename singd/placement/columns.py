@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -27,29 +31,62 @@ def has_rows(matrix: WeightMatrix, splits: list[Split | None]) -> bool:
     return is_plain and is_whole and by_rows and matrix.weight.shape[0] == matrix.shape[0]
 
 
-def direction_rows(work: Work, rows: Tensor, split: Split) -> Tensor:
-    """The rows of directions, ``[matrices, rows, d_in]``, by two exchanges.
+def direction_rows(
+    works: Sequence[Work], rows: Sequence[Tensor], splits: Sequence[Split]
+) -> list[Tensor]:
+    """The rows of directions, ``[matrices, rows, d_in]`` of each work, by two exchanges for all.
 
     Args:
-        work: Equal matrices, and the halves of their directions.
+        works: Equal matrices, and the halves of their directions.
         rows: This rank's rows of their gradients.
-        split: How their rows are split.
+        splits: How their rows are split, all over one process group.
     """
-    me, ranks = dist.get_rank(split.group), range(dist.get_world_size(split.group))
-    count, _, d_in = rows.shape
-    ends = (0, *ends_of(d_in, len(ranks)))
-    columns = [slice(ends[rank], ends[rank + 1]) for rank in ranks]
-    sides = [split.side(rank) for rank in ranks]
+    group = splits[0].group
+    me, ranks = dist.get_rank(group), range(dist.get_world_size(group))
+    columns = [_sides(ends_of(t.shape[-1], len(ranks))) for t in rows]
+    sides = [_sides(split.ends) for split in splits]
 
-    def shape(rank_of_rows: int, rank_of_columns: int) -> torch.Size:
-        height = sides[rank_of_rows].stop - sides[rank_of_rows].start
-        width = columns[rank_of_columns].stop - columns[rank_of_columns].start
-        return torch.Size([count, height, width])
+    def shape(i: int, rank_of_rows: int, rank_of_columns: int) -> torch.Size:
+        height, width = sides[i][rank_of_rows], columns[i][rank_of_columns]
+        return torch.Size([len(rows[i]), height.stop - height.start, width.stop - width.start])
 
-    Y = work.apply_input(rows)
-    parts = [[Y[..., side]] for side in columns]
-    received = all_to_all(parts, [[shape(rank, me)] for rank in ranks], Y, split.group)
-    Z = work.apply_grad(torch.cat([own[0] for own in received], dim=1))
-    parts = [[Z[:, side]] for side in sides]
-    received = all_to_all(parts, [[shape(me, rank)] for rank in ranks], Z, split.group)
-    return torch.cat([own[0] for own in received], dim=2).to(rows.dtype)
+    Y = [work.apply_input(t) for work, t in zip(works, rows, strict=True)]
+    found = _exchange(
+        [[y[..., c[rank]] for y, c in zip(Y, columns, strict=True)] for rank in ranks],
+        [[shape(i, rank, me) for i in range(len(Y))] for rank in ranks],
+        group,
+    )
+    Z = [work.apply_grad(torch.cat(parts, dim=1)) for work, parts in zip(works, found, strict=True)]
+    found = _exchange(
+        [[z[:, s[rank]] for z, s in zip(Z, sides, strict=True)] for rank in ranks],
+        [[shape(i, me, rank) for i in range(len(Z))] for rank in ranks],
+        group,
+    )
+    return [torch.cat(parts, dim=2).to(t.dtype) for parts, t in zip(found, rows, strict=True)]
+
+
+def _sides(ends: Sequence[int]) -> list[slice]:
+    return [slice(a, b) for a, b in itertools.pairwise((0, *ends))]
+
+
+def _exchange(
+    sent: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[torch.Size]], group: Any
+) -> list[list[Tensor]]:
+    """For every work what each rank sent of it, by one collective for each data type.
+
+    Args:
+        sent: What goes to each rank, of every work.
+        shapes: The shapes of what comes from each rank, of every work.
+        group: Process group.
+    """
+    found: dict[int, list[Tensor]] = {}
+    for dtype in {t.dtype: None for t in sent[0]}:
+        some = [i for i, t in enumerate(sent[0]) if t.dtype == dtype]
+        received = all_to_all(
+            [[own[i] for i in some] for own in sent],
+            [[own[i] for i in some] for own in shapes],
+            sent[0][some[0]],
+            group,
+        )
+        found |= zip(some, map(list, zip(*received, strict=True)), strict=True)
+    return [found[i] for i in range(len(sent[0]))]

@@ -134,7 +134,7 @@ def choose(
             found[matrix] = "rows"  # which has no latency in most steps
     free = {matrix: demand for matrix, demand in free.items() if matrix not in found}
     updates = max((1.0 / demand.interval for demand in free.values()), default=1.0)
-    latencies = {"everywhere": 2.0, "columns": 4.0, "owned": 2.0 + ranks * updates}
+    latencies = {"everywhere": 2.0, "columns": 3.0, "owned": 2.0 + ranks * updates}
 
     def total(place: str) -> float:
         times = [

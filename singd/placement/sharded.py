@@ -187,14 +187,18 @@ class Sharded(DataParallel):
     ) -> Iterator[Made]:
         """What this rank holds of all directions; those of owners come back by one exchange."""
         whole: dict[WeightMatrix, list[Tensor]] = {}
+        by_columns: list[Work] = []
         for work in works:
             if work.matrices[0] in self._assigned.owners:
                 values = work.apply(self.gradients(work.matrices))
                 whole |= {m: m.split(t) for m, t in zip(work.matrices, values, strict=True)}
-            elif self._assigned.place_of(work.matrices[0]) in ("rows", "columns"):
+            elif self._assigned.place_of(work.matrices[0]) == "rows":
                 yield self._of_rows(work)
+            elif self._assigned.place_of(work.matrices[0]) == "columns":
+                by_columns.append(work)
             else:
                 yield from super().directions([work], (), with_gradients=with_gradients)
+        yield from self._of_columns(by_columns)
         same = [[m for m in matrices if m in self._assigned.owners] for matrices in alike]
         held: dict[tuple[WeightMatrix, Tensor], Tensor] = {}
         for matrices, like in self._by_dtype(self._travelling):
@@ -232,17 +236,31 @@ class Sharded(DataParallel):
         """Tensors of owners as DTensors that are split as the weights are, along rows."""
         return spread(items, self._assigned.owners, self._assigned.group_of(items[0][0]))
 
+    def _of_columns(self, works: Sequence[Work]) -> Iterator[Made]:
+        """What this rank holds of directions whose halves ranks make by turns."""
+        if not works:
+            return
+        rows = [torch.stack([self._rows(matrix) for matrix in work.matrices]) for work in works]
+        splits = [self._split(work.matrices[0]) for work in works]
+        for work, own, made in zip(works, rows, direction_rows(works, rows, splits), strict=True):
+            yield self._made(work, own, made)
+
     def _of_rows(self, work: Work) -> Made:
-        """What this rank holds of directions that it makes of its rows, alone or with others."""
-        *_, d_in = work.matrices[0].shape
+        """What this rank holds of directions that it makes of its rows alone."""
         rows = torch.stack([self._rows(matrix) for matrix in work.matrices])
-        split = self._assigned.split(work.matrices[0].weight)
+        split = self._split(work.matrices[0])
+        made = work.apply_rows(rows, split.side(dist.get_rank(split.group))).to(rows.dtype)
+        return self._made(work, rows, made)
+
+    def _split(self, matrix: WeightMatrix) -> Split:
+        split = self._assigned.split(matrix.weight)
         if split is None:
-            raise RuntimeError(f"{work.matrices[0].name} has lost its rows")
-        if self._assigned.place_of(work.matrices[0]) == "rows":
-            made = work.apply_rows(rows, split.side(dist.get_rank(split.group))).to(rows.dtype)
-        else:
-            made = direction_rows(work, rows, split)
+            raise RuntimeError(f"{matrix.name} has lost its rows")
+        return split
+
+    def _made(self, work: Work, rows: Tensor, made: Tensor) -> Made:
+        """What is held of the rows of gradients and directions, with the bias as last column."""
+        *_, d_in = work.matrices[0].shape
         own: dict[WeightMatrix, tuple[Tensor, Tensor]] = dict(
             zip(work.matrices, zip(rows, made, strict=True), strict=True)
         )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 from singd import SINGD
 from singd.testing.sharded.counting import Counting
@@ -42,6 +44,20 @@ def quiet(setting: Setting) -> Ends:
         )  # who has a gradient, sums, whether finite
         ends[f"{step}"] = torch.tensor(float(sent.bytes > 0 or sent.others > few))
     assert all(row.place in ("rows", "") for row in optimizer.plan().rows)
+    return ends
+
+
+def exchanges(setting: Setting) -> Ends:
+    """Rows and columns of all matrices are exchanged together, there and back, in each step."""
+    model = setting.shard(net())
+    optimizer = SINGD(model, places="columns", **OPTIONS)
+    ends = {}
+    for step, (X, y) in enumerate(batches(3)):
+        optimizer.zero_grad()
+        setting.backward(model, X, y)
+        with mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as sent:
+            optimizer.step()
+        ends[f"{step}"] = torch.tensor(float(sent.call_count))
     return ends
 
 
@@ -87,11 +103,13 @@ PLACES: dict[str, Any] = {
     "rows": partial(traffic, place="rows", structures=("dense", "diagonal")),
     "rows of blocks": partial(traffic, place="rows", structures=ROWS),
     "rows, between updates": quiet,
+    "columns, in one": exchanges,
     "one block at a time": buffers,
 }
 LAYOUTS = {"owned": NAMES[3], "rows": NAMES[3]}
 EXPECTED = {
     "rows, between updates": {f"{step}": torch.tensor(float(not step)) for step in range(3)},
+    "columns, in one": {f"{step}": torch.tensor(2.0) for step in range(3)},
     "one block at a time": {"sends": torch.tensor(12.0)},
 }
 
