@@ -63,9 +63,12 @@ def choose_structures(
         max_dim: Size beyond which a side is diagonal.
 
     Raises:
+        TypeError: If ``losses`` is a tensor, or one of them is none or has several numbers.
         ValueError: If there is no loss, none was made after the call (give a generator), or not
             even the cheapest structures fit the budget.
     """
+    if isinstance(losses, Tensor):
+        raise TypeError("losses: expected several losses, made one after the other, got a tensor")
     method = _Measuring(candidates)
     options = {"T": 1, "structures": AUTO, "budget": budget, "max_dim": max_dim}
     options |= {"loss_average": loss_average}
@@ -73,6 +76,9 @@ def choose_structures(
     count = 0
     with optimizer:
         for count, loss in enumerate(losses, 1):  # noqa: B007  # counted
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                kind = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                raise TypeError(f"losses: expected tensors of one number, got {kind}")
             optimizer.zero_grad()
             loss.backward()
             optimizer.precondition()

@@ -152,7 +152,10 @@ def _check_groups(
         where = f"load_state_dict: group {index}"
         absent = [key for key in identity if key in own and key not in other]
         if absent:
-            raise ValueError(f"{where}: expected a state of this method, got none of {absent}")
+            raise ValueError(
+                f"{where}: expected the options of this optimizer's method, got none of {absent}: "
+                "the state is that of another method"
+            )
         for key in identity:
             expected, got = _comparable(plain(own.get(key))), _comparable(other.get(key))
             if expected != got:

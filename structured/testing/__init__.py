@@ -69,8 +69,12 @@ def check(
 
     Raises:
         AssertionError: Names the law, the structure and a counterexample.
-        ValueError: If a law is unknown.
+        ValueError: If a law is unknown, or ``examples`` is below 1.
     """
+    if examples is not None and (not isinstance(examples, int) or examples < 1):
+        raise ValueError(
+            f"examples: expected a number of cases from 1 on, or None, got {examples!r}"
+        )
     drawn = isinstance(structure, SearchStrategy)
     choices = structure if isinstance(structure, SearchStrategy) else st.just(parse(structure))
     for name in laws:
@@ -95,7 +99,7 @@ def _check(
         deadline=None,
         database=None,
         print_blob=False,
-        max_examples=examples or _profile().max_examples,
+        max_examples=_profile().max_examples if examples is None else examples,
         suppress_health_check=list(HealthCheck),
         phases=(Phase.generate, *((Phase.shrink,) if shrink else ())),
     )

@@ -321,7 +321,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "a group less": (lambda s: without(s, "param_groups", 0), "expected 1 groups, got 0"),
     "groups of AdamW": (
         lambda s: [without(s, "param_groups", 0, key) for key in ("kfac_like", "structures")],
-        "expected a state of this method, got none of",
+        "expected the options of this optimizer's method, got none of",
     ),
     "no groups": (lambda s: s.update(param_groups=None), "expected groups"),
     "no parameters": (lambda s: without(s, "param_groups", 0, "params"), "expected groups"),

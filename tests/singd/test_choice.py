@@ -130,6 +130,11 @@ def test_errors_say_what_was_expected() -> None:
     warned = pytest.warns(UserWarning, match="without its module being called")
     with pytest.raises(ValueError, match="one after the other"), warned:
         choose_structures(model, list(losses(model)))
+    for some, got in (([(1, 2)], "tuple"), ([1.0], "float"), ([torch.ones(2)], r"\[2\]")):
+        with pytest.raises(TypeError, match=f"losses: expected tensors of one number, got {got}"):
+            choose_structures(model, some)
+    with pytest.raises(TypeError, match="losses: expected several losses"):
+        choose_structures(model, next(losses(model)))
     with pytest.raises(ValueError, match=r"budget: expected at least \d+ numbers, got"):
         choose_structures(model, losses(model), budget=0.01)
     with pytest.raises(ValueError, match="losses: expected finite passes"):

@@ -99,3 +99,9 @@ def test_aliases(alias):
 def test_unknown_law():
     with pytest.raises(ValueError, match="expected one of the laws"):
         check("dense", laws=["grammar"])
+
+
+@pytest.mark.parametrize("examples", [0, -1, 2.5])
+def test_number_of_cases(examples):
+    with pytest.raises(ValueError, match="examples: expected a number of cases from 1 on"):
+        check("dense", examples=examples)
