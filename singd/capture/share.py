@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from singd.capture.statistics import KroneckerStatistics
@@ -32,8 +31,8 @@ class Share:
     whole: int
 
     def complete(self, sums: KroneckerStatistics) -> None:
-        """Make sums over the share those over all rows, in place."""
-        torch._foreach_mul_([*sums.input.tensors(), *sums.grad.tensors()], float(self.every))
+        """Make sums over the share those over all rows."""
+        sums.input, sums.grad = (s.scaled(float(self.every)) for s in (sums.input, sums.grad))
         sums.rows = self.count(sums.rows)
 
     def count(self, number: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from singd.layers import Layer
 from singd.layers.base import flatten_rows, square_sums
-from structured import StructuredMatrix
+from structured import Dense, StructuredMatrix
 
 Side = Literal["input", "grad"]
 
@@ -133,22 +133,38 @@ def read(layer: Layer, function: Callable[..., Result], *args: Any) -> Result:
         raise UnreadableError(f"{type(layer).__name__} cannot read it ({cause})") from error
 
 
-@dataclass
 class Statistic:
     """A sum over rows, a member of the factor's structure, and what it is a sum of.
 
-    Attributes:
-        value: The sum.
+    Args:
+        value: The sum; or columns ``X [..., n, R]``, which nobody else may change, of a dense
+            ``X X^T`` that is made when it is read.
         kind: What is summed.
         trace: ``tr(S) [...]``, where ``value`` does not determine it.
     """
 
-    value: StructuredMatrix
-    kind: Kind = "covariance"
-    trace: Tensor | None = None
+    def __init__(
+        self,
+        value: StructuredMatrix | Tensor,
+        kind: Kind = "covariance",
+        trace: Tensor | None = None,
+    ) -> None:
+        self._held, self.kind, self.trace = value, kind, trace
+
+    @property
+    def columns(self) -> Tensor | None:
+        """``X``, of a sum that was not read yet."""
+        return self._held if isinstance(self._held, Tensor) else None
+
+    @property
+    def value(self) -> StructuredMatrix:
+        """The sum."""
+        if isinstance(self._held, Tensor):
+            self._held = Dense(self._held @ self._held.mT)
+        return self._held
 
     def tensors(self) -> list[Tensor]:
-        """All numbers, for sums over ranks."""
+        """All numbers of the sum, which may be changed in place."""
         return [*self.value.tensors(), *([] if self.trace is None else [self.trace])]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Statistic:
@@ -161,21 +177,39 @@ class Statistic:
         """Include more rows, of the same kind."""
         if self.kind != other.kind:
             raise ValueError(f"Statistic: expected more of {self.kind}, got {other.kind}")
+        if self.columns is not None and other.columns is not None:
+            X = torch.cat([self.columns, other.columns], -1)
+            if are_few(X):
+                self._held = X
+                return
         torch._foreach_add_(self.tensors(), other.tensors())
 
     def scaled(self, weight: float | Tensor) -> Statistic:
-        """``weight`` times the statistic."""
+        """``weight >= 0`` times the statistic."""
+        if self.columns is not None:
+            return Statistic(self.columns * weight**0.5)
         trace = None if self.trace is None else weight * self.trace
         return Statistic(self.value * weight, self.kind, trace)
 
     def mean(self) -> Tensor:
         """``tr(S) / n``, the mean eigenvalue of ``S [..., n, n]``."""
+        X = self.columns
+        if X is not None:
+            return X.square().sum((-2, -1)) / max(X.shape[-2], 1)
         trace = self.value.trace() if self.trace is None else self.trace
         return trace / max(self.value.n, 1)
 
 
+def are_few(X: Tensor) -> bool:
+    """Whether ``X [..., n, R]`` and a product with it cost at most half of what ``X X^T`` does."""
+    return 2 * X.shape[-1] <= X.shape[-2]
+
+
 def side_by_side(statistics: Sequence[Statistic]) -> Statistic:
     """Statistics of one kind and structure along a new first dimension."""
+    columns = [s.columns for s in statistics if s.columns is not None]
+    if len(columns) == len(statistics) and len({X.shape for X in columns}) == 1:
+        return Statistic(columns[0][None] if len(columns) == 1 else torch.stack(columns))
     first, *others = statistics
     if not others:
         return first.with_tensors([t[None] for t in first.tensors()])

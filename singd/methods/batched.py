@@ -15,7 +15,8 @@ the steps between two updates. As ``K (K^T S K) = (P S) K`` and ``K (K^T K) = P 
 
     K X = X' K,     X' = a P S + c P
 
-So the step needs one product of size n less than ``K^T S K`` does. ``X'`` is similar to ``X``, so
+So the step needs one product of size n less than ``K^T S K`` does, and none for ``P S = (P A) A^T``
+of few rows ``A^T``. ``X'`` is similar to ``X``, so
 ``tr X' = tr X`` and ``tr X'^2 = ||X||_F^2``: the numbers are the same.
 
 *Memory.* Terms are summed in place, and large matrices are made when they are needed and freed at
@@ -112,6 +113,8 @@ def steps(
 
 def _side(K: StructuredMatrix, U: Statistic, P: StructuredMatrix | None) -> _Side:
     """A factor, what makes its curvature, and on which side of it that stands."""
+    if U.columns is not None:
+        return _side_of_few(K, U.columns, P)
     wide = torch.promote_types(K.dtype, U.value.dtype)
     S = U.value.to(wide)
     stored = K if isinstance(K, Dense) else K.to(wide)
@@ -123,6 +126,17 @@ def _side(K: StructuredMatrix, U: Statistic, P: StructuredMatrix | None) -> _Sid
         return _Side(stored, update.curvature(K.to(wide), S), wide, norm=norm)
     P = P if P.dtype == wide else K.to(wide).mT.gram()
     return _Side(stored, P.matmul(S), wide, P, norm, is_left=not is_diagonal)
+
+
+def _side_of_few(K: StructuredMatrix, X: Tensor, P: StructuredMatrix | None) -> _Side:
+    """The same of ``S = X X^T`` with fewer columns than rows: ``P S = (P X) X^T``."""
+    wide = torch.promote_types(K.dtype, X.dtype)
+    X = X.to(wide)
+    norm = torch.linalg.matrix_norm(X.mT @ X)  # that of X X^T
+    if P is None:
+        return _Side(K, update.whitened(K.to(wide), X), wide, norm=norm)
+    P = P if P.dtype == wide else K.to(wide).mT.gram()
+    return _Side(K, Dense(P.apply(X) @ X.mT), wide, P, norm, is_left=True)
 
 
 def _weights(sides: Sequence[_Side], rule: Rule) -> list[tuple[Any, Any]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from singd import update
-from singd.capture.statistics import Columns, Side, Statistic
+from singd.capture.statistics import Columns, Side, Statistic, are_few
 from singd.methods import batched, scale
 from singd.methods.base import Averages, Factors, Method, Options, Products, Stack
 from singd.methods.directions import (
@@ -29,6 +29,7 @@ from singd.methods.options import (
     integer,
     lr_cov,
     pair,
+    structure_pairs,
 )
 from singd.ops.precision import product_dtype, rounds_products
 from structured import (
@@ -80,15 +81,12 @@ class InverseFree(Method):
         for dtype in options["preconditioner_dtype"]:
             floating("preconditioner_dtype", dtype)
         given = options["structures"]
-        pairs = list(given.values()) if isinstance(given, Mapping) else [given]
-        pairs = [each for each in pairs if each is not None]
         if given == "auto":
             raise ValueError(
                 "structures: expected a pair or a mapping in a group of an optimizer "
                 "that was not made with structures='auto', got 'auto'"
             )
-        for each in pairs:
-            pair("structures", each)
+        pairs = structure_pairs(given)
         for spec in (options["wide_structure"], *(spec for each in pairs for spec in each)):
             parse(spec)
 
@@ -161,6 +159,8 @@ class InverseFree(Method):
             S = X.new_empty(*X.shape[:-1], K.n, dtype=wide)
             add_symmetric_product_(S, X, beta=0.0)
             return Statistic(Dense(S))
+        if isinstance(K, Dense) and are_few(X):
+            return Statistic(X.to(wide, copy=True))
         return Statistic(update.statistic(K.to(wide), X.to(wide)))
 
     def needs_factors(self, factors: InverseFreeFactors, options: Options) -> bool:
@@ -219,10 +219,10 @@ class InverseFree(Method):
             stack = scale.begun(Stack(factors, averages, {}))
             factors, averages = stack.factors, stack.statistics
         found = {}
-        pairs = ((factors.K, averages.input), (factors.C, averages.grad))
         both = scale.dampings(averages, {**options, "kfac_like": True})
-        for name, (F, U), c in zip("KC", pairs, both, strict=True):
-            K, H = scale.curvature_of(F, U)
+        sides = zip("KC", (averages.input, averages.grad), both, strict=True)
+        for name, U, c in sides:
+            K, H = scale.curvature_of(getattr(factors, name), U)
             found[name] = (H + c * K.gram()).add_scaled_identity(-1.0).frobenius_norm()
         return found
 

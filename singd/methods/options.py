@@ -45,6 +45,15 @@ def floating(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a floating-point dtype or None, got {value!r}")
 
 
+def structure_pairs(given: Any) -> list[Any]:
+    """The pairs in the option ``structures``: one, those of a mapping, or none."""
+    pairs = list(given.values()) if isinstance(given, Mapping) else [given]
+    pairs = [each for each in pairs if each is not None]
+    for each in pairs:
+        pair("structures", each)
+    return pairs
+
+
 # Of one matrix -----------------------------------------------------------------------------------
 
 

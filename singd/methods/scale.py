@@ -54,7 +54,8 @@ def begun(stack: Stack) -> Stack:
             continue
         factors = replace(factors, **{name: (scale * K).to(K.dtype)})
         if U.kind == "whitened":
-            averages = replace(averages, **{side: replace(U, value=scale.square() * U.value)})
+            whitened = Statistic(scale.square() * U.value, U.kind, U.trace)
+            averages = replace(averages, **{side: whitened})
         P = products.pop(2 * name, None)
         if isinstance(P, StructuredMatrix):  # other products have no part in an update
             products[2 * name] = (scale.square() * P).to(P.dtype)

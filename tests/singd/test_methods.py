@@ -82,7 +82,7 @@ class CountsUses(InverseFree):
 
     def summarize(self, factors: Any, side: Side, columns: Columns, options: Options) -> Statistic:
         sums = super().summarize(factors, side, columns, options)
-        return replace(sums, value=sums.value.add_scaled_identity(1.0))
+        return Statistic(sums.value.add_scaled_identity(1.0), sums.kind, sums.trace)
 
 
 class WritesInPlace(InverseFree):

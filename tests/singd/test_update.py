@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from singd import update
-from singd.capture.statistics import Statistic
+from singd.capture.statistics import Statistic, are_few
 from singd.methods.base import Averages, Stack
 from singd.methods.inverse_free import InverseFree, InverseFreeFactors
 from structured import Dense, StructuredMatrix, parse
@@ -199,26 +199,29 @@ def test_the_measure_of_theorem_1_sees_a_wrong_step() -> None:
 @pytest.mark.parametrize("kfac_like", [False, True])
 @pytest.mark.parametrize("products", [False, True])
 @pytest.mark.parametrize("factor_clip", [None, 0.5])
+@pytest.mark.parametrize("rows", [1, 7])
 def test_the_fused_step_is_its_reference(
-    structure: str, factor_clip: float | None, products: bool, kfac_like: bool
+    structure: str, factor_clip: float | None, products: bool, kfac_like: bool, rows: int
 ) -> None:
-    """Layers of several sizes at once, in both forms, as :meth:`InverseFree.update` one by one."""
+    """Layers of several sizes at once, in all forms, as :meth:`InverseFree.update` one by one."""
     torch.manual_seed(0)
     method = InverseFree()
     options = {**SINGD(torch.nn.Linear(2, 2)).defaults, "kfac_like": kfac_like}
     options |= {"factor_clip": factor_clip, "keep_products": products, "lr_cov": 0.4}
     stacks, expected = [], []
     for n, scale in ((5, 1.0), (3, 30.0), (6, 0.1)):
-        sides, averages = [], []
+        sides, averages, held = [], [], []
         for size in (n, n + 1):
             K = random_member(structure, size, (2,))
-            X = scale * torch.randn(2, size, 7, dtype=torch.float64)
+            X = scale * torch.randn(2, size, rows, dtype=torch.float64)
             kind = "covariance" if K.closed_under_congruence else "whitened"
             sides.append(K)
             averages.append(Statistic(update.statistic(K, X), kind))  # type: ignore[arg-type]
+            is_few = structure == "dense" and are_few(X)
+            held.append(Statistic(X) if is_few else averages[-1])
         factors = InverseFreeFactors(*sides)
         expected.append(method.update(factors, Averages(*averages), options, 0))
-        stacks.append(Stack(factors, Averages(*averages), method.products(factors, options)))
+        stacks.append(Stack(factors, Averages(*held), method.products(factors, options)))
     for got, wanted in zip(method.update_all(stacks, options, 0), expected, strict=True):
         for name, member in got.members().items():
             close(member.to_dense(), wanted.members()[name].to_dense())
