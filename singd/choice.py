@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from singd.capture.weight_matrix import WeightMatrix
 from singd.methods.automatic import AUTO, MEASURED, Automatic, numbers_within
 from singd.methods.base import Options
-from singd.methods.covariances import Covariances
+from singd.methods.covariances import CountedCovariances
 from singd.methods.structure_choice import CANDIDATES, StructureChoice, check_budget
 from singd.optimizer import KroneckerOptimizer
 
@@ -20,7 +20,7 @@ class _Measuring(Automatic):
 
     def __init__(self, candidates: Sequence[str]) -> None:
         super().__init__(candidates)
-        self.averages: Mapping[WeightMatrix, Covariances] = {}
+        self.averages: Mapping[WeightMatrix, CountedCovariances] = {}
 
     def check(self, options: Options) -> None:
         check_budget(options["budget"])

@@ -18,8 +18,8 @@ import torch
 from torch import Size, Tensor
 
 from structured._core.checks import check_pivots
-from structured._core.matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
-from structured._core.numbers import above_rounding
+from structured._core.matrix import Scalar, StructuredMatrix, at_least_float32, largest
+from structured._core.numbers import above_rounding, add_to_first
 from structured._transforms.autocorrelation import autocorrelation
 from structured._transforms.fft import fft, irfft, rfft
 from structured._transforms.windows import windows
@@ -136,9 +136,7 @@ class Circulant(StructuredMatrix):
 
     def add_scaled_identity(self, alpha: Scalar) -> Self:
         """Add to ``c_0``."""
-        alpha = trailing(alpha, self.c) if isinstance(alpha, Tensor) else alpha
-        first = (self.c[..., :1] + alpha).to(self.c.dtype)
-        return self._build([torch.cat([first, self.c[..., 1:]], -1)])
+        return self._build([add_to_first(self.c, alpha)])
 
     def solve(self, X: Tensor) -> Tensor:
         """Divide the spectra.

@@ -25,9 +25,8 @@ from structured._core.matrix import (
     at_least_float32,
     largest,
     static,
-    trailing,
 )
-from structured._core.numbers import above_rounding
+from structured._core.numbers import above_rounding, add_to_first
 from structured._core.spec import words
 
 _DENSE = 64  # rows; up to here the matrix is written out, as for circulant matrices
@@ -239,9 +238,7 @@ class GroupAlgebra(StructuredMatrix):
 
     def add_scaled_identity(self, alpha: Scalar) -> Self:
         """Add to ``c_0``."""
-        alpha = trailing(alpha, self.c) if isinstance(alpha, Tensor) else alpha
-        first = (self.c[..., :1] + alpha).to(self.dtype)
-        return self._build([torch.cat([first, self.c[..., 1:]], -1)])
+        return self._build([add_to_first(self.c, alpha)])
 
     def logdet(self) -> Tensor:
         """Sum of the logarithms of the spectrum of products of cycles; else n^3."""

@@ -18,7 +18,8 @@ from torch import Size, Tensor
 
 from structured._core.checks import check_pivots
 from structured._core.dispatch import symmetric_product
-from structured._core.matrix import Scalar, StructuredMatrix, at_least_float32, largest, trailing
+from structured._core.matrix import Scalar, StructuredMatrix, at_least_float32, largest
+from structured._core.numbers import add_to_first
 from structured._transforms.autocorrelation import autocorrelation, diagonal_sums
 from structured._transforms.fft import fft_length, irfft, rfft, smooth_length
 from structured._transforms.windows import windows
@@ -198,9 +199,7 @@ class _TriangularToeplitz(StructuredMatrix):
 
     def add_scaled_identity(self, alpha: Scalar) -> Self:
         """Add to ``t_0``."""
-        alpha = trailing(alpha, self.t) if isinstance(alpha, Tensor) else alpha
-        first = (self.t[..., :1] + alpha).to(self.t.dtype)
-        return self._build([torch.cat([first, self.t[..., 1:]], -1)])
+        return self._build([add_to_first(self.t, alpha)])
 
     def logdet(self) -> Tensor:
         """``n log |t_0|``."""

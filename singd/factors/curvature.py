@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,23 +12,16 @@ from torch import Tensor, nn
 from singd.capture.statistics import Columns, Side, Statistic
 from singd.factors.records import KroneckerFactors, WeightFactors, plain
 from singd.layers import OPTIONAL
-from singd.methods.base import Averages, Factors, Method, Options, Products
+from singd.methods.base import Averages, Method, Options, Products
+from singd.methods.covariances import Covariances
 from singd.methods.options import choice
 from singd.optimizer import KroneckerOptimizer
-from structured import Diagonal, Structure, StructuredMatrix, parse
+from structured import Structure, parse
 
 LIKELIHOODS = ("classification", "regression")
 
 Forward = Callable[[nn.Module, Any], Tensor]
 """``forward(model, batch)``: the outputs ``[N, ..., k]`` for a batch of a loader."""
-
-
-@dataclass(frozen=True)
-class Covariances(Factors):
-    """Means of ``S_K`` and ``S_C`` over all samples so far: whole, or ``Pi(S)`` where that does."""
-
-    S_K: StructuredMatrix
-    S_C: StructuredMatrix
 
 
 class FisherFactors(Method):
@@ -59,22 +51,15 @@ class FisherFactors(Method):
         device: torch.device | str,
     ) -> Covariances:
         """Zeros, in float32 at least."""
-        *inner, d_out, d_in = shape
-        wide = torch.promote_types(dtype, torch.float32)
-        like: dict[str, Any] = {"batch_shape": (*batch_shape, *inner), "device": device}
-        S_K, S_C = (
-            s(n, dtype=wide, **like) for s, n in zip(structures, (d_in, d_out), strict=True)
+        return Covariances.zeros(
+            shape, structures, batch_shape=batch_shape, dtype=dtype, device=device
         )
-        return Covariances(S_K, S_C)
 
     def summarize(
         self, factors: Covariances, side: Side, columns: Columns, options: Options
     ) -> Statistic:
         """``Pi(S)``."""
-        S = factors.S_K if side == "input" else factors.S_C
-        if isinstance(S, Diagonal):
-            return Statistic(Diagonal(columns.squares()))
-        return Statistic(S.project_gram(columns.tensor().to(S.dtype)))
+        return factors.summarize(side, columns)
 
     def update(
         self, factors: Covariances, statistics: Averages, options: Options, step: int

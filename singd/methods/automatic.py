@@ -13,7 +13,7 @@ from singd.capture.statistics import Columns, Side, Statistic
 from singd.capture.warning import warn_user
 from singd.capture.weight_matrix import WeightMatrix
 from singd.methods.base import Averages, Options, Products, Stack
-from singd.methods.covariances import Covariances, inverse_diagonal, projected
+from singd.methods.covariances import CountedCovariances, inverse_diagonal, projected
 from singd.methods.inverse_free import MAX_DIM, InverseFree
 from singd.methods.options import by_name
 from singd.methods.structure_choice import (
@@ -25,7 +25,7 @@ from singd.methods.structure_choice import (
     options_of,
     unbeaten,
 )
-from structured import Diagonal, ScaledIdentity, Structure, StructuredMatrix, parse
+from structured import Structure, StructuredMatrix, parse
 
 AUTO = "auto"
 UPDATES = 3
@@ -95,30 +95,23 @@ class Automatic(InverseFree):
             return super().init(
                 shape, structures, options, batch_shape=batch_shape, dtype=dtype, device=device
             )
-        *inner, d_out, d_in = shape
-        wide = torch.promote_types(dtype, torch.float32)
-        sides = zip(structures, (d_in, d_out), strict=True)
-        batch = (*batch_shape, *inner)
-        like: dict[str, Any] = {"batch_shape": batch, "dtype": wide, "device": device}
-        S_K, S_C = (s(n, **like) for s, n in sides)
-        return Covariances(S_K, S_C, ScaledIdentity.zeros(1, **like))
+        return CountedCovariances.zeros(
+            shape, structures, batch_shape=batch_shape, dtype=dtype, device=device
+        )
 
     def summarize(self, factors: Any, side: Side, columns: Columns, options: Options) -> Statistic:
         """The whole ``S`` at first."""
-        if not isinstance(factors, Covariances):
+        if not isinstance(factors, CountedCovariances):
             return super().summarize(factors, side, columns, options)
-        S = factors.S_K if side == "input" else factors.S_C
-        if isinstance(S, Diagonal):
-            return Statistic(Diagonal(columns.squares()))
-        return Statistic(S.project_gram(columns.tensor().to(S.dtype)))
+        return factors.summarize(side, columns)
 
     def needs_factors(self, factors: Any, options: Options) -> bool:
         """Averages are kept on every rank: all choose together."""
-        return isinstance(factors, Covariances) or super().needs_factors(factors, options)
+        return isinstance(factors, CountedCovariances) or super().needs_factors(factors, options)
 
     def update(self, factors: Any, statistics: Averages, options: Options, step: int) -> Any:
         """The average over one batch more, or an update of the factors."""
-        if not isinstance(factors, Covariances):
+        if not isinstance(factors, CountedCovariances):
             return super().update(factors, statistics, options, step)
         dtype = factors.S_K.dtype
         return factors.with_batch(statistics.input.value.to(dtype), statistics.grad.value.to(dtype))
@@ -133,41 +126,41 @@ class Automatic(InverseFree):
 
     def residuals(self, factors: Any, averages: Any, options: Options) -> dict[str, Tensor]:
         """Distances from rest, of factors."""
-        if isinstance(factors, Covariances):
+        if isinstance(factors, CountedCovariances):
             return {}
         return super().residuals(factors, averages, options)
 
     def products(self, factors: Any, options: Options) -> Products:
         """The inverses of the diagonals at first."""
-        if not isinstance(factors, Covariances):
+        if not isinstance(factors, CountedCovariances):
             return super().products(factors, options)
         return {"KK": inverse_diagonal(factors.S_K), "CC": inverse_diagonal(factors.S_C)}
 
     def precondition(self, factors: Any, G: Tensor, products: Products) -> Tensor:
         """``diag(S_C)^-1 G diag(S_K)^-1`` at first, a little damped."""
-        if not isinstance(factors, Covariances):
+        if not isinstance(factors, CountedCovariances):
             return super().precondition(factors, G, products)
         return self.apply_grad(factors, self.apply_input(factors, G, products), products)
 
     def apply_input(self, factors: Any, G: Tensor, products: Products) -> Tensor:
         """The half of it that is about the input side."""
-        if not isinstance(factors, Covariances):
+        if not isinstance(factors, CountedCovariances):
             return super().apply_input(factors, G, products)
         return (G * products["KK"].d[..., None, :]).to(G.dtype)
 
     def apply_grad(self, factors: Any, G: Tensor, products: Products) -> Tensor:
         """The half of it that is about the output side."""
-        if not isinstance(factors, Covariances):
+        if not isinstance(factors, CountedCovariances):
             return super().apply_grad(factors, G, products)
         return (G * products["CC"].d[..., None]).to(G.dtype)
 
     def mixed_rows(self, factors: Any) -> int | None:
         """As many as C mixes; unknown at first."""
-        return None if isinstance(factors, Covariances) else super().mixed_rows(factors)
+        return None if isinstance(factors, CountedCovariances) else super().mixed_rows(factors)
 
     def roots(self, factors: Any) -> tuple[StructuredMatrix, StructuredMatrix] | None:
         """K and C; none before structures are chosen."""
-        return None if isinstance(factors, Covariances) else super().roots(factors)
+        return None if isinstance(factors, CountedCovariances) else super().roots(factors)
 
     # The choice ---------------------------------------------------------------------------------
 
@@ -211,7 +204,7 @@ class Automatic(InverseFree):
 
     def choose(
         self,
-        factors: Mapping[WeightMatrix, Covariances],
+        factors: Mapping[WeightMatrix, CountedCovariances],
         numbers: int,
         agree: Callable[[Sequence[float]], Sequence[float]] = list,
         *,
@@ -245,7 +238,7 @@ class Automatic(InverseFree):
 
     def _table(
         self,
-        averages: Sequence[Covariances],
+        averages: Sequence[CountedCovariances],
         side: int,
         agree: Callable[[Sequence[float]], Sequence[float]],
     ) -> list[Option]:
@@ -264,7 +257,7 @@ class Automatic(InverseFree):
             for option, nats in zip(together, told, strict=True)
         )
 
-    def _first(self, matrix: WeightMatrix, both: Covariances, options: Options) -> Any:
+    def _first(self, matrix: WeightMatrix, both: CountedCovariances, options: Options) -> Any:
         """Factors after one update from the identity, by the averages.
 
         So does SINGD begin. Roots of the inverse of the averages train worse: they trust all of an

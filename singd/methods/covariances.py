@@ -2,35 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 
-from singd.capture.statistics import Statistic
+from singd.capture.statistics import Columns, Side, Statistic
 from singd.methods.base import Factors
 from singd.methods.structure_choice import DAMPING
-from structured import Diagonal, ScaledIdentity, StructuredMatrix
+from structured import Diagonal, ScaledIdentity, Structure, StructuredMatrix
 
 
 @dataclass(frozen=True)
 class Covariances(Factors):
-    """Means of ``S_K`` and ``S_C``, in float32 at least, over ``count`` batches (a 1 x 1 member).
+    """Means of ``S_K`` and ``S_C``, in float32 at least: whole, or ``Pi(S)`` where that will do."""
+
+    S_K: StructuredMatrix
+    S_C: StructuredMatrix
+
+    @classmethod
+    def zeros(
+        cls,
+        shape: Sequence[int],
+        structures: Sequence[Structure],
+        *,
+        batch_shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> Self:
+        """The means of nothing, for a matrix as in :meth:`singd.Method.init`."""
+        *inner, d_out, d_in = shape
+        like: dict[str, Any] = {"batch_shape": (*batch_shape, *inner), "device": device}
+        like["dtype"] = torch.promote_types(dtype, torch.float32)
+        S_K, S_C = (s(n, **like) for s, n in zip(structures, (d_in, d_out), strict=True))
+        return cls(S_K, S_C, *cls._more(like))
+
+    @classmethod
+    def _more(cls, like: Mapping[str, Any]) -> tuple[StructuredMatrix, ...]:
+        """The further fields of a derived class."""
+        return ()
+
+    def summarize(self, side: Side, columns: Columns) -> Statistic:
+        """``Pi(S)`` of a batch."""
+        S = self.S_K if side == "input" else self.S_C
+        if isinstance(S, Diagonal):
+            return Statistic(Diagonal(columns.squares()))
+        return Statistic(S.project_gram(columns.tensor().to(S.dtype)))
+
+
+@dataclass(frozen=True)
+class CountedCovariances(Covariances):
+    """Means over ``count`` batches (a 1 x 1 member).
 
     A batch without inputs or without output gradients has no curvature, and does not count.
     """
 
-    S_K: StructuredMatrix
-    S_C: StructuredMatrix
     count: ScaledIdentity
 
-    def with_batch(self, new_K: StructuredMatrix, new_C: StructuredMatrix) -> Covariances:
+    @classmethod
+    def _more(cls, like: Mapping[str, Any]) -> tuple[StructuredMatrix, ...]:
+        return (ScaledIdentity.zeros(1, **like),)
+
+    def with_batch(self, new_K: StructuredMatrix, new_C: StructuredMatrix) -> CountedCovariances:
         """The means with one batch more."""
         seen = (new_K.trace() > 0) & (new_C.trace() > 0)
         count = self.count.c + seen
         w = seen / count.clamp(min=1)
         S_K, S_C = ((1 - w) * S + w * new for S, new in ((self.S_K, new_K), (self.S_C, new_C)))
-        return Covariances(S_K, S_C, ScaledIdentity(count, 1))
+        return CountedCovariances(S_K, S_C, ScaledIdentity(count, 1))
 
     def batches(self) -> int:
         """How many batches were averaged; the most of any part of a packed weight."""

@@ -31,6 +31,12 @@ def add_to_diagonal(M: Tensor, alpha: float | Tensor, offset: int = 0) -> Tensor
     return torch.diagonal_scatter(M, shifted.to(M.dtype), offset, -2, -1)
 
 
+def add_to_first(t: Tensor, alpha: float | Tensor) -> Tensor:
+    """``t [..., k]`` with ``alpha``, a number or ``[...]``, added to the first of the k numbers."""
+    alpha = trailing(alpha, t) if isinstance(alpha, Tensor) else alpha
+    return torch.cat([(t[..., :1] + alpha).to(t.dtype), t[..., 1:]], -1)
+
+
 def joint_norm(*norms: Tensor) -> Tensor:
     """Euclidean norm of parts with the given norms; its gradient at zero is zero, not NaN."""
     return torch.linalg.vector_norm(torch.stack(norms), dim=0)
