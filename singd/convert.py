@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from singd.capture.weight_matrix import WeightMatrix
 from singd.ops.dtensor import whole
+from singd.ops.storage import decode
 from singd.optimizer import KroneckerOptimizer
 from singd.state import checkpoint
-from singd.step.factor_store import state_key
+from singd.step.entries import recognized, state_key
 from singd.step.groups import as_groups, parameter_of
 from structured import StructuredMatrix
 
@@ -63,8 +64,9 @@ def _as_text(value: Any) -> str:
 
 
 def _from_text(value: Any) -> Any:
-    """The value, or the dtype of that name."""
-    named = getattr(torch, str(value).removeprefix("torch."), None)
+    """The value, or the dtype of that name: ``"torch.int8"``, where ``"int8"`` is a form."""
+    module, _, name = str(value).partition(".")
+    named = getattr(torch, name, None) if module == "torch" else None
     return named if isinstance(named, torch.dtype) else value
 
 
@@ -116,7 +118,9 @@ def _restructure(
         key = state_key(matrix, name)
         if key not in entry or name not in now:
             continue
-        dense = member.with_tensors([whole(t) for t in checkpoint.listed(entry[key])]).to_dense()
+        tensors = [whole(t) for t in checkpoint.listed(entry[key])]
+        forms = recognized(matrix, key, tensors, [t.shape for t in member.tensors()])
+        dense = member.with_tensors(decode(tensors, forms)).to_dense()
         nearest = now[name].to(dense.device, dense.dtype).orthogonal_project(dense)
         if not name.startswith("m_") and not nearest.logdet().isfinite().all():
             raise ValueError(

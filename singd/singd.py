@@ -87,12 +87,14 @@ class SINGD(KroneckerOptimizer):
             ``"batch+sequence"`` (samples times shared positions), or ``None`` for a sum. It
             changes nothing unless the scale of the curvature counts, as with ``kl_clip``.
         preconditioner_dtype: Data types of K and of C; ``None`` for that of the weight. Below
-            float32, updates are rounded stochastically.
+            float32, updates are rounded stochastically. ``"bfloat16+8"`` stores float32 numbers in
+            24 bits, ``"int8"`` in 8 with a scale for each 64, except tensors of at most n numbers.
         max_dim: Width from which a factor takes ``wide_structure`` instead; ``None`` for no limit.
             Or a mapping from patterns of parameter names to such limits, 8192 if none matches.
         wide_structure: Structure of wide factors.
         keep_products: Cache ``K K^T`` and ``C C^T`` between updates of the factors where their
-            structure allows: half the work of a step, for the memory of K and C once more.
+            structure allows: half the work of a step, for the memory of K and C once more. Never of
+            factors stored as ``"bfloat16+8"`` or ``"int8"``.
 
         kl_clip: *Safety.* Bound ``kappa`` of every step: scaled down so that ``lr^2 <D, grad>``
             does not exceed it at the highest ``lr`` of a step so far. Below that, steps are shorter
@@ -159,7 +161,10 @@ class SINGD(KroneckerOptimizer):
         relative_damping: bool = True,
         scale_init: bool = True,
         decoupled_weight_decay: bool = True,
-        preconditioner_dtype: tuple[torch.dtype | None, torch.dtype | None] = (None, None),
+        preconditioner_dtype: tuple[torch.dtype | str | None, torch.dtype | str | None] = (
+            None,
+            None,
+        ),
         max_dim: int | Mapping[str, int | None] | None = MAX_DIM,
         wide_structure: StructureLike = "diagonal",
         keep_products: bool = True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -79,6 +80,15 @@ class Stack:
     factors: Any
     statistics: Any
     products: Products
+    load: Callable[[str], StructuredMatrix] | None = None
+    """Gives a member of the factors anew, where that costs less memory than to hold it."""
+
+    def member(self, name: str) -> Callable[[], StructuredMatrix]:
+        """A function that gives a member of the factors; what it holds is as little as can be."""
+        if self.load is not None:
+            return functools.partial(self.load, name)
+        found = getattr(self.factors, name)
+        return lambda: found
 
 
 class Method(ABC):
@@ -188,6 +198,18 @@ class Method(ABC):
     def layout(self, options: Options) -> tuple[Any, ...]:
         """The options that the stored factors depend on: if they change, factors are fitted."""
         return ()
+
+    def storage(self, factors: Any, options: Options) -> Mapping[str, str]:
+        """The forms in which members are stored, by name: of :data:`singd.ops.storage.FORMS`.
+
+        Members that are not named are stored as they are. If all are named, no :meth:`products` of
+        them are kept.
+
+        Args:
+            factors: What :meth:`init` gave.
+            options: Options of the parameter group.
+        """
+        return {}
 
     def needs_factors(self, factors: Any, options: Options) -> bool:
         """Whether :meth:`summarize` depends on the numbers of factors, not on their shapes alone.

@@ -25,7 +25,7 @@ once, so that wide copies of all factors are never there together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ class Rule:
 class _Side:
     """A factor that is due."""
 
-    K: StructuredMatrix  # wide; or as it is stored, if dense
+    load: Callable[[], StructuredMatrix]  # K, wide; or as it is stored, if dense
     H: StructuredMatrix  # Pi(K^T S K), or P S in the left form; then X
     dtype: torch.dtype  # of products
     Q: StructuredMatrix | None = None  # Pi(K^T K), or P in the left form
@@ -71,53 +71,60 @@ class _Side:
     is_left: bool = False
     mean: Tensor | None = None  # mean(S), for a relative damping
 
+    @property
+    def K(self) -> StructuredMatrix:
+        """The factor, which may be made anew each time."""
+        return self.load()
+
     def gram(self) -> StructuredMatrix:
         """``Q``."""
         return self.K.to(self.dtype).gram().to(self.H.dtype) if self.Q is None else self.Q
 
     def gram_trace(self) -> Tensor:
         """``tr(Q) = ||K||_F^2``; of a large matrix ``Q`` is not kept for it."""
-        if self.Q is None and isinstance(self.K, Dense):
-            return self.K.to(self.H.dtype).frobenius_norm().square()
+        if self.Q is None and isinstance(K := self.K, Dense):
+            return K.to(self.H.dtype).frobenius_norm().square()
         self.Q = self.gram()
         return self.Q.trace()
 
 
 def steps(
     stacks: Iterable[Stack], rule: Rule
-) -> Iterator[tuple[Any, StructuredMatrix, StructuredMatrix]]:
-    """The factors of every stack, and its new K and C, which may be wider.
+) -> Iterator[tuple[StructuredMatrix, StructuredMatrix]]:
+    """The new K and C of every stack, which may be wider.
 
     Args:
         stacks: Those of one group; each holds its statistics until it is taken.
         rule: Options of the group.
     """
-    sides: list[_Side] = []
-    factors = []
-    for stack in stacks:
-        factors.append(stack.factors)
-        for name, U in (("K", stack.statistics.input), ("C", stack.statistics.grad)):
-            side = _side(getattr(stack.factors, name), U, stack.products.get(2 * name))
-            side.mean = U.mean() if rule.is_relative else None
-            sides.append(side)
-        stack.statistics = U = None
+    sides = [side for stack in stacks for side in _sides(stack, rule)]
     weights = _weights(sides, rule)
     for side, (a, c) in zip(sides, weights, strict=True):
         c = c if side.norm is None else update.resolve_damping(c, a, side.norm)
         side.H, side.Q = _weighted_sum_(a, side.H, c, side.gram()), None
     lerps = _lerp_weights(sides, rule.lr_cov, rule.factor_clip)
-    while factors:  # nothing is kept longer than its step takes
+    while sides:  # nothing is kept longer than its step takes
         K, C = (_moved(sides.pop(0), lerps.pop(0)) for _ in range(2))
-        yield factors.pop(0), K, C
+        yield K, C
 
 
-def _side(K: StructuredMatrix, U: Statistic, P: StructuredMatrix | None) -> _Side:
+def _sides(stack: Stack, rule: Rule) -> Iterator[_Side]:
+    """K and C of a stack, which gives up its statistics."""
+    for name, U in (("K", stack.statistics.input), ("C", stack.statistics.grad)):
+        side = _side(stack.member(name), U, stack.products.get(2 * name))
+        side.mean = U.mean() if rule.is_relative else None
+        yield side
+    stack.statistics = None
+
+
+def _side(load: Callable[[], StructuredMatrix], U: Statistic, P: StructuredMatrix | None) -> _Side:
     """A factor, what makes its curvature, and on which side of it that stands."""
     if U.columns is not None:
-        return _side_of_few(K, U.columns, P)
+        return _side_of_few(load, U.columns, P)
+    K = load()
     wide = torch.promote_types(K.dtype, U.value.dtype)
     S = U.value.to(wide)
-    stored = K if isinstance(K, Dense) else K.to(wide)
+    stored = load if K.dtype == wide or isinstance(K, Dense) else _giving(K.to(wide))
     if U.kind == "whitened":
         return _Side(stored, S, product_dtype(K))
     is_diagonal = isinstance(K, Diagonal)  # multiplies number by number: loses no digits
@@ -128,15 +135,22 @@ def _side(K: StructuredMatrix, U: Statistic, P: StructuredMatrix | None) -> _Sid
     return _Side(stored, P.matmul(S), wide, P, norm, is_left=not is_diagonal)
 
 
-def _side_of_few(K: StructuredMatrix, X: Tensor, P: StructuredMatrix | None) -> _Side:
+def _side_of_few(
+    load: Callable[[], StructuredMatrix], X: Tensor, P: StructuredMatrix | None
+) -> _Side:
     """The same of ``S = X X^T`` with fewer columns than rows: ``P S = (P X) X^T``."""
+    K = load()
     wide = torch.promote_types(K.dtype, X.dtype)
     X = X.to(wide)
     norm = torch.linalg.matrix_norm(X.mT @ X)  # that of X X^T
     if P is None:
-        return _Side(K, update.whitened(K.to(wide), X), wide, norm=norm)
+        return _Side(load, update.whitened(K.to(wide), X), wide, norm=norm)
     P = P if P.dtype == wide else K.to(wide).mT.gram()
-    return _Side(K, Dense(P.apply(X) @ X.mT), wide, P, norm, is_left=True)
+    return _Side(load, Dense(P.apply(X) @ X.mT), wide, P, norm, is_left=True)
+
+
+def _giving(K: StructuredMatrix) -> Callable[[], StructuredMatrix]:
+    return lambda: K
 
 
 def _weights(sides: Sequence[_Side], rule: Rule) -> list[tuple[Any, Any]]:
@@ -177,7 +191,8 @@ def _lerp_weights(sides: Sequence[_Side], lr_cov: float, factor_clip: float | No
 
 def _moved(side: _Side, weight: float | Tensor) -> StructuredMatrix:
     """``K - beta_1/2 (K X - K)``, in the memory of ``K X`` (or ``X' K``), which may be wider."""
-    K, X, wide = side.K.to(side.dtype), side.H.to(side.dtype), side.H.dtype
+    stored, X, wide = side.K, side.H.to(side.dtype), side.H.dtype
+    K = stored.to(side.dtype)
     KX = (X.matmul(K) if side.is_left else K.matmul(X)).to(wide)
     del X
 
@@ -187,7 +202,7 @@ def _moved(side: _Side, weight: float | Tensor) -> StructuredMatrix:
             return torch.lerp(k, kx, w, out=kx)
         return kx.sub_(k).mul_(w).add_(k)
 
-    return KX.map(lerp_, side.K)
+    return KX.map(lerp_, stored)
 
 
 def _weighted_sum_(

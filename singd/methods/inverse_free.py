@@ -24,14 +24,15 @@ from singd.methods.options import (
     by_name,
     choice,
     default_structures,
-    floating,
+    forms_of,
     in_range,
     integer,
     lr_cov,
-    pair,
+    stored_as,
     structure_pairs,
+    working_dtype,
 )
-from singd.ops.precision import product_dtype, rounds_products
+from singd.ops.precision import is_whitened
 from structured import (
     Dense,
     Diagonal,
@@ -77,9 +78,7 @@ class InverseFree(Method):
         flags = ("kfac_like", "normalize_lr_cov", "keep_products", "relative_damping", "scale_init")
         for name in flags:
             choice(name, options[name], (False, True))
-        pair("preconditioner_dtype", options["preconditioner_dtype"])
-        for dtype in options["preconditioner_dtype"]:
-            floating("preconditioner_dtype", dtype)
+        stored_as("preconditioner_dtype", options["preconditioner_dtype"])
         given = options["structures"]
         if given == "auto":
             raise ValueError(
@@ -130,7 +129,7 @@ class InverseFree(Method):
             structure(
                 n,
                 batch_shape=(*batch_shape, *inner),
-                dtype=options["preconditioner_dtype"][i] or dtype,
+                dtype=working_dtype(options["preconditioner_dtype"][i], dtype),
                 device=device,
             )
             for i, (structure, n) in enumerate(zip(structures, (d_in, d_out), strict=True))
@@ -138,6 +137,11 @@ class InverseFree(Method):
         K, C = (zero.add_scaled_identity(1.0) for zero in zeros)
         has_momenta = options["alpha1"] and not options["kfac_like"]
         return InverseFreeFactors(K, C, *(zeros if has_momenta else ()))
+
+    def storage(self, factors: Any, options: Options) -> Mapping[str, str]:
+        """As ``preconditioner_dtype`` says, where that is the name of a form."""
+        is_learned = isinstance(factors, InverseFreeFactors)  # averages are not
+        return forms_of(options["preconditioner_dtype"], factors.members()) if is_learned else {}
 
     # Statistics ---------------------------------------------------------------------------------
 
@@ -208,8 +212,8 @@ class InverseFree(Method):
             lr_cov(options, step),
             options["factor_clip"],
         )
-        for factors, K, C in batched.steps(stacks, rule):
-            yield replace(factors, K=K, C=C)
+        for K, C in batched.steps(stacks, rule):
+            yield InverseFreeFactors(K, C)
 
     def residuals(
         self, factors: InverseFreeFactors, averages: Averages, options: Options
@@ -236,7 +240,8 @@ class InverseFree(Method):
         """``K K^T`` and ``C C^T``, where their structure holds them: half the work of a step."""
         if not options["keep_products"]:
             return {}
-        found = {"KK": product_of(factors.K), "CC": product_of(factors.C)}
+        kept = factors.members().keys() - self.storage(factors, options)  # else larger than they
+        found = {2 * name: product_of(getattr(factors, name)) for name in "KC" if name in kept}
         return {name: product for name, product in found.items() if product is not None}
 
     def precondition(self, factors: InverseFreeFactors, G: Tensor, products: Products) -> Tensor:
@@ -269,12 +274,6 @@ class InverseFree(Method):
         part = replace(factors, C=within(factors.C, rows))
         kept = products | ({"CC": within(products["CC"], rows)} if "CC" in products else {})
         return self.apply_grad(part, self.apply_input(part, G, kept), kept)
-
-
-def is_whitened(K: StructuredMatrix) -> bool:
-    """Whether K is applied to the columns, since ``S`` does not determine H or loses digits."""
-    rounded = rounds_products(product_dtype(K), K.device) and not isinstance(K, Diagonal)
-    return rounded or not K.closed_under_congruence
 
 
 def _step(

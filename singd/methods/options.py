@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from singd.ops.storage import FORMS
 
 
 def in_range(name: str, value: Any, low: float, high: float, *, open_end: bool = False) -> None:
@@ -39,10 +41,33 @@ def pair(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a pair, for K and for C, got {value!r}")
 
 
-def floating(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a real data type, or ``None``."""
-    if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
-        raise ValueError(f"{name}: expected a floating-point dtype or None, got {value!r}")
+def stored_as(name: str, values: Any) -> None:
+    """Raise unless ``values`` are a pair of real data types, names of forms, or ``None``."""
+    pair(name, values)
+    for value in values:
+        is_real = isinstance(value, torch.dtype) and value.is_floating_point
+        if not (value is None or is_real or (isinstance(value, str) and value in FORMS)):
+            known = ", ".join(map(repr, FORMS))
+            raise ValueError(
+                f"{name}: expected a floating-point dtype, {known} or None, got {value!r}"
+            )
+
+
+def forms_of(given: Sequence[torch.dtype | str | None], names: Iterable[str]) -> dict[str, str]:
+    """The forms of members with those names, of K and C and of their momenta."""
+    of_side = dict(zip("KC", given, strict=True))
+    forms = {name: of_side.get(name.removeprefix("m_")) for name in names}
+    return {name: form for name, form in forms.items() if isinstance(form, str)}
+
+
+def working_dtype(given: torch.dtype | str | None, dtype: torch.dtype) -> torch.dtype:
+    """The data type of factors: float32 of those that are stored in another form.
+
+    Args:
+        given: Option that says how they are stored.
+        dtype: Data type of the weight.
+    """
+    return torch.float32 if isinstance(given, str) else given or dtype
 
 
 def structure_pairs(given: Any) -> list[Any]:

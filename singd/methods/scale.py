@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -46,13 +48,14 @@ def resolved_damping(c: Any, a: Any, U: Statistic) -> Any:
 def begun(stack: Stack) -> Stack:
     """The stack with factors that are still the identity scaled to their statistics."""
     averages, factors, products = stack.statistics, stack.factors, dict(stack.products)
+    scales: dict[str, Tensor] = {}
     sides = {"input": "K", "grad": "C"}
     for side, name in sides.items():
         K, U = getattr(factors, name), getattr(averages, side)
         scale = update.first_scale(K, U.mean())
         if scale.is_cpu and not torch.compiler.is_compiling() and not bool((scale != 1).any()):
             continue
-        factors = replace(factors, **{name: (scale * K).to(K.dtype)})
+        factors, scales[name] = replace(factors, **{name: (scale * K).to(K.dtype)}), scale
         if U.kind == "whitened":
             whitened = Statistic(scale.square() * U.value, U.kind, U.trace)
             averages = replace(averages, **{side: whitened})
@@ -60,7 +63,16 @@ def begun(stack: Stack) -> Stack:
         if isinstance(P, StructuredMatrix):  # other products have no part in an update
             products[2 * name] = (scale.square() * P).to(P.dtype)
     stack.statistics = None
-    return Stack(factors, averages, products)
+    load = functools.partial(_scaled, stack.load, scales) if stack.load and scales else stack.load
+    return Stack(factors, averages, products, load)
+
+
+def _scaled(
+    load: Callable[[str], StructuredMatrix], scales: Mapping[str, Tensor], name: str
+) -> StructuredMatrix:
+    """A member that is loaded anew, at its scale."""
+    K = load(name)
+    return (scales[name] * K).to(K.dtype) if name in scales else K
 
 
 def square_sum(X: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from structured import Dense, StructuredMatrix
+from structured import Dense, Diagonal, StructuredMatrix
 
 
 def product_dtype(K: StructuredMatrix) -> torch.dtype:
@@ -29,6 +29,12 @@ def rounds_products(dtype: torch.dtype, device: torch.device) -> bool:
         return dtype.itemsize < 4
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     return backend.matmul.fp32_precision in ("tf32", "bf16")
+
+
+def is_whitened(K: StructuredMatrix) -> bool:
+    """Whether K is applied to the columns, since ``S`` does not determine H or loses digits."""
+    rounded = rounds_products(product_dtype(K), K.device) and not isinstance(K, Diagonal)
+    return rounded or not K.closed_under_congruence
 
 
 def has_bfloat16_products() -> bool:

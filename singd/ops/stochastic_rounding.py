@@ -68,6 +68,12 @@ class Rounding:
         """The keys of the :func:`noise` of some tensors, ``[b]``."""
         return mix_(name_keys(tuple(names), device) + self.word(device))
 
+    def noise(self, x: Tensor, names: Sequence[str], bits: int = 16) -> Tensor:
+        """Uniform integers of some bits, int32, one for each number of ``x [b, ...]``."""
+        count = x.numel() // max(len(names), 1)
+        words = noise(self.keys(names, x.device), 0, count)
+        return words.bitwise_right_shift_(16 - bits).view(x.shape)
+
     def __call__(
         self, x: Tensor, dtype: torch.dtype, names: Sequence[str], indices: Indices = WHOLE
     ) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from singd.ops.storage import recognize
 from structured import Structure, parse
 
 Group = Mapping[str, Any]
@@ -198,10 +199,18 @@ def check_values(name: str, values: Mapping[str, Any], expected: Shapes) -> None
             if _is_momentum(key):
                 continue  # one that was switched off; dropped at the next step
             raise ValueError(f"{where}: unknown state {key!r}")
-        if shapes(value) != shapes(expected[key]):
+        if not _fits(value, expected[key]):
             raise ValueError(
                 f"{where}: expected {key} of shape {shapes(expected[key])}, got {shapes(value)}"
             )
+
+
+def _fits(value: Any, expected: Any) -> bool:
+    """Whether a value is of the same shape; or the tensors of a factor, in whatever form."""
+    are_tensors = isinstance(value, list) and all(isinstance(t, Tensor) for t in value)
+    if are_tensors and isinstance(expected, list):
+        return recognize(value, [t.shape for t in expected]) is not None
+    return bool(shapes(value) == shapes(expected))
 
 
 def _is_momentum(key: str) -> bool:

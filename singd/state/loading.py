@@ -10,7 +10,7 @@ from torch import Tensor
 from singd.capture.weight_matrix import WeightMatrix
 from singd.ops.dtensor import whole
 from singd.state import checkpoint
-from singd.step.factor_store import state_key
+from singd.step.entries import state_key
 from singd.step.fallback import check_rates
 from singd.step.groups import Group, check_group
 from singd.step.initial import expected_values
@@ -97,9 +97,8 @@ def spread(parts: Parts, groups: Sequence[Group], state_dict: Mapping[str, Any])
     for matrix in owned:
         number = numbers[matrix.weight]
         entry = state[number] = dict(state.get(number, {}))
-        for name, member in parts.store.template(matrix, groups_of[matrix]).members().items():
+        for name, like in parts.store.stored_template(matrix, groups_of[matrix]).items():
             key = state_key(matrix, name)
-            like = member.tensors()
             held = entry.pop(key, None) or [None] * len(like)  # all ranks then have it last
             items += [(matrix, t, own) for t, own in zip(like, held, strict=True)]
             entry[key] = list[Tensor]()

@@ -113,7 +113,7 @@ def make_plan(rule: str, parts: Parts) -> Plan:
                         sent += parts.placement.traffic(matrix)
                     if p is matrix.weight and parts.placement.holds(matrix):
                         factors = store.fresh(matrix, own, None, "meta")
-                        stored += sum(nbytes(m.tensors()) for m in factors.members().values())
+                        stored += nbytes(store.encoded(factors, own, None).tensors)
         elif p.requires_grad:
             kind = "not given"
         layer = type(module).__name__

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from singd.capture import requests
 from singd.ops import cuda_graph
-from singd.step.factor_store import State, state_key
+from singd.step.entries import State, state_key
 from singd.step.gradient_scaler import calling_scale
 from singd.step.groups import Group, keep_peak_lr, sees_scale
 from singd.step.initial import make_state, wants_state

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,32 +12,105 @@ from torch import Tensor
 
 from singd.capture.weight_matrix import WeightMatrix
 from singd.methods.base import Factors, Products
+from singd.ops.stochastic_rounding import Rounding
+from singd.ops.storage import Form, Plain, decode
 from singd.step.groups import Group
 from structured import StructuredMatrix
+
+
+class Encoded:
+    """The factors of a matrix, or of equal matrices side by side, as they are stored.
+
+    Args:
+        like: Factors of the same structures, whose numbers do not matter.
+        forms: How each tensor of each member is stored.
+        tensors: What is stored of each member, the tensors of all its forms in a row.
+    """
+
+    def __init__(
+        self,
+        like: Factors,
+        forms: Mapping[str, Sequence[Form]],
+        tensors: Mapping[str, Sequence[Tensor]],
+    ) -> None:
+        self.forms, self.tensors = forms, tensors
+        self.plain = {n for n, own in forms.items() if all(isinstance(f, Plain) for f in own)}
+        """The members that are stored as they are."""
+        self.is_plain = len(self.plain) == len(forms)
+        self.like = like if self.is_plain else like.map(lambda t: t.to("meta"))
+        self._factors = self._decode() if self.is_plain else None
+
+    def factors(self) -> Any:
+        """The factors: where all are plain the stored tensors, else new tensors each time."""
+        return self._decode() if self._factors is None else self._factors
+
+    def _decode(self) -> Factors:
+        return self.like.with_members({name: self.member(name) for name in self.tensors})
+
+    def member(self, name: str) -> StructuredMatrix:
+        """One member of the factors."""
+        member = self.like.members()[name]
+        return member.with_tensors(decode(self.tensors[name], self.forms[name]))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Encoded:
+        """``function`` of every tensor that is stored."""
+        tensors = {name: [function(t) for t in own] for name, own in self.tensors.items()}
+        return Encoded(self.like, self.forms, tensors)
+
+    def changed(self, tensors: Mapping[str, Sequence[Tensor]]) -> Encoded:
+        """The same factors with other tensors."""
+        return Encoded(self.like, self.forms, tensors)
+
+    def real(self) -> list[Tensor]:
+        """Real numbers among those stored: not finite where a factor is not."""
+        return [t for own in self.tensors.values() for t in own if t.is_floating_point()]
+
+
+def encode(
+    factors: Factors,
+    forms: Mapping[str, Sequence[Form]],
+    rounding: Rounding | None = None,
+    keys: Sequence[str] = ("",),
+) -> dict[str, list[Tensor]]:
+    """What is stored of the factors of equal matrices, side by side.
+
+    Args:
+        factors: Their factors, along the first dimension.
+        forms: How each tensor of each member is stored.
+        rounding: Rounds by chance; ``None`` for rounding to nearest.
+        keys: Keys of the matrices, which the noise depends on.
+    """
+    stored: dict[str, list[Tensor]] = {}
+    for name, member in factors.members().items():
+        stored[name] = []
+        for number, (t, form) in enumerate(zip(member.tensors(), forms[name], strict=True)):
+            stored[name] += form.encode(t, rounding, [f"{key} {name} {number}" for key in keys])
+    return stored
 
 
 class Batch:
     """Equal matrices and their factors, side by side along a first dimension."""
 
-    def __init__(self, matrices: Sequence[WeightMatrix], group: Group, factors: Factors) -> None:
+    def __init__(self, matrices: Sequence[WeightMatrix], group: Group, stored: Encoded) -> None:
         self._eager_versions = torch.compiler.disable(self._count_writes)  # not at import
-        self.matrices, self.group, self.factors = list(matrices), group, factors
+        self.matrices, self.group, self.stored = list(matrices), group, stored
         self._products: Products | None = None
         self._versions: list[int] = []  # of the factors that they were made of
-        self.views: list[dict[str, list[Tensor]]] = [
-            {name: [t[i] for t in member.tensors()] for name, member in factors.members().items()}
-            for i in range(len(self.matrices))
-        ]
-        members = factors.members()
-        self.one = {
-            matrix: factors.with_members(
-                {name: member.with_tensors(views[name]) for name, member in members.items()}
-            )
-            for matrix, views in zip(self.matrices, self.views, strict=True)
-        }
+        one = [stored.map(operator.itemgetter(i)) for i in range(len(self.matrices))]
+        self.one = dict(zip(self.matrices, one, strict=True))
         """The factors of every matrix alone, views."""
-        self._tensors = [t for member in members.values() for t in member.tensors()]
+        self.shapes = {
+            name: [t.shape[1:] for t in member.tensors()]
+            for name, member in stored.like.members().items()
+        }
+        """The shapes of the tensors of every member, of one matrix."""
+        self._tensors = [t for own in stored.tensors.values() for t in own]
         self._places: dict[tuple[int, ...], Tensor] = {}
+
+    @property
+    def factors(self) -> Any:
+        """The factors of all matrices."""
+        return self.stored.factors()
 
     @property
     def products(self) -> Products | None:
@@ -54,17 +128,16 @@ class Batch:
     def _count_writes(self) -> list[int]:
         return [0 if t.is_inference() else t._version for t in self._tensors]
 
-    def select(self, matrices: Sequence[WeightMatrix], *values: Any) -> tuple[Any, ...]:
-        """What belongs to some of the matrices, of factors or products; copies, unless of all."""
+    def select(
+        self, matrices: Sequence[WeightMatrix], stored: Encoded, products: Products
+    ) -> tuple[Encoded, Products]:
+        """What belongs to some of the matrices, of factors and products; copies, unless of all."""
         if len(matrices) == len(self.matrices):
-            return values
+            return stored, products
         index = self.index(matrices)
-        return tuple(
-            value.map(lambda t: t[index])
-            if isinstance(value, Factors)
-            else {name: product.map(lambda t: t[index]) for name, product in value.items()}
-            for value in values
-        )
+        return stored.map(lambda t: t[index]), {
+            name: product.map(lambda t: t[index]) for name, product in products.items()
+        }
 
     def index(self, matrices: Sequence[WeightMatrix]) -> Tensor:
         """The places of some of the matrices; made once, since a copy to the device may wait."""
@@ -74,32 +147,26 @@ class Batch:
         return self._places[places]
 
     def replaced(
-        self,
-        matrices: Sequence[WeightMatrix],
-        new: Factors,
-        rounded: Callable[..., Tensor],
-        before: Factors,
-    ) -> Factors:
+        self, matrices: Sequence[WeightMatrix], new: Factors, rounding: Rounding, before: Encoded
+    ) -> Encoded:
         """The factors of all, once those of some matrices are ``new``.
 
         Args:
             matrices: Matrices that are updated.
             new: Their factors.
-            rounded: ``rounded(tensor, dtype, names)``, the numbers in the data type of the store.
+            rounding: Rounds to what is stored.
             before: The factors of all until then.
         """
-        changed: dict[str, StructuredMatrix] = {}
-        for name, earlier in before.members().items():
-            member, tensors = new.members()[name], []
-            pairs = zip(member.tensors(), earlier.tensors(), strict=True)
-            for number, (t, old) in enumerate(pairs):
-                names = [f"{matrix.key} {name} {number}" for matrix in matrices]
-                t = rounded(t, old.dtype, names)
-                if len(matrices) < len(self.matrices):
-                    t = old.index_copy(0, self.index(matrices), t)
-                tensors.append(t)
-            changed[name] = earlier.with_tensors(tensors)
-        return before.with_members(changed)
+        made = encode(new, before.forms, rounding, [matrix.key for matrix in matrices])
+        if len(matrices) == len(self.matrices):
+            return before.changed(made)
+        index = self.index(matrices)
+        return before.changed(
+            {
+                name: [t.index_copy(0, index, u) for t, u in zip(own, made[name], strict=True)]
+                for name, own in before.tensors.items()
+            }
+        )
 
 
 @dataclass
@@ -107,6 +174,6 @@ class Proposal:
     """What a batch will hold if the step is taken."""
 
     batch: Batch
-    factors: Factors
+    stored: Encoded
     products: Products
     updated: list[WeightMatrix]  # the matrices whose factors are new

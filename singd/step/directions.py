@@ -18,7 +18,7 @@ from singd.ops.reductions import inner_product, total
 from singd.ops.stochastic_rounding import Rounding
 from singd.placement import Holding, Placement, Slot, Work
 from singd.step.batch import Proposal
-from singd.step.factor_store import State
+from singd.step.entries import State
 from singd.step.grafting import graft_
 from singd.step.groups import Group, graft_of, peak_lr
 from singd.step.parameters import Parameters
@@ -109,8 +109,8 @@ def _apply(
     *rows: slice,
 ) -> Tensor:
     """A function of the method, of the factors of some matrices of a batch and of gradients."""
-    factors, products = proposal.batch.select(some, proposal.factors, proposal.products)
-    return function(factors, G, products, *rows)
+    stored, products = proposal.batch.select(some, proposal.stored, proposal.products)
+    return function(stored.factors(), G, products, *rows)
 
 
 def graft(

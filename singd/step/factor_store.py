@@ -6,8 +6,9 @@ the factors: what is reset, reloaded or replaced there counts.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,18 +17,13 @@ from torch import Tensor
 from singd.capture.weight_matrix import WeightMatrix
 from singd.methods.base import Factors, Method, Products
 from singd.ops import cuda_graph
+from singd.ops.storage import Form, form_of, recode
 from singd.placement import Demand, Placement
-from singd.step.batch import Batch, Proposal
+from singd.step.batch import Batch, Encoded, Proposal, encode
+from singd.step.entries import State, are_same, drop, drop_unknown, recognized, state_key
 from singd.step.groups import Group
 from singd.step.skipping import write_
-from structured import Structure, StructuredMatrix
-
-State = MutableMapping[Any, dict[str, Any]]
-
-
-def state_key(matrix: WeightMatrix, name: str) -> str:
-    """The key of a member of ``matrix`` in the state of its weight."""
-    return f"{matrix.label}.{name}" if matrix.label else name
+from structured import Structure
 
 
 class FactorStore:
@@ -70,12 +66,13 @@ class FactorStore:
                     self._structures[matrix] = self.structures(matrix, groups[matrix])
                     if before not in (None, self._structures[matrix]):
                         changed[matrix] = True
-                        _forget(matrix, state, self._batch_of.get(matrix))
+                        batch = self._batch_of.get(matrix)
+                        drop(matrix, state, () if batch is None else batch.stored.tensors)
             self._layouts = layouts
             self._arrange(groups, state, placement)
         for batch in self.batches:
-            for matrix, views in zip(batch.matrices, batch.views, strict=True):
-                if self._adopt(matrix, batch, views, state):
+            for matrix, own in batch.one.items():
+                if self._adopt(matrix, batch, own, state):
                     batch.products = None
                     changed.setdefault(matrix, False)
         return changed
@@ -99,7 +96,20 @@ class FactorStore:
     def factors(self, matrix: WeightMatrix) -> Factors:
         """The factors of one matrix; where another rank has them, :meth:`template`."""
         batch = self._batch_of.get(matrix)
-        return self._templates[matrix] if batch is None else batch.one[matrix]
+        if batch is None:
+            return self._templates[matrix]
+        factors: Factors = batch.one[matrix].factors()
+        return factors
+
+    def summarizing(self, matrix: WeightMatrix, group: Group) -> Factors:
+        """The factors that statistics are made with: their numbers where a method needs them."""
+        batch = self._batch_of.get(matrix)
+        if batch is None or batch.stored.is_plain:
+            return self.factors(matrix)
+        if matrix not in self._templates:
+            self._templates[matrix] = self.template(matrix, group)
+        like = self._templates[matrix]
+        return self.factors(matrix) if self.method.needs_factors(like, group) else like
 
     def holds(self, matrix: WeightMatrix, group: Group) -> bool:
         """Whether there are factors of ``matrix``, made for its weight and options as they are."""
@@ -132,15 +142,42 @@ class FactorStore:
         )
         return factors
 
+    def encoded(self, factors: Factors, group: Mapping[str, Any], count: int | None) -> Encoded:
+        """Factors as they are stored, rounded to nearest.
+
+        Args:
+            factors: Factors; on the meta device for shapes alone.
+            group: Group of their weights.
+            count: Number of equal matrices side by side; ``None`` for one without that dimension.
+        """
+        names = self.method.storage(factors, group)
+        forms: dict[str, list[Form]] = {}
+        if count is None:
+            factors = factors.map(lambda t: t[None])
+        for name, member in factors.members().items():
+            form = names.get(name)
+            forms[name] = [form_of(form, t[0], member.n) for t in member.tensors()]
+        keys = [""] * (count or 1)
+        stored = Encoded(factors, forms, encode(factors, forms, keys=keys))
+        return stored.map(lambda t: t[0]) if count is None else stored
+
     def template(self, matrix: WeightMatrix, group: Mapping[str, Any]) -> Factors:
         """Factors of zeros that take no memory: of what shapes, data types and device they are."""
+        return self._blank(matrix, group).map(functools.partial(_zeros, matrix.weight.device))
+
+    def stored_template(
+        self, matrix: WeightMatrix, group: Mapping[str, Any]
+    ) -> dict[str, list[Tensor]]:
+        """What is stored of a matrix, by member, as zeros that take no memory."""
+        stored = self.encoded(self._blank(matrix, group), group, None).tensors
+        return {n: [_zeros(matrix.weight.device, t) for t in own] for n, own in stored.items()}
+
+    def _blank(self, matrix: WeightMatrix, group: Mapping[str, Any]) -> Factors:
         weight, structures = matrix.weight, self.structures(matrix, group)
         factors: Factors = self.method.init(
             matrix.shape, structures, group, dtype=weight.dtype, device="meta"
         )
-        return factors.map(
-            lambda t: torch.zeros((), dtype=t.dtype, device=weight.device).expand(t.shape)
-        )
+        return factors
 
     def demand(self, matrix: WeightMatrix, group: Group) -> Demand:
         """What the factors of a matrix need, in numbers and operations."""
@@ -164,8 +201,12 @@ class FactorStore:
     def products(self, batch: Batch) -> Products:
         """The products of the factors of a batch, made if they are not there."""
         if batch.products is None:
-            batch.products = self.method.products(batch.factors, batch.group)
+            batch.products = self.products_of(batch.stored, batch.group)
         return batch.products
+
+    def products_of(self, stored: Encoded, group: Group) -> Products:
+        """The products of some factors; none where no member is stored as it is."""
+        return self.method.products(stored.factors(), group) if stored.plain else {}
 
     def write(self, proposals: Iterable[Proposal], unless: Tensor | None) -> None:
         """Take over new factors, except where the truth value ``unless`` is true."""
@@ -174,13 +215,14 @@ class FactorStore:
                 continue
             batch = proposal.batch
             products = batch.products
-            old, new = batch.factors.members(), proposal.factors.members()
-            for name, member in new.items():
-                if member is not old[name]:
-                    _copy(old[name], member, unless)
+            for name, own in proposal.stored.tensors.items():
+                for place, t in zip(batch.stored.tensors[name], own, strict=True):
+                    if t is not place:
+                        write_(place, t, unless)
             if products and (unless is not None or cuda_graph.is_capturing()):
                 for name, product in proposal.products.items():  # other graphs read their places
-                    _copy(products[name], product, unless)
+                    for place, t in zip(products[name].tensors(), product.tensors(), strict=True):
+                        write_(place, t, unless)
                 batch.products = products
             else:
                 batch.products = proposal.products if unless is None else None
@@ -201,7 +243,7 @@ class FactorStore:
         for matrix, layout in self._layouts.items():
             if not placement.holds(matrix):
                 factors = self._templates[matrix] = self.template(matrix, groups[matrix])
-                _drop(matrix, state, factors)
+                drop(matrix, state, factors.members())
                 continue
             _, dtype, device, group, _ = layout
             own = placement.place_of(matrix)
@@ -212,23 +254,23 @@ class FactorStore:
             group = groups[matrices[0]]
             device = matrices[0].weight.device
             factors = self.fresh(matrices[0], group, len(matrices), device)
-            batch = Batch(matrices, group, factors)
+            batch = Batch(matrices, group, self.encoded(factors, group, len(matrices)))
             self.batches.append(batch)
             self._batch_of |= dict.fromkeys(matrices, batch)
             for matrix in matrices:
-                _drop_unknown(matrix, state, factors)
+                drop_unknown(matrix, state, batch.stored.tensors)
 
-    def _adopt(
-        self, matrix: WeightMatrix, batch: Batch, views: dict[str, list[Tensor]], state: State
-    ) -> bool:
+    def _adopt(self, matrix: WeightMatrix, batch: Batch, own: Encoded, state: State) -> bool:
         """Make the state of a matrix and its place in the batch the same; whether that changed it.
 
-        What the state holds is copied into the batch; where it holds nothing factors start afresh.
+        What the state holds is copied into the batch, in whatever form it is; where it holds
+        nothing factors start afresh.
         """
         entry = state[matrix.weight]
+        views = own.tensors
         names = {name: state_key(matrix, name) for name in views}
         given: dict[str, Any] = {name: entry.get(key) for name, key in names.items()}
-        if all(_are_same(given[name], views[name]) for name in views):
+        if all(are_same(given[name], views[name]) for name in views):
             return False
         missing = [name for name, value in given.items() if value is None]
         needed = [name for name in missing if not name.startswith("m_")]
@@ -239,10 +281,12 @@ class FactorStore:
                 "state, got none"
             )
         if missing:
-            fresh = self.fresh(matrix, batch.group, None, matrix.weight.device).members()
-            given |= {name: list(fresh[name].tensors()) for name in missing}
+            fresh = self.fresh(matrix, batch.group, None, matrix.weight.device)
+            stored = self.encoded(fresh, batch.group, None).tensors
+            given |= {name: list(stored[name]) for name in missing}
         for name, value in given.items():
-            _check_shapes(matrix, name, value, views[name])
+            forms = recognized(matrix, name, value, batch.shapes[name])
+            given[name] = recode(value, forms, own.forms[name])
         for name, value in given.items():
             for view, t in zip(views[name], value, strict=True):
                 if view is not t:
@@ -251,46 +295,6 @@ class FactorStore:
         return True
 
 
-def _are_same(value: Any, views: Sequence[Tensor]) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == len(views)
-        and all(a is b for a, b in zip(value, views, strict=True))
-    )
-
-
-def _check_shapes(matrix: WeightMatrix, name: str, value: Any, views: Sequence[Tensor]) -> None:
-    """Raise unless ``value`` is a list of tensors shaped like ``views``."""
-    expected = [list(view.shape) for view in views]
-    good = isinstance(value, list | tuple) and all(isinstance(t, Tensor) for t in value)
-    got = [list(t.shape) for t in value] if good else type(value).__name__
-    if got != expected:
-        raise ValueError(f"{matrix.name}: expected {name} of shapes {expected}, got {got}")
-
-
-def _forget(matrix: WeightMatrix, state: State, batch: Batch | None) -> None:
-    """Drop the factors of a matrix: they were of another structure."""
-    for name in batch.factors.members() if batch is not None else ():
-        state.get(matrix.weight, {}).pop(state_key(matrix, name), None)
-
-
-def _drop(matrix: WeightMatrix, state: State, factors: Factors) -> None:
-    """Drop the factors of a matrix: another rank has them."""
-    for name in factors.members():
-        state[matrix.weight].pop(state_key(matrix, name), None)
-
-
-def _drop_unknown(matrix: WeightMatrix, state: State, factors: Factors) -> None:
-    """Drop members that a matrix no longer has: momenta that were switched off."""
-    entry = state.get(matrix.weight, {})
-    known = {state_key(matrix, name) for name in factors.members()}
-    prefix = f"{matrix.label}." if matrix.label else ""
-    for key in [k for k, v in entry.items() if isinstance(v, list) and k not in known]:
-        if key.startswith(prefix) and ("." in key) == bool(prefix):
-            del entry[key]
-
-
-def _copy(target: StructuredMatrix, new: StructuredMatrix, unless: Tensor | None) -> None:
-    """Write one member into the tensors of another."""
-    for place, t in zip(target.tensors(), new.tensors(), strict=True):
-        write_(place, t, unless)
+def _zeros(device: torch.device, like: Tensor) -> Tensor:
+    """Zeros of a shape and data type that take no memory."""
+    return torch.zeros((), dtype=like.dtype, device=device).expand(like.shape)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from singd.capture.statistics import KroneckerStatistics, side_by_side
@@ -63,7 +62,7 @@ def update_factors(
         residuals: Takes how far factors were from where they rest; not computed if ``None``.
     """
     proposals = [
-        Proposal(batch, batch.factors, store.products(batch), []) for batch in store.batches
+        Proposal(batch, batch.stored, store.products(batch), []) for batch in store.batches
     ]
     by_group: dict[int, list[tuple[Proposal, list[WeightMatrix]]]] = {}
     for place, proposal in enumerate(proposals):
@@ -81,10 +80,11 @@ def update_factors(
         )
         updates = store.method.update_all(stacks, group, group["step"])
         for (proposal, some), new in zip(due, updates, strict=True):
-            proposal.factors = _replaced(proposal, some, new, rounding)
+            before = proposal.stored  # others of the batch may have been updated already
+            proposal.stored = proposal.batch.replaced(some, new, rounding, before)
             proposal.updated += some
         for proposal, _ in due:
-            proposal.products = store.method.products(proposal.factors, group)
+            proposal.products = store.products_of(proposal.stored, group)
     return proposals
 
 
@@ -114,7 +114,8 @@ def _job(
 ) -> Stack:
     """Some matrices of a batch with their factors, and what was seen of them."""
     batch = proposal.batch
-    factors, products = batch.select(some, batch.factors, proposal.products)
+    stored, products = batch.select(some, batch.stored, proposal.products)
+    factors = stored.factors()
     if not method.needs_activations:
         return Stack(factors, placement.gradients(some), products)
     sums = [statistics[matrix] for matrix in some]
@@ -128,16 +129,4 @@ def _job(
         found = method.residuals(factors, averages, batch.group)
         for i, matrix in enumerate(some):
             residuals[matrix] = {name: values[i] for name, values in found.items()}
-    return Stack(factors, averages, products)
-
-
-def _replaced(proposal: Proposal, some: list[WeightMatrix], new: Any, rounding: Rounding) -> Any:
-    """The factors of the whole batch with those of some matrices replaced."""
-
-    def rounded(t: Tensor, dtype: torch.dtype, names: Sequence[str]) -> Tensor:
-        return rounding(t, dtype, names)
-
-    before = proposal.batch.factors
-    if proposal.updated:  # others of the batch have been updated already
-        before = proposal.factors
-    return proposal.batch.replaced(some, new, rounded, before)
+    return Stack(factors, averages, products, None if stored.is_plain else stored.member)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from singd.ops.dtensor import local
 from singd.step import grafting
-from singd.step.factor_store import State, state_key
+from singd.step.entries import State, state_key
 from singd.step.groups import Group
 from singd.step.pipeline import Parts
 

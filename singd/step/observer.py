@@ -41,7 +41,8 @@ class StepObserver:
 
     def piece_bytes(self, matrix: WeightMatrix) -> int | None:
         """As large as the factor: a product with fewer rows than columns is slow."""
-        first = next(iter(self.parts.store.factors(matrix).members().values()))
+        group = self.parts.parameters.group_of[matrix.weight]
+        first = next(iter(self.parts.store.summarizing(matrix, group).members().values()))
         return None if isinstance(first, Diagonal) else sum(t.nbytes for t in first.tensors())
 
     def sampling(self, matrix: WeightMatrix) -> tuple[int, float]:
@@ -75,7 +76,7 @@ class StepObserver:
     def summarize(self, matrix: WeightMatrix, side: Side, columns: Columns) -> Statistic:
         """The statistic that the method asks for."""
         group = self.parts.parameters.group_of[matrix.weight]
-        factors = self.parts.store.factors(matrix)
+        factors = self.parts.store.summarizing(matrix, group)
         statistic = self.parts.method.summarize(factors, side, columns, group)
         if statistic.kind == "whitened" and not self.parts.placement.holds(matrix):
             raise RuntimeError(

@@ -26,7 +26,8 @@ from singd.step.directions import (
     scale_by_kl,
     write_averages,
 )
-from singd.step.factor_store import FactorStore, State
+from singd.step.entries import State
+from singd.step.factor_store import FactorStore
 from singd.step.factor_updates import Normalization, Residuals, Statistics, update_factors
 from singd.step.fallback import Fallback
 from singd.step.groups import ChangedOptions, Group, is_due
@@ -142,8 +143,7 @@ def _made(
 
     What is not finite there is not finite in what is made of it, so only that is looked at.
     """
-    members = [m for p in proposed if p.updated for m in p.factors.members().values()]
-    made = [t for member in members for t in member.tensors()]
+    made = [t for proposal in proposed if proposal.updated for t in proposal.stored.real()]
     made += [_values(local(p.grad)) for _, some in others for p in some if p.grad is not None]
     made += [d.value for d in directions] if quadratic is None else [quadratic]
     return [t for t in made if t.numel()]
@@ -201,8 +201,8 @@ def _find_cause(
         if not all(bool(t.isfinite().all()) for t in sums):
             return f"{matrix.name}: its statistics are not finite"
     for proposal in proposed if any(p.updated for p in proposed) else ():
-        for name, member in proposal.factors.members().items():
-            for t in member.tensors():
+        for name, own in proposal.stored.tensors.items():
+            for t in own:
                 place = _not_finite(t)
                 if place is not None:
                     return f"{proposal.batch.matrices[place].name}: its factor {name} is not finite"

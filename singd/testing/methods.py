@@ -250,7 +250,8 @@ def _assert_same(
     if len(expected) != len(got):
         raise AssertionError(f"{what}: expected {len(expected)} tensors, got {len(got)}")
     for number, (e, g) in enumerate(zip(expected, got, strict=True)):
-        difference = float((e - g).detach().norm() / e.detach().norm().clamp(min=1e-30))
+        e, g = e.detach().double(), g.detach().double()
+        difference = float((e - g).norm() / e.norm().clamp(min=1e-30))
         if e.shape != g.shape or not difference <= (0.0 if exactly else TOLERANCE):
             raise AssertionError(
                 f"{what}: expected the same tensor {number}, got a relative difference of "

@@ -35,6 +35,9 @@ METHODS: dict[str, Any] = {
     ),
     "SINGD, rows": partial(SINGD, places="rows", **ROWED),
     "SINGD, rows, without products": partial(SINGD, places="rows", keep_products=False, **BLOCKS),
+    "SINGD, 24 and 8 bits": partial(
+        SINGD, preconditioner_dtype=("bfloat16+8", "int8"), places="owned", **OPTIONS
+    ),
     "KFAC, columns": partial(KFAC, places="columns"),
     "KFAC": KFAC,
     "KFAC, owned": partial(KFAC, places="owned"),
@@ -56,6 +59,7 @@ ROWS: dict[str, Iterable[str]] = {
     "SINGD, columns, without products": _SOME[:1],
     "SINGD, rows": (*_SOME, "a_rank_without_samples", "parameters_that_are_not_sharded"),
     "SINGD, rows, without products": _SOME[:2],
+    "SINGD, 24 and 8 bits": ("noise",),
     "KFAC, columns": _SOME[:1],
     "KFAC": _SOME,
     "KFAC, owned": _SOME[:1],

@@ -236,6 +236,34 @@ def functional(setting: Setting) -> Ends:
     return snapshot(model, optimizer)
 
 
+def in_fewer_bits(setting: Setting) -> Ends:
+    """Factors in 8 and 24 bits, each on one rank: what is resumed goes on to the bit."""
+    options = OPTIONS | {"places": "owned", "preconditioner_dtype": ("int8", "bfloat16+8")}
+    models = [setting.shard(net()) for _ in range(2)]
+    first, second = (SINGD(model, **options) for model in models)
+
+    def train(run: int, optimizer: SINGD, part: slice) -> None:
+        for X, y in batches(6)[part]:
+            optimizer.zero_grad()
+            setting.backward(models[run], X, y)
+            optimizer.step()
+
+    train(0, first, slice(3))
+    with torch.no_grad():
+        for p, q in zip(*(model.parameters() for model in models), strict=True):
+            q.copy_(p)
+    second.load_state_dict(first.state_dict())
+    for run, optimizer in enumerate((first, second)):
+        train(run, optimizer, slice(3, None))
+        stored = sum(nbytes(state) for state in optimizer.state.values())
+        assert optimizer.plan().state_bytes == stored
+    ends = [snapshot(*pair) for pair in zip(models, (first, second), strict=True)]
+    assert ends[0].keys() == ends[1].keys()
+    assert {t.dtype for t in ends[0].values()} >= {torch.int8, torch.bfloat16}
+    assert all(torch.equal(t, ends[1][name]) for name, t in ends[0].items())
+    return {"resumed": torch.ones(1)}
+
+
 #: By how much scenarios differ from one process, where it is not rounding in float64.
 TOLERANCES = {"mixed precision": 1e-5}
 
@@ -251,6 +279,8 @@ SCENARIOS: dict[str, Callable[[Setting], Ends]] = (
         "last passes, owned": functools.partial(last_passes, places="owned"),
         "owned": owned,
         "owned, again": owned,
+        "in fewer bits": in_fewer_bits,
+        "in fewer bits, again": in_fewer_bits,
     }
     | {
         "mixed precision": mixed,

@@ -66,6 +66,9 @@ METHODS: dict[str, Any] = {
     "bfloat16 factors": lambda m: SINGD(
         m, T=2, alpha1=0.5, preconditioner_dtype=(torch.bfloat16, None), seed=3
     ),
+    "factors in 24 and 8 bits": lambda m: SINGD(
+        m, T=2, alpha1=0.5, preconditioner_dtype=("int8", "bfloat16+8"), seed=3
+    ),
     "T by group": lambda m: SINGD(
         m,
         [{"params": m.layers[:2].parameters()}, {"params": m.layers[2:].parameters(), "T": 2}],

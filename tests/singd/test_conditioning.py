@@ -211,7 +211,7 @@ def test_products_that_may_be_rounded_take_the_factor_first(setting: str) -> Non
 
 def test_diagonals_need_no_factor_and_no_least_damping(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their products are taken number by number."""
-    monkeypatch.setattr(inverse_free, "rounds_products", lambda *_: True)
+    monkeypatch.setattr(precision, "rounds_products", lambda *_: True)
     structures = ("diagonal", "diagonal")
     P = settled(rows(1e12), torch.float32, False, damping=1e-3, structures=structures)
     S = rows(1e12).double().square().mean(0)

@@ -35,6 +35,9 @@ METHODS: dict[str, Any] = {
         m, T=2, alpha1=0.5, lr=0.05, structures={"0*": ("hierarchical(1, 2)", "diagonal")}
     ),
     "bfloat16": lambda m: SINGD(m, T=2, preconditioner_dtype=(torch.bfloat16, None)),
+    "24 and 8 bits": lambda m: SINGD(
+        m, T=2, alpha1=0.5, preconditioner_dtype=("bfloat16+8", "int8")
+    ),
     "KFAC": lambda m: KFAC(m, T=2, lr=0.05),
 }
 

@@ -11,6 +11,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,7 +22,12 @@ from singd.layers import OPTIONAL
 from tests.singd.paper import KFAC, SINGD
 from tests.singd.runs import F64, batches, distance, factors, mean_loss, mlp, snapshot, train
 
-METHODS: dict[str, Any] = {"SINGD": SINGD, "KFAC": KFAC}
+FORMS: Any = ("bfloat16+8", "int8")
+METHODS: dict[str, Any] = {
+    "SINGD": SINGD,
+    "SINGD in 24 and 8 bits": partial(SINGD, preconditioner_dtype=FORMS),
+    "KFAC": KFAC,
+}
 I5 = torch.eye(5, dtype=F64)
 
 
@@ -88,7 +94,8 @@ def test_a_step_before_any_backward_moves_nothing(method: str) -> None:
     model(batches(1)[0][0])  # nor does a forward pass alone
     optimizer.step()
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
-    assert torch.equal(factors(optimizer, model[0].weight)["K" if method == "SINGD" else "S_K"], I5)
+    K = factors(optimizer, model[0].weight)["S_K" if method == "KFAC" else "K"]
+    assert torch.equal(K.double(), I5)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
@@ -283,6 +290,7 @@ def test_a_group_that_is_refused_leaves_no_trace() -> None:
         ("alpha1", 0.5),
         ("kfac_like", True),
         ("preconditioner_dtype", (torch.float32, torch.float32)),
+        ("preconditioner_dtype", FORMS),
         ("structures", ("diagonal", "diagonal")),
         ("max_dim", 4),
     ],

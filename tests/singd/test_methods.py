@@ -105,6 +105,10 @@ class OtherShapes(InverseFree):
             return factors
         return replace(factors, m_K=factors.K * 0, m_C=factors.C * 0)
 
+    def update_all(self, stacks: Any, options: Options, step: int) -> Any:
+        for new in super().update_all(stacks, options, step):
+            yield replace(new, m_K=new.K * 0, m_C=new.C * 0)
+
 
 class Remembers(InverseFree):
     """Something that directions depend on is not in the state."""

@@ -43,7 +43,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 OTHERS: dict[str, list[Any]] = {
     "structures": ["dense", ("dense",), ("dense", "dens"), {"*": "dense"}, ()],
     "wide_structure": ["diag", "dense(3)"],
-    "preconditioner_dtype": [float32, (float32,), (int32, None), ("float32", None)],
+    "preconditioner_dtype": [float32, (float32,), (int32, None), ("float32", None), ("int4", None)],
     "layers": [[nn.Dropout], [nn.Linear]],
     "adamw": [{"lr": -1.0}, {"betas": (0.9, 1.0)}],
     "telemetry": [1],

@@ -98,7 +98,8 @@ def test_preconditioning_applies_both_factors(structure: str) -> None:
     close(update.precondition(K, C, G), c @ c.T @ G @ k @ k.T)
     method, factors = InverseFree(), InverseFreeFactors(K, C)
     for keep in (False, True):
-        products = method.products(factors, {"keep_products": keep})
+        options = {"keep_products": keep, "preconditioner_dtype": (None, None)}
+        products = method.products(factors, options)
         close(method.precondition(factors, G, products), c @ c.T @ G @ k @ k.T)
 
 

@@ -1,0 +1,67 @@
+"""Entries of factors in the optimizer's state: their names, their shapes, and what has no place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from singd.capture.weight_matrix import WeightMatrix
+from singd.ops.storage import Form, recognize
+
+State = MutableMapping[Any, dict[str, Any]]
+
+
+def state_key(matrix: WeightMatrix, name: str) -> str:
+    """The key of a member of ``matrix`` in the state of its weight."""
+    return f"{matrix.label}.{name}" if matrix.label else name
+
+
+def are_same(value: Any, views: Sequence[Tensor]) -> bool:
+    """Whether ``value`` is a list of these very tensors."""
+    return (
+        isinstance(value, list)
+        and len(value) == len(views)
+        and all(a is b for a, b in zip(value, views, strict=True))
+    )
+
+
+def drop(matrix: WeightMatrix, state: State, names: Iterable[str]) -> None:
+    """Drop members of a matrix: of another structure, or of another rank."""
+    for name in names:
+        state.get(matrix.weight, {}).pop(state_key(matrix, name), None)
+
+
+def drop_unknown(matrix: WeightMatrix, state: State, names: Iterable[str]) -> None:
+    """Drop members that a matrix no longer has: momenta that were switched off."""
+    entry = state.get(matrix.weight, {})
+    known = {state_key(matrix, name) for name in names}
+    prefix = f"{matrix.label}." if matrix.label else ""
+    for key in [k for k, v in entry.items() if isinstance(v, list) and k not in known]:
+        if key.startswith(prefix) and ("." in key) == bool(prefix):
+            del entry[key]
+
+
+def recognized(
+    matrix: WeightMatrix, name: str, value: Any, shapes: Sequence[torch.Size]
+) -> list[Form]:
+    """The forms in which the tensors of a member are stored.
+
+    Args:
+        matrix: Matrix of the member.
+        name: Name of the member.
+        value: What the state holds of it.
+        shapes: Shapes of the member's tensors.
+
+    Raises:
+        ValueError: If it is no list of tensors that are stored of a member of these shapes.
+    """
+    good = isinstance(value, list | tuple) and all(isinstance(t, Tensor) for t in value)
+    forms = recognize(value, shapes) if good else None
+    if forms is None:
+        expected = [list(shape) for shape in shapes]
+        got = [list(t.shape) for t in value] if good else type(value).__name__
+        raise ValueError(f"{matrix.name}: expected {name} of shapes {expected}, got {got}")
+    return forms
