@@ -45,7 +45,7 @@ SINGD: Groups = {
 }
 # Modules with more to use than what the packages export, and what is left out of each.
 MODULES: Groups = {
-    "structured.costs": ("cost",),
+    "structured.costs": ("cost", "cost_of"),
     "structured.testing": (),
     "structured.interop": (),
     "structured.kernels": (),

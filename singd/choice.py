@@ -8,11 +8,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from singd.capture.weight_matrix import WeightMatrix
-from singd.methods.automatic import AUTO, MEASURED, Automatic, numbers_within
+from singd.methods.automatic import AUTO, MEASURED, Automatic
 from singd.methods.base import Options
+from singd.methods.budget import STATE, check_budget, choose
 from singd.methods.covariances import CountedCovariances
-from singd.methods.structure_choice import CANDIDATES, StructureChoice, check_budget
+from singd.methods.structure_choice import CANDIDATES, StructureChoice
 from singd.optimizer import KroneckerOptimizer
+
+RULE: Mapping[str, Any] = {
+    **{"kfac_like": False, "relative_damping": True, "scale_init": True, "alpha1": 0.0},
+    **{"lr_cov": None, "factor_clip": 0.5, "normalize_lr_cov": False, "keep_products": True},
+    "preconditioner_dtype": (None, None),
+}
+"""The defaults of SINGD's options by which flops are counted."""
 
 
 class _Measuring(Automatic):
@@ -37,7 +45,8 @@ def choose_structures(
     model: nn.Module,
     losses: Iterable[Tensor],
     *,
-    budget: float = 1.5,
+    budget: float | Mapping[str, float] = STATE,
+    T: int = 10,
     candidates: Sequence[str] = CANDIDATES,
     layers: Collection[type[nn.Module]] | str = (),
     loss_average: str | None = "batch",
@@ -56,7 +65,8 @@ def choose_structures(
         model: Model; its weights are not changed.
         losses: Losses of a few batches, made one after the other.
         budget: State of SINGD for the weights, with their momentum: a multiple of AdamW's (a float)
-            or bytes (an integer).
+            or bytes (an integer); or a mapping with further limits, as in :class:`singd.SINGD`.
+        T: Number of steps between two updates of the factors to be, where flops are limited.
         candidates: Specs that are compared on every side; the cheapest are taken in any case.
         layers: Further types to precondition, as in :class:`singd.SINGD`.
         loss_average: What the losses are means over, as in :class:`singd.SINGD`.
@@ -92,4 +102,4 @@ def choose_structures(
             "(a generator), got none that reached a weight"
         )
     (group,) = optimizer.param_groups
-    return method.choose(seen, numbers_within(budget, seen, group), strict=True)
+    return choose([({**group, **RULE, "T": T}, seen)], candidates, strict=True)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from singd.methods.automatic import UPDATES, Automatic
+from singd.methods.budget import STATE, check_budget
 from singd.methods.inverse_free import MAX_DIM, InverseFree
-from singd.methods.structure_choice import check_budget
 from singd.optimizer import KroneckerOptimizer
 from structured import StructureLike
 
@@ -66,7 +66,9 @@ class SINGD(KroneckerOptimizer):
             side of up to 2048, for that time), and then takes for every weight the structures that
             lose the fewest nats within ``budget``; :meth:`plan` shows them.
         budget: State under ``structures="auto"``: a multiple of AdamW's (a float) or bytes (an
-            integer), of all groups that have the same.
+            integer), of all groups that have the same. Or a mapping of limits, ``{"state": 1.5,
+            "flops": 0.2}``: ``state`` as before, and ``flops`` of a step's updates and directions,
+            as a multiple of those of the forward and backward passes of the weights on a rank.
         damping: Damping lambda of the curvature. What is smaller than its rounding counts as that.
         relative_damping: Damping is in units of the mean eigenvalue of the curvature,
             ``mean(S_K) mean(S_C)``; otherwise in those of the curvature.
@@ -156,7 +158,7 @@ class SINGD(KroneckerOptimizer):
         kfac_approx: str = "expand",
         *,
         sample: int | str = 1,
-        budget: float = 1.5,
+        budget: float | Mapping[str, float] = STATE,
         kfac_like: bool = False,
         relative_damping: bool = True,
         scale_init: bool = True,

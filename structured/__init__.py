@@ -20,7 +20,7 @@ from structured.block_triangular import (
 )
 from structured.centrosymmetric import centrosymmetric
 from structured.circulant import Circulant
-from structured.costs import cost
+from structured.costs import cost, cost_of
 from structured.dense import Dense
 from structured.diagonal import Diagonal
 from structured.direct_sum import DirectSum
@@ -79,6 +79,7 @@ __all__ = [
     "centrosymmetric",
     "complex_numbers",
     "cost",
+    "cost_of",
     "divergence",
     "inverse_root",
     "low_rank_lower",

@@ -44,8 +44,11 @@ PRODUCTS = {
 }
 """Matrix products, with the places of the matrices among their arguments."""
 
-CUBIC = ("linalg_solve_ex", "_linalg_solve_ex", "linalg_lu_factor_ex", "linalg_cholesky_ex")
-"""Operations that cost the number of rows for every entry of their first argument."""
+CUBIC = (
+    *("linalg_solve_ex", "_linalg_solve_ex", "linalg_lu_factor_ex", "linalg_cholesky_ex"),
+    *("linalg_qr", "cholesky_inverse", "_linalg_eigh"),
+)
+"""Operations that cost the number of columns for every entry of their first argument."""
 
 FREE = (
     *("_unsafe_view", "detach", "empty", "empty_like", "empty_strided"),
@@ -130,8 +133,21 @@ def operation_cost(operation: Operation, A: StructuredMatrix, columns: int = 1) 
         columns: Number of columns.
     """
     X = torch.empty(*A.batch_shape, A.n, columns, dtype=A.dtype, device=A.device)
+    return cost_of(lambda: operation(A, X))
+
+
+def cost_of(function: Callable[[], Any]) -> OperationCost:
+    """The cost of a call of a function, which may work on the meta device.
+
+    >>> X = torch.empty(100, 20, device="meta")
+    >>> cost_of(lambda: X @ X.mT)
+    OperationCost(multiply_adds=200000.0, bytes=56000.0)
+
+    Args:
+        function: Function of nothing, called once without gradients.
+    """
     with torch.no_grad(), Count() as counter:
-        operation(A, X)
+        function()
     return OperationCost(counter.multiply_adds, counter.bytes)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,18 +12,11 @@ from singd.capture.statistics import Columns, Side, Statistic
 from singd.capture.warning import warn_user
 from singd.capture.weight_matrix import WeightMatrix
 from singd.methods.base import Averages, Options, Products, Stack
+from singd.methods.budget import check_budget, choose, limits_of
 from singd.methods.covariances import CountedCovariances, inverse_diagonal, projected
 from singd.methods.inverse_free import MAX_DIM, InverseFree
 from singd.methods.options import by_name
-from singd.methods.structure_choice import (
-    CANDIDATES,
-    Option,
-    StructureChoice,
-    cheapest_nats,
-    check_budget,
-    options_of,
-    unbeaten,
-)
+from singd.methods.structure_choice import CANDIDATES
 from structured import Structure, StructuredMatrix, parse
 
 AUTO = "auto"
@@ -114,7 +106,8 @@ class Automatic(InverseFree):
         if not isinstance(factors, CountedCovariances):
             return super().update(factors, statistics, options, step)
         dtype = factors.S_K.dtype
-        return factors.with_batch(statistics.input.value.to(dtype), statistics.grad.value.to(dtype))
+        S_K, S_C = (U.value.to(dtype) for U in (statistics.input, statistics.grad))
+        return factors.with_batch(S_K, S_C, statistics.rows)
 
     def update_all(self, stacks: Any, options: Options, step: int) -> Any:
         """:meth:`update` of all stacks; factors are updated together."""
@@ -174,16 +167,17 @@ class Automatic(InverseFree):
         Until then every step updates the averages: steps that were skipped, or had no gradients,
         do not count. A weight that nothing was seen of is diagonal, with a warning.
         """
-        ready: dict[float, list[tuple[dict[str, Any], Mapping[WeightMatrix, Any]]]] = {}
+        ready: dict[Any, list[tuple[dict[str, Any], Mapping[WeightMatrix, Any]]]] = {}
         for options, factors in groups:
             if not factors or not measures(options):
                 continue
             if max(both.batches() for both in factors.values()) < UPDATES:
                 options["burn_in"] = max(options["burn_in"], options["step"] + 1)
             elif options["step"] >= options["burn_in"]:
-                ready.setdefault(options["budget"], []).append((options, factors))
+                key = tuple(sorted(limits_of(options["budget"]).items()))
+                ready.setdefault(key, []).append((options, factors))
         found: dict[WeightMatrix, Any] = {}
-        for budget, some in ready.items():
+        for some in ready.values():
             averages = {m: both for _, factors in some for m, both in factors.items()}
             unseen = [
                 m.name for m, S in averages.items() if m.weight.grad is None and not S.batches()
@@ -193,69 +187,13 @@ class Automatic(InverseFree):
                     f"{', '.join(dict.fromkeys(unseen))}: without gradients when structures were "
                     "chosen, so factors are diagonal"
                 )
-            numbers = numbers_within(budget, averages, some[0][0])
-            choice = self.choose(averages, numbers, agree)
+            choice = choose(some, self.candidates, agree)
             for options, factors in some:
                 names = [*dict.fromkeys(matrix.name for matrix in factors)]
                 options["structures"] = {name: choice[name] for name in names}
                 options["nats_lost"] = {name: choice.nats_of(name) for name in names}
                 found |= {m: self._first(m, both, options) for m, both in factors.items()}
         return found
-
-    def choose(
-        self,
-        factors: Mapping[WeightMatrix, CountedCovariances],
-        numbers: int,
-        agree: Callable[[Sequence[float]], Sequence[float]] = list,
-        *,
-        strict: bool = False,
-    ) -> StructureChoice:
-        """The structures of weights that share a budget.
-
-        Args:
-            factors: The averages of the weights.
-            numbers: How many numbers may be stored.
-            agree: Means of numbers over ranks, so that all choose alike.
-            strict: Raise where a budget is too small, otherwise warn.
-        """
-        of_name: dict[str, list[WeightMatrix]] = {}
-        for matrix in factors:
-            of_name.setdefault(matrix.name, []).append(matrix)
-        sides = {
-            (name, side): self._table([factors[m] for m in matrices], side, agree)
-            for name, matrices in of_name.items()
-            for side in (0, 1)
-        }
-        least = sum(table[0].numbers for table in sides.values())
-        if numbers < least and not strict:
-            warn_user(
-                f"budget: expected at least {least:,} numbers for the factors, got {numbers:,}: "
-                "all take their cheapest structures"
-            )
-            numbers = least
-        chosen = cheapest_nats(sides, numbers)
-        return StructureChoice({n: (chosen[n, 0], chosen[n, 1]) for n in of_name}, numbers)
-
-    def _table(
-        self,
-        averages: Sequence[CountedCovariances],
-        side: int,
-        agree: Callable[[Sequence[float]], Sequence[float]],
-    ) -> list[Option]:
-        """The options of one side of the matrices of one weight, which take the same structure."""
-        tables = [
-            options_of(*((a.S_K, a.S_C.n) if side == 0 else (a.S_C, a.S_K.n)), self.candidates)
-            for a in averages
-        ]
-        together = [
-            Option(same[0].spec, sum(o.numbers for o in same), sum(o.nats for o in same))
-            for same in zip(*tables, strict=True)
-        ]
-        told = agree([option.nats for option in together])
-        return unbeaten(
-            Option(option.spec, option.numbers, nats)
-            for option, nats in zip(together, told, strict=True)
-        )
 
     def _first(self, matrix: WeightMatrix, both: CountedCovariances, options: Options) -> Any:
         """Factors after one update from the identity, by the averages.
@@ -270,20 +208,6 @@ class Automatic(InverseFree):
         averages = Averages(projected(one.K, both.S_K), projected(one.C, both.S_C))
         (new,) = super().update_all([Stack(one, averages, {})], options, 0)
         return new.map(lambda t: t[0])
-
-
-def numbers_within(budget: float, factors: Mapping[WeightMatrix, Any], options: Options) -> int:
-    """How many numbers the factors of weights may have.
-
-    Args:
-        budget: State as a multiple of AdamW's, a float; or in bytes, an integer.
-        factors: The weights.
-        options: Options of their group.
-    """
-    weights = sum(math.prod(matrix.shape) for matrix in factors)
-    itemsize = max(matrix.weight.element_size() for matrix in factors)
-    state = budget // itemsize if isinstance(budget, int) else 2 * budget * weights
-    return int(state) - weights * bool(options["momentum"])
 
 
 def measures(options: Options) -> bool:

@@ -61,10 +61,14 @@ class Factors:
 
 @dataclass
 class Averages:
-    """The statistics of a weight matrix, averaged over rows: those of ``S_K`` and ``S_C``."""
+    """The statistics of a weight matrix, averaged over rows: those of ``S_K`` and ``S_C``.
+
+    ``rows`` are the numbers of rows of the inputs that a rank has seen on average, of each matrix.
+    """
 
     input: Statistic
     grad: Statistic
+    rows: Sequence[float] = ()
 
 
 @dataclass
@@ -284,6 +288,14 @@ class Method(ABC):
     def products(self, factors: Any, options: Options) -> Products:
         """Operators worth caching until the next update."""
         return {}
+
+    def typical_steps(self, options: Options) -> Mapping[int, float]:
+        """Numbers of steps whose updates stand for all, with their shares, to count what they do.
+
+        Args:
+            options: Options of the parameter group.
+        """
+        return {0: 1.0}
 
     def residuals(self, factors: Any, averages: Any, options: Options) -> dict[str, Tensor]:
         """Distances of factors from where they rest, ``[matrices, ...]`` by name."""

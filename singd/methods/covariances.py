@@ -53,28 +53,37 @@ class Covariances(Factors):
 
 @dataclass(frozen=True)
 class CountedCovariances(Covariances):
-    """Means over ``count`` batches (a 1 x 1 member).
+    """Means over ``count`` batches (a 1 x 1 member), and of the ``rows`` of inputs on each rank.
 
     A batch without inputs or without output gradients has no curvature, and does not count.
     """
 
     count: ScaledIdentity
+    rows: ScaledIdentity
 
     @classmethod
     def _more(cls, like: Mapping[str, Any]) -> tuple[StructuredMatrix, ...]:
-        return (ScaledIdentity.zeros(1, **like),)
+        return tuple(ScaledIdentity.zeros(1, **like) for _ in range(2))
 
-    def with_batch(self, new_K: StructuredMatrix, new_C: StructuredMatrix) -> CountedCovariances:
+    def with_batch(
+        self, new_K: StructuredMatrix, new_C: StructuredMatrix, rows: Sequence[float]
+    ) -> CountedCovariances:
         """The means with one batch more."""
         seen = (new_K.trace() > 0) & (new_C.trace() > 0)
         count = self.count.c + seen
         w = seen / count.clamp(min=1)
         S_K, S_C = ((1 - w) * S + w * new for S, new in ((self.S_K, new_K), (self.S_C, new_C)))
-        return CountedCovariances(S_K, S_C, ScaledIdentity(count, 1))
+        new_rows = count.new_tensor(rows or 0.0).view(-1, *[1] * (count.ndim - 1))
+        mean_rows = torch.lerp(self.rows.c, new_rows, w)
+        return CountedCovariances(S_K, S_C, *(ScaledIdentity(c, 1) for c in (count, mean_rows)))
 
     def batches(self) -> int:
         """How many batches were averaged; the most of any part of a packed weight."""
         return int(self.count.c.max())
+
+    def mean_rows(self) -> float:
+        """Rows of a batch; those of the part of a packed weight that has the most."""
+        return float(self.rows.c.max())
 
 
 Member = TypeVar("Member", bound=StructuredMatrix)

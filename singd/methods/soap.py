@@ -21,7 +21,7 @@ turns by a half then does not meet the moments of other directions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,12 @@ class TrackedBasis(Method):
         square = in_bases(Q, G).square()
         new = averaged(Diagonal(V.flatten(1)), Diagonal(square.flatten(1)), 1 - beta)
         return MovingMoments(tuple(S), tuple(Q), new)
+
+    def typical_steps(self, options: Options) -> Mapping[int, float]:
+        """One step that turns the bases, and one that does not."""
+        every = options["basis_interval"]
+        turning = math.gcd(options["T"], every) / every
+        return {every: turning, every + 1: 1.0 - turning}
 
     def products(self, factors: MovingMoments, options: Options) -> Products:
         """The reciprocal roots of the moments."""

@@ -3,16 +3,17 @@
 Each candidate K of a side has a :func:`structured.divergence` from ``S + 0.001 mean(S) I``, which
 counts as often as the other side is long: so many times the factor occurs in the Kronecker product.
 Beginning with the cheapest structures everywhere, that exchange is made again and again that saves
-the most nats for a number, until the budget is spent.
+the most nats for its price, until no other one is within the limits. With one limit, the price is
+what is limited. With more, it is a weighted sum: once with weights that make limits equal, and once
+for each limit that counts alone; the best of these choices is taken.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -39,11 +40,18 @@ class Option:
         spec: The structure.
         numbers: How many numbers it stores.
         nats: ``KL`` of the Gaussian with the factor to that with the whole curvature of this side.
+        flops: Floating-point operations that it takes in a step.
     """
 
     spec: str
     numbers: int
     nats: float
+    flops: float = 0.0
+
+    def __add__(self, other: Option) -> Option:
+        """What both take together, with the structure of the first."""
+        sums = (getattr(self, f) + getattr(other, f) for f in ("numbers", "nats", "flops"))
+        return Option(self.spec, *sums)
 
 
 @dataclass(frozen=True)
@@ -52,11 +60,11 @@ class StructureChoice(Mapping[str, tuple[str, str]]):
 
     Attributes:
         sides: What was chosen for K and C of each weight.
-        budget: Numbers that might be stored.
+        limits: What might be used of ``numbers``, and of ``flops`` if they are limited.
     """
 
     sides: Mapping[str, tuple[Option, Option]]
-    budget: int
+    limits: Mapping[str, float]
 
     def __getitem__(self, name: str) -> tuple[str, str]:
         K, C = self.sides[name]
@@ -73,38 +81,48 @@ class StructureChoice(Mapping[str, tuple[str, str]]):
         K, C = self.sides[name]
         return K.nats + C.nats
 
+    def used(self, cost: str) -> float:
+        """What all factors take of ``numbers``, of ``flops`` or of ``nats``."""
+        return sum(getattr(option, cost) for both in self.sides.values() for option in both)
+
     @property
     def numbers(self) -> int:
         """How many numbers all factors store."""
-        return sum(option.numbers for both in self.sides.values() for option in both)
+        return int(self.used("numbers"))
 
     @property
     def nats(self) -> float:
         """Nats lost by all structures together."""
-        return sum(map(self.nats_of, self.sides))
+        return self.used("nats")
 
     def __str__(self) -> str:
         width = max(map(len, self.sides), default=0)
+        head = f"{'weight':{width}}  {'K':22} {'C':22} "
+        head += "".join(f"{cost:>12} " for cost in self.limits) + f"{'nats lost':>12}"
         rows = [
-            f"{name:{width}}  {K.spec:22} {C.spec:22} {K.numbers + C.numbers:12,} "
-            f"{K.nats + C.nats:12.4g}"
+            f"{name:{width}}  {K.spec:22} {C.spec:22} "
+            + "".join(f"{getattr(K + C, cost):12,.0f} " for cost in self.limits)
+            + f"{K.nats + C.nats:12.4g}"
             for name, (K, C) in self.sides.items()
         ]
-        head = f"{'weight':{width}}  {'K':22} {'C':22} {'numbers':>12} {'nats lost':>12}"
-        total = f"{self.numbers:,} of {self.budget:,} numbers, {self.nats:.4g} nats lost"
+        used = [f"{self.used(cost):,.0f} of {top:,.0f} {cost}" for cost, top in self.limits.items()]
+        total = ", ".join([*used, f"{self.nats:.4g} nats lost"])
         return "\n".join([head, "-" * len(head), *rows, total])
 
 
-def options_of(S: StructuredMatrix, other: int, candidates: Sequence[str]) -> list[Option]:
+def options_of(
+    S: StructuredMatrix, other: int, candidates: Sequence[str], flops: Callable[[str], float]
+) -> list[Option]:
     """All candidates for one side.
 
     Args:
         S: The curvature of the side: a dense member, or the diagonal of a wide side.
         other: Length of the other side.
         candidates: Specs.
+        flops: Floating-point operations in a step that a spec takes.
     """
     if isinstance(S, Diagonal):
-        return [Option("diagonal", S.n, 0.0)]
+        return [Option("diagonal", S.n, 0.0, flops("diagonal"))]
     M = S.to_dense().double()
     mean = M.diagonal(dim1=-2, dim2=-1).mean(-1)
     added = DAMPING * mean + torch.finfo(torch.float32).tiny
@@ -113,62 +131,95 @@ def options_of(S: StructuredMatrix, other: int, candidates: Sequence[str]) -> li
         K = inverse_root(spec, M, added)
         stored = sum(t.numel() for t in K.tensors())
         lost = float(divergence(K, M, added).clamp(min=0.0).sum()) * other
-        found.append(Option(spec, stored, lost if lost > NOTHING else 0.0))
+        found.append(Option(spec, stored, lost if lost > NOTHING else 0.0, flops(spec)))
     return found
 
 
-def unbeaten(options: Iterable[Option]) -> list[Option]:
-    """The options that no other beats, by numbers, each with fewer nats."""
-    best: list[Option] = []
-    for option in sorted(options, key=lambda option: (option.numbers, option.nats)):
-        if not best or option.nats < best[-1].nats * (1 - 1e-9):
-            best.append(option)
-    return best
+Sides = Mapping[tuple[str, int], Sequence[Option]]
+Chosen = dict[tuple[str, int], Option]
 
 
-def cheapest_nats(
-    sides: Mapping[tuple[str, int], Sequence[Option]], budget: int
-) -> dict[tuple[str, int], Option]:
-    """The option of each side, by exchanges that save the most nats for a number."""
-    chosen = dict.fromkeys(sides, 0)
-    spent = sum(options[0].numbers for options in sides.values())
-    if spent > budget:
-        raise ValueError(f"budget: expected at least {spent:,} numbers, got {budget:,}")
-    waiting: list[tuple[float, tuple[str, int], int, int]] = []
+def cheapest(sides: Sides, limits: Mapping[str, float]) -> Chosen:
+    """The option of each side that takes the least, where limits count alike."""
+
+    def price(option: Option) -> tuple[float, float]:
+        return _price(option, {cost: 1 / max(top, 1) for cost, top in limits.items()}), option.nats
+
+    return {side: min(options, key=price) for side, options in sides.items()}
+
+
+def needed(chosen: Chosen, costs: Iterable[str]) -> dict[str, float]:
+    """What is used of each cost."""
+    return {cost: sum(getattr(option, cost) for option in chosen.values()) for cost in costs}
+
+
+def listed(amounts: Mapping[str, float], costs: Iterable[str]) -> str:
+    """Amounts of costs in words."""
+    return " and ".join(f"{amounts[cost]:,.0f} {cost}" for cost in costs)
+
+
+def fewest_nats(sides: Sides, limits: Mapping[str, float]) -> Chosen:
+    """The option of each side, by exchanges that save the most nats for their price.
+
+    Of any choice let its shares of the limits be added up: none loses fewer nats whose sum is at
+    most 1 less that of the largest option. With one limit that is the optimum but for one exchange.
+
+    Args:
+        sides: The options of every side.
+        limits: What may be used of attributes of options, such as ``numbers``.
+
+    Raises:
+        ValueError: If not even the cheapest options are within the limits.
+    """
+    first = cheapest(sides, limits)
+    least = needed(first, limits)
+    short = [cost for cost, top in limits.items() if top < least[cost]]
+    if short:
+        raise ValueError(
+            f"budget: expected at least {listed(least, short)}, got {listed(limits, short)}"
+        )
+    together = {cost: 1 / max(top, 1) for cost, top in limits.items()}
+    alone = [{cost: weight} for cost, weight in together.items()] if len(limits) > 1 else []
+    found = [_exchanged(sides, dict(first), limits, weights) for weights in (together, *alone)]
+    return min(found, key=lambda chosen: sum(option.nats for option in chosen.values()))
+
+
+def _price(option: Option, weights: Mapping[str, float]) -> float:
+    return sum(weight * getattr(option, cost) for cost, weight in weights.items())
+
+
+def _exchanged(
+    sides: Sides, chosen: Chosen, limits: Mapping[str, float], weights: Mapping[str, float]
+) -> Chosen:
+    """What is chosen after all exchanges that are within the limits."""
+    spent = needed(chosen, limits)
+    waiting: list[tuple[float, tuple[str, int], Option, Option]] = []
+
+    def fits(now: Option, new: Option) -> bool:
+        return all(
+            spent[cost] - getattr(now, cost) + getattr(new, cost) <= top
+            for cost, top in limits.items()
+        )
 
     def offer(side: tuple[str, int]) -> None:
-        """The best exchange of this side, by nats saved for a number."""
-        options, now = sides[side], chosen[side]
-        rates = [
-            ((options[now].nats - o.nats) / (o.numbers - options[now].numbers), i)
-            for i, o in enumerate(options[now + 1 :], now + 1)
-            if spent - options[now].numbers + o.numbers <= budget
-        ]
+        """The best exchange of this side, by nats saved for its price."""
+        now, rates = chosen[side], []
+        for new in sides[side]:
+            if new.nats < now.nats * (1 - 1e-9) and fits(now, new):
+                more = _price(new, weights) - _price(now, weights)
+                rate = (now.nats - new.nats) / more if more > 0 else math.inf
+                rates.append((rate, now.nats - new.nats, new))
         if rates:
-            rate, target = max(rates)
+            rate, _, target = max(rates, key=lambda each: each[:2])
             heapq.heappush(waiting, (-rate, side, now, target))
 
     for side in sides:
         offer(side)
     while waiting:
-        _, side, before, target = heapq.heappop(waiting)
-        if before != chosen[side]:
-            continue
-        more = sides[side][target].numbers - sides[side][before].numbers
-        if spent + more <= budget:
-            spent, chosen[side] = spent + more, target
+        _, side, now, target = heapq.heappop(waiting)
+        if fits(now, target):
+            chosen[side] = target
+            for cost in limits:
+                spent[cost] += getattr(target, cost) - getattr(now, cost)
         offer(side)
-    return {side: sides[side][i] for side, i in chosen.items()}
-
-
-# The budget --------------------------------------------------------------------------------------
-
-
-def check_budget(budget: Any) -> None:
-    """Raise ``ValueError`` unless it is a multiple or a number of bytes."""
-    good = isinstance(budget, int | float) and not isinstance(budget, bool) and budget > 0
-    if not good or not math.isfinite(budget) or (isinstance(budget, int) and budget < 1000):
-        raise ValueError(
-            "budget: expected a multiple of AdamW's state (a float) or bytes (an integer of 1000 "
-            f"or more), got {budget!r}"
-        )
+    return chosen

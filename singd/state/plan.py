@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from singd.capture.weight_matrix import WeightMatrix, owners_of
+from singd.methods.flops import Flops, flops_of
 from singd.ops.dtensor import is_distributed, local
 from singd.step import grafting
 from singd.step.pipeline import Parts
@@ -27,6 +28,7 @@ class Row:
     place: str = ""
     sent_bytes: float = 0.0
     nats_lost: float | None = None  # by structures that were chosen from the curvature
+    flops: float = 0.0  # of a step's updates and directions; nan where they cannot be counted
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,21 @@ class Plan:
         """Bytes that this rank sends in a step, on average; FSDP2's own are not counted."""
         return sum(row.sent_bytes for row in self.rows)
 
+    @property
+    def flops(self) -> float:
+        """Floating-point operations in a step for factors and directions, on average.
+
+        Those of statistics, which grow with the batch, and of the moves of weights are not counted.
+        """
+        return sum(row.flops for row in self.rows)
+
     def __str__(self) -> str:
-        head = ["parameter", "shape", "layer", "rule", "structures", "state bytes"]
+        head = ["parameter", "shape", "layer", "rule", "structures", "state bytes", "flops a step"]
         body: list[tuple[str, ...]] = [
-            (r.parameter, _times(r.shape), r.layer, r.rule, r.structures, f"{r.state_bytes:,}")
+            (
+                *(r.parameter, _times(r.shape), r.layer, r.rule, r.structures),
+                *(f"{r.state_bytes:,}", f"{r.flops:,.0f}" if r.flops else ""),
+            )
             for r in self.rows
         ]
         if any(r.place for r in self.rows):
@@ -66,8 +79,11 @@ class Plan:
         widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *body)]
         ratio = self.state_bytes / self.adamw_bytes if self.adamw_bytes else float("nan")
-        total = f"state: {self.state_bytes:,} bytes, {ratio:.2f} of AdamW's {self.adamw_bytes:,}"
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], total])
+        total = [
+            f"state: {self.state_bytes:,} bytes, {ratio:.2f} of AdamW's {self.adamw_bytes:,}",
+            f"factors and directions: {self.flops:,.0f} flops a step",
+        ]
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *total])
 
 
 def _times(shape: tuple[int, ...]) -> str:
@@ -88,8 +104,9 @@ def make_plan(rule: str, parts: Parts) -> Plan:
             ours.setdefault(p, []).append(matrix)
     counter = nbytes(torch.tensor(0.0))
     rows, adamw = [], 0
+    counted: dict[Any, Flops] = {}
     for name, p, module, _ in owners_of(parameters.model):
-        kind, structures, stored, place, sent = "frozen", "", 0, "", 0.0
+        kind, structures, stored, place, sent, work = "frozen", "", 0, "", 0.0, 0.0
         lost: float | None = None
         if p in parameters.group_of:
             group = parameters.group_of[p]
@@ -114,16 +131,31 @@ def make_plan(rule: str, parts: Parts) -> Plan:
                     if p is matrix.weight and parts.placement.holds(matrix):
                         factors = store.fresh(matrix, own, None, "meta")
                         stored += nbytes(store.encoded(factors, own, None).tensors)
+                        key = matrix.shape, store.structures(matrix, own), p.dtype, id(own)
+                        if key not in counted:
+                            counted[key] = flops_of(store.method, key[0], key[1], own, p.dtype)
+                        work += counted[key].in_step(_share(parts, matrix))
         elif p.requires_grad:
             kind = "not given"
         layer = type(module).__name__
-        rows.append(Row(name, tuple(p.shape), layer, kind, structures, stored, place, sent, lost))
+        shape = tuple(p.shape)
+        rows.append(Row(name, shape, layer, kind, structures, stored, place, sent, lost, work))
     return Plan(tuple(rows), adamw)
 
 
 def _place(parts: Parts, matrix: WeightMatrix) -> str:
     owner = parts.placement.owner_of(matrix)
     return parts.placement.place_of(matrix) + ("" if owner is None else f" by {owner}")
+
+
+def _share(parts: Parts, matrix: WeightMatrix) -> float:
+    """How much of a direction this rank makes: where work is divided, as much as it holds."""
+    if parts.placement.place_of(matrix) not in ("rows", "columns"):
+        return 1.0
+    held, whole = (
+        sum(p.numel() for p in ps) for ps in (map(local, matrix.parameters), matrix.parameters)
+    )
+    return held / max(whole, 1)
 
 
 def nbytes(value: Any) -> int:

@@ -124,6 +124,7 @@ def _job(
         side_by_side(
             [one.grad.scaled(normalization.of_gradients(one, batch.group)) for one in sums]
         ),
+        [one.rows / normalization.ranks for one in sums],
     )
     if residuals is not None:
         found = method.residuals(factors, averages, batch.group)

@@ -29,6 +29,31 @@ def traffic(setting: Setting, place: str, **options: Any) -> Ends:
     return {"sent": torch.tensor(0.0 if abs(planned * 4 / sent.bytes - 1) < 1e-9 else sent.bytes)}
 
 
+def work(setting: Setting) -> Ends:
+    """Zero where ranks plan to share directions, and owners updates, of those of one process."""
+    model = setting.shard(net())
+
+    def planned(place: str, T: int) -> float:
+        given = {"structures": ("dense", "diagonal"), "T": T}
+        with SINGD(model, places=place, **OPTIONS | given) as optimizer:
+            return optimizer.plan().flops
+
+    once, twice = planned("everywhere", 1), planned("everywhere", 2)
+    updates, directions = 2 * (once - twice), 2 * twice - once
+    ranks = setting.ranks
+    expected = {
+        "owned": updates + directions,
+        "columns": ranks * updates + directions,
+        "rows": ranks * updates + directions,
+    }
+    ends = {}
+    for place, flops in expected.items():
+        found = torch.tensor(planned(place, 1), dtype=torch.float64)
+        dist.all_reduce(found)
+        ends[place] = torch.tensor(0.0) if abs(found / flops - 1) < 1e-9 else found
+    return ends
+
+
 def quiet(setting: Setting) -> Ends:
     """With C within the rows of ranks a step between updates sends a few numbers, no gradient."""
     model = setting.shard(net())
@@ -102,12 +127,14 @@ PLACES: dict[str, Any] = {
     "columns": partial(traffic, place="columns"),
     "rows": partial(traffic, place="rows", structures=("dense", "diagonal")),
     "rows of blocks": partial(traffic, place="rows", structures=ROWS),
+    "work": work,
     "rows, between updates": quiet,
     "columns, in one": exchanges,
     "one block at a time": buffers,
 }
-LAYOUTS = {"owned": NAMES[3], "rows": NAMES[3]}
+LAYOUTS = {"owned": NAMES[3], "rows": NAMES[3], "work": NAMES[0]}
 EXPECTED = {
+    "work": dict.fromkeys(("owned", "columns", "rows"), torch.zeros(())),
     "rows, between updates": {f"{step}": torch.tensor(float(not step)) for step in range(3)},
     "columns, in one": {f"{step}": torch.tensor(2.0) for step in range(3)},
     "one block at a time": {"sends": torch.tensor(12.0)},

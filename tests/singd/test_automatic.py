@@ -77,6 +77,17 @@ def test_what_is_stored_fits_the_budget(budget: float) -> None:
     assert "nats lost" in str(plan)
 
 
+@given(share=st.floats(0.1, 3.0), T=st.integers(1, 4))
+def test_what_is_computed_fits_a_limit_of_the_passes(share: float, T: int) -> None:
+    model = network()
+    optimizer = SINGD(model, structures="auto", budget={"state": 4.0, "flops": share}, T=T)
+    train(model, optimizer, UPDATES)
+    weights = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("1."))
+    positions = sum(p.numel() for n, p in model.named_parameters() if n.startswith("3."))
+    assert optimizer.plan().flops <= 6 * 32 * share * (weights + 2 * positions)
+    assert optimizer.param_groups[0]["structures"] != "auto"
+
+
 def test_they_are_those_that_are_chosen_before_training() -> None:
     """Where weights do not move, the same batches have the same curvature."""
     model = network()
@@ -258,6 +269,10 @@ def test_a_budget_that_is_too_small_is_said() -> None:
         ({"structures": "auto", "budget": 0.0}, "budget: expected a multiple .*, got 0.0"),
         ({"structures": "auto", "budget": float("inf")}, "budget: expected a multiple .*, got inf"),
         ({"structures": "auto", "budget": 2}, "budget: .* bytes .* of 1000 or more.*, got 2"),
+        ({"structures": "auto", "budget": {"state": 0}}, "budget: expected a multiple .*, got 0"),
+        ({"structures": "auto", "budget": {"flops": -1}}, "budget: expected flops as .*, got -1"),
+        ({"structures": "auto", "budget": {"time": 1}}, "budget: .* 'flops' or both, got .*time"),
+        ({"structures": "auto", "budget": {}}, "budget: expected limits of .*, got {}"),
         ({"structures": "auto", "budget": "2 GB"}, "budget: .*, got '2 GB'"),
         ({"structures": "auto", "T": 0}, "T: expected an integer >= 1, got 0"),
     ],

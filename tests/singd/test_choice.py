@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from singd import SINGD, choose_structures
-from singd.methods.structure_choice import Option, cheapest_nats
+from singd.methods.structure_choice import Option, fewest_nats
 from structured import divergence, inverse_root
 
 
@@ -34,38 +36,52 @@ def losses(model: nn.Module, count: int = 3) -> Iterator[Tensor]:
         yield model(x).logsumexp(1).mean()
 
 
-CHOICES = st.lists(
-    st.tuples(st.integers(1, 40), st.floats(0, 100)),
-    min_size=1,
-    max_size=5,
-    unique_by=lambda o: o[0],
+OPTIONS = st.builds(
+    Option, st.just("any"), st.integers(1, 40), st.floats(0, 100), flops=st.integers(1, 40)
 )
+SIDES = st.lists(st.lists(OPTIONS, min_size=1, max_size=5), min_size=1, max_size=5)
 
 
-@given(sides=st.lists(CHOICES, min_size=1, max_size=5), share=st.floats(0, 1))
-def test_no_other_choice_loses_less_but_for_one_exchange(
-    sides: list[list[tuple[int, float]]], share: float
+@given(sides=SIDES, costs=st.sampled_from([["numbers"], ["numbers", "flops"]]), data=st.data())
+def test_no_choice_loses_less_whose_shares_of_the_limits_are_a_little_smaller(
+    sides: list[list[Option]], costs: list[str], data: st.DataObject
 ) -> None:
-    """The choice within a budget is as good as any that leaves out the largest of the options."""
-    table = {}
-    for i, side in enumerate(sides):
-        best: list[Option] = []
-        for numbers, nats in sorted(side):
-            if not best or nats < best[-1].nats:
-                best.append(Option(f"{numbers}", numbers, nats))
-        table[f"{i}", 0] = best
-    low = sum(options[0].numbers for options in table.values())
-    high = sum(options[-1].numbers for options in table.values())
-    budget = low + int(share * (high - low))
-    chosen = cheapest_nats(table, budget)
-    assert sum(o.numbers for o in chosen.values()) <= budget
-    lost = sum(o.nats for o in chosen.values())
-    largest = max(options[-1].numbers for options in table.values())
-    combinations: list[tuple[int, float]] = [(0, 0.0)]
-    for options in table.values():
-        combinations = [(b + o.numbers, d + o.nats) for b, d in combinations for o in options]
-    others = [d for b, d in combinations if b <= budget - largest]
+    """Every choice is tried; with one limit those count that leave out the largest option."""
+    table = {(f"{i}", 0): side for i, side in enumerate(sides)}
+    choices = [
+        ({cost: sum(getattr(o, cost) for o in each) for cost in costs}, sum(o.nats for o in each))
+        for each in itertools.product(*sides)
+    ]
+    limits = {
+        cost: data.draw(st.sampled_from(sorted({used[cost] for used, _ in choices})))
+        for cost in costs
+    }
+    try:
+        chosen = fewest_nats(table, limits).values()
+    except ValueError:
+        assert costs != ["numbers"]  # two limits may be short where the least of each is not
+        return
+    assert all(sum(getattr(o, cost) for o in chosen) <= limits[cost] for cost in costs)
+    lost = sum(o.nats for o in chosen)
+
+    def share(used: dict[str, float]) -> float:
+        return sum(used[cost] / limits[cost] for cost in costs)
+
+    largest = max(share({c: getattr(o, c) for c in costs}) for side in sides for o in side)
+    others = [nats for used, nats in choices if share(used) <= 1 - largest + 1e-12]
     assert not others or lost <= min(others) * (1 + 1e-9) + 1e-9
+
+
+def test_what_costs_least_need_not_be_the_same_for_every_limit() -> None:
+    table = {("w", 0): [Option("a", 1, 5.0, flops=8), Option("b", 4, 4.0, flops=2)]}
+    for limits, spec in (
+        ({"numbers": 2, "flops": 9}, "a"),
+        ({"numbers": 4, "flops": 7}, "b"),
+        ({"numbers": 4, "flops": 9}, "b"),
+    ):
+        assert fewest_nats(table, limits)["w", 0].spec == spec
+    with pytest.raises(ValueError, match="at least 4 numbers, got 3 numbers"):
+        fewest_nats(table, {"numbers": 3, "flops": 4})
 
 
 def test_nats_are_those_of_the_averaged_curvature() -> None:
@@ -88,7 +104,7 @@ def test_it_stays_within_the_budget_and_is_what_is_stored(budget: float) -> None
     choice = choose_structures(model, losses(model), budget=budget)
     assert list(choice) == ["0.weight", "3.weight", "5.weight"]
     weights = sum(p.numel() for i in (0, 3, 5) for p in model[i].parameters())
-    assert choice.numbers <= choice.budget == int((2 * budget - 1) * weights)
+    assert choice.numbers <= choice.limits["numbers"] == int((2 * budget - 1) * weights)
     optimizer = SINGD(model, structures=choice)
     next(losses(model)).backward()
     optimizer.step()
@@ -114,6 +130,22 @@ def test_the_model_is_as_it_was() -> None:
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert all(p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_fewer_operations_lose_more_nats() -> None:
+    model = network()
+    weights = sum(p.numel() for i in (0, 3, 5) for p in model[i].parameters())
+    before = math.inf
+    for share in (0.1, 0.3, 1.0):
+        budget = {"state": 9.0, "flops": share}
+        choice = choose_structures(model, losses(model), budget=budget, T=5)
+        assert choice.nats < before
+        before = choice.nats
+        passes = 6 * 32 * (weights + 3 * model[0].weight.numel() + 3 * 4)  # at four positions
+        assert choice.limits["flops"] == pytest.approx(share * passes)
+        assert SINGD(model, structures=choice, T=5).plan().flops <= choice.used("flops")
+        assert choice.used("flops") <= share * passes
+        assert f"of {share * passes:,.0f} flops" in str(choice)
 
 
 def test_wide_sides_are_diagonal() -> None:
