@@ -54,7 +54,7 @@ class Passes:
         parts.skipping.settle()
         self._ensure()
         for matrix, group in parts.parameters.preconditioned().items():
-            if not parts.placement.holds(matrix):
+            if not parts.placement.holds(matrix) or parts.placement.part_of(matrix) is not None:
                 raise ValueError(
                     f"{matrix.name}: expected its factors in this process, got those of another: "
                     "load a checkpoint into an optimizer of one process"

@@ -36,10 +36,15 @@ carry batch dimensions: equal layers, or the groups of a convolution, side by si
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from structured import StructuredMatrix
+
+Number = Callable[[StructuredMatrix], Tensor]
+Means = tuple[Number, Number]
 
 
 def statistic(K: StructuredMatrix, A: Tensor) -> StructuredMatrix:
@@ -77,14 +82,24 @@ def singd(
     H_K: StructuredMatrix,
     H_C: StructuredMatrix,
     damping: float | Tensor,
+    means: Means | None = None,
 ) -> tuple[StructuredMatrix, StructuredMatrix]:
     """INGD and SINGD: the new terms of both momenta.
 
     ``1/2 (mean(H_C) H_K + lambda mean(C^T C) Pi(K^T K) - I)``, and K and C exchanged.
+
+    Args:
+        K: Factor of the inputs.
+        C: Factor of the output gradients.
+        H_K: Curvature of K.
+        H_C: Curvature of C.
+        damping: Damping lambda.
+        means: The means of members of K and of C; :func:`mean`, unless other processes have a part.
     """
     KK, CC = K.gram(), C.gram()
-    m_K = mean(H_C) * H_K + (damping * mean(CC)) * KK
-    m_C = mean(H_K) * H_C + (damping * mean(KK)) * CC
+    mean_K, mean_C = means or (mean, mean)
+    m_K = mean_C(H_C) * H_K + (damping * mean_C(CC)) * KK
+    m_C = mean_K(H_K) * H_C + (damping * mean_K(KK)) * CC
     return 0.5 * m_K.add_scaled_identity(-1.0), 0.5 * m_C.add_scaled_identity(-1.0)
 
 
@@ -93,13 +108,15 @@ def mean(H: StructuredMatrix) -> Tensor:
     return H.trace() / max(H.n, 1)
 
 
-def first_scale(K: StructuredMatrix, mean_S: Tensor) -> Tensor:
+def first_scale(
+    K: StructuredMatrix, mean_S: Tensor, max_abs: Number = StructuredMatrix.max_abs
+) -> Tensor:
     """``mean(S)^(-1/2)`` where ``K`` is still the identity, 1 where it is not, ``[...]``.
 
     With it the first curvature is of size one whatever the units of inputs and gradients.
     """
     limit = torch.finfo(K.dtype).max ** 0.5
-    is_first = (K.add_scaled_identity(-1.0).max_abs() == 0) & (mean_S > 0)
+    is_first = (max_abs(K.add_scaled_identity(-1.0)) == 0) & (mean_S > 0)
     return torch.where(is_first, mean_S.rsqrt().clamp(1 / limit, limit), 1.0)
 
 
@@ -110,12 +127,20 @@ def factor_step(
     return K - lr_cov * K.matmul(m_K)
 
 
-def normalize_lr_cov(lr_cov: float, m_K: StructuredMatrix) -> Tensor:
+def normalize_lr_cov(
+    lr_cov: float, m_K: StructuredMatrix, max_abs: Number = StructuredMatrix.max_abs
+) -> Tensor:
     """``beta_1 / max(1, ||m_K||_max)``: normalized gradient descent on the factors, ``[...]``."""
-    return lr_cov / m_K.max_abs().clamp(min=1.0)
+    return lr_cov / max_abs(m_K).clamp(min=1.0)
 
 
-def clip_lr_cov(lr_cov: float | Tensor, m_K: StructuredMatrix, bound: float) -> Tensor:
+def clip_lr_cov(
+    lr_cov: float | Tensor,
+    m_K: StructuredMatrix,
+    bound: float,
+    mean: Number = mean,
+    norm: Number = StructuredMatrix.frobenius_norm,
+) -> Tensor:
     """``beta_1``, smaller where ``||beta_1 m_K||_2`` might exceed ``bound``, ``[...]``.
 
     Below 1, ``I - beta_1 m_K`` is invertible, and so K stays: in range whatever the scale of the
@@ -123,8 +148,8 @@ def clip_lr_cov(lr_cov: float | Tensor, m_K: StructuredMatrix, bound: float) -> 
     which is sharp for multiples of the identity.
     """
     t = mean(m_K)
-    norm = t.abs() + m_K.add_scaled_identity(-t).frobenius_norm()
-    return lr_cov * (bound / (lr_cov * norm).clamp(min=bound))
+    total = t.abs() + norm(m_K.add_scaled_identity(-t))
+    return lr_cov * (bound / (lr_cov * total).clamp(min=bound))
 
 
 def resolve_damping(c: float | Tensor, a: float | Tensor, norm: Tensor) -> Tensor:

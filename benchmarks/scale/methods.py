@@ -86,6 +86,9 @@ def demand(matrix: Matrix, factors: Factors, given: Assumptions, ranks: int) -> 
         is_split=True,
         mixed_rows=factors.mixed_rows,
         has_rows=has_rows(matrix, factors.mixed_rows, ranks),
+        separable=factors.separable,
+        scattered=4 * factors.statistics_grad if factors.separable else 0,
+        update_grad=0.0,
     )
 
 
@@ -114,6 +117,12 @@ def singd(
     machine = Machine(given.bandwidth, given.speed, given.latency)
     place = choose(demands, places, ranks, machine)
     owner = owners({w: d for w, d in demands.items() if place[w] == "owned"}, ranks, {})
+    names = {w.matrix.name: w.matrix for w in every if place[w] == "rows"}
+    shared_of = {
+        name: factors_of(m, dict(options), dtype, -(-m.rows // ranks))
+        for name, m in names.items()
+        if of[name].separable
+    }
     T, ring = given.interval, (ranks - 1) / ranks
     state, loads, own = [0.0] * ranks, [Work()] * ranks, [0.0] * ranks
     common, kept, buffers, sent = Work(), 0.0, 0.0, 0.0
@@ -128,8 +137,15 @@ def singd(
             loads[owner[w]] += f.apply + f.update * (1 / T)
             sent += 2 * 4 * P * ring / ranks + reduced
             continue
-        kept += held
         buffers += 4 * f.statistics
+        if place[w] == "rows" and f.separable:
+            part = shared_of[w.matrix.name]
+            kept += (part.stored + part.cached) * given.itemsize
+            common += part.apply + part.update * (1 / T)
+            scattered = ranks * part.statistics_grad  # as many for every rank as for the first
+            sent += 4 * ring / T * (2 * (f.statistics - f.statistics_grad) + scattered)
+            continue
+        kept += held
         shared = ranks if place[w] in ("rows", "columns") else 1
         common += f.apply * (1 / shared) + f.update * (1 / T)
         gradient = {"rows": 0.0, "columns": 2 * P * ring / ranks, "everywhere": P * ring}[place[w]]

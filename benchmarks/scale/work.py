@@ -16,6 +16,7 @@ from singd.capture.statistics import Columns, Side, side_by_side
 from singd.layers import find_layer
 from singd.methods.base import Averages, Stack
 from singd.methods.inverse_free import InverseFree
+from singd.ops.parts import within
 from structured.costs import CUBIC, PRODUCTS
 from structured.costs import work as cost_of
 
@@ -77,6 +78,8 @@ class Factors:
         apply: Work of a direction.
         mixed_rows: How many neighbouring rows a direction mixes; ``None`` for all.
         needs_factors: Whether statistics are not summed without the factors.
+        separable: How many rows are whole blocks of the output factor; ``None`` if ranks have all.
+        statistics_grad: Numbers in the statistics of output gradients.
     """
 
     stored: int
@@ -87,15 +90,20 @@ class Factors:
     apply: Work
     mixed_rows: int | None
     needs_factors: bool
+    separable: int | None
+    statistics_grad: int
 
 
-def factors_of(matrix: Matrix, options: dict[str, Any], dtype: torch.dtype) -> Factors:
+def factors_of(
+    matrix: Matrix, options: dict[str, Any], dtype: torch.dtype, rows: int | None = None
+) -> Factors:
     """By the method itself, on the meta device.
 
     Args:
         matrix: Weight.
         options: Options of :class:`singd.SINGD` that are not its defaults.
         dtype: Data type of the factors.
+        rows: Number of rows of which a rank has the output factor; all if ``None``.
     """
     method, shape = InverseFree(), (matrix.rows, matrix.columns)
     given = dict(SINGD(nn.Linear(2, 2)).defaults) | options
@@ -111,9 +119,15 @@ def factors_of(matrix: Matrix, options: dict[str, Any], dtype: torch.dtype) -> F
         columns = Columns(layer, module, side, values, "expand", False, (n,))
         return method.summarize(one, side, columns, given)
 
-    both, rows = counted(lambda: (seen("input", matrix.columns), seen("grad", matrix.rows)))
+    both, seen_rows = counted(lambda: (seen("input", matrix.columns), seen("grad", matrix.rows)))
     stack = method.init(shape, structures, given, batch_shape=(1,), **like)
-    averages = Averages(*(side_by_side([s]) for s in both))
+    separable = method.separable(one, "grad", given, whole=True)
+    if rows is not None:
+        side = slice(0, rows)
+        one, stack = (replace(f, C=within(f.C, side)) for f in (one, stack))
+        both[1].value = within(both[1].value, side)
+        shape = (rows, matrix.columns)
+    averages = Averages(side_by_side([both[0]]), side_by_side([both[1]]))
 
     def update() -> Any:
         before = Stack(stack, averages, method.products(stack, given))
@@ -128,11 +142,13 @@ def factors_of(matrix: Matrix, options: dict[str, Any], dtype: torch.dtype) -> F
         stored=sum(t.numel() for m in one.members().values() for t in m.tensors()),
         cached=sum(t.numel() for p in products.values() for t in p.tensors()),
         statistics=sum(t.numel() for s in both for t in s.tensors()),
-        row=rows * (1 / ROWS),
+        row=seen_rows * (1 / ROWS),
         update=updated + first * -1.0,
         apply=applied,
         mixed_rows=method.mixed_rows(one),
         needs_factors=method.needs_factors(one, given),
+        separable=separable,
+        statistics_grad=sum(t.numel() for t in both[1].tensors()),
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from singd.layers import Layer
 from singd.layers.base import flatten_rows, square_sums
+from singd.ops.parts import Part
 from structured import Dense, StructuredMatrix
 
 Side = Literal["input", "grad"]
@@ -141,6 +142,7 @@ class Statistic:
             ``X X^T`` that is made when it is read.
         kind: What is summed.
         trace: ``tr(S) [...]``, where ``value`` does not determine it.
+        part: The rows that ``value`` is of, if not of all; then there is a ``trace``, of all.
     """
 
     def __init__(
@@ -148,8 +150,9 @@ class Statistic:
         value: StructuredMatrix | Tensor,
         kind: Kind = "covariance",
         trace: Tensor | None = None,
+        part: Part | None = None,
     ) -> None:
-        self._held, self.kind, self.trace = value, kind, trace
+        self._held, self.kind, self.trace, self.part = value, kind, trace, part
 
     @property
     def columns(self) -> Tensor | None:
@@ -171,7 +174,7 @@ class Statistic:
         """The same statistic with other :meth:`tensors`."""
         count = len(self.value.tensors())
         trace = None if self.trace is None else tensors[count]
-        return Statistic(self.value.with_tensors(tensors[:count]), self.kind, trace)
+        return Statistic(self.value.with_tensors(tensors[:count]), self.kind, trace, self.part)
 
     def add_(self, other: Statistic) -> None:
         """Include more rows, of the same kind."""
@@ -189,7 +192,7 @@ class Statistic:
         if self.columns is not None:
             return Statistic(self.columns * weight**0.5)
         trace = None if self.trace is None else weight * self.trace
-        return Statistic(self.value * weight, self.kind, trace)
+        return Statistic(self.value * weight, self.kind, trace, self.part)
 
     def mean(self) -> Tensor:
         """``tr(S) / n``, the mean eigenvalue of ``S [..., n, n]``."""
@@ -197,7 +200,7 @@ class Statistic:
         if X is not None:
             return X.square().sum((-2, -1)) / max(X.shape[-2], 1)
         trace = self.value.trace() if self.trace is None else self.trace
-        return trace / max(self.value.n, 1)
+        return trace / max(self.value.n if self.part is None else self.part.n, 1)
 
 
 def are_few(X: Tensor) -> bool:
@@ -234,7 +237,7 @@ class KroneckerStatistics:
     def stand_for_(self, times: float) -> None:
         """Make these sums those of so many times as many rows."""
         if times != 1:
-            torch._foreach_mul_([*self.input.tensors(), *self.grad.tensors()], times)
+            self.input, self.grad = (s.scaled(times) for s in (self.input, self.grad))
             self.rows = round(self.rows * times)
 
     def add_(self, other: KroneckerStatistics) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class Automatic(InverseFree):
 
     identity = tuple(name for name in InverseFree.identity if name != "structures")
     revises = True
+    members_of: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # averages are of whole sides
 
     def __init__(self, candidates: Sequence[str] = CANDIDATES) -> None:
         if isinstance(candidates, str) or not candidates:

@@ -6,7 +6,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -115,6 +115,9 @@ class Method(ABC):
 
     Then ranks that have rows of a gradient can make their share of it.
     """
+
+    members_of: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Names of the members of each side, where ranks may share them: see :meth:`separable`."""
 
     revises = False
     """Whether :meth:`revise` is called after every step."""
@@ -252,6 +255,10 @@ class Method(ABC):
             rows: Which they are: multiples of :meth:`mixed_rows`, or the last ones.
         """
         raise NotImplementedError(f"{type(self).__name__} mixes all rows")
+
+    def separable(self, factors: Any, side: Side, options: Options, *, whole: bool) -> int | None:
+        """How many neighbours of a side are a block that ranks may share (of ``whole`` columns)."""
+        return None
 
     def update_all(self, stacks: Iterable[Stack], options: Options, step: int) -> Iterator[Any]:
         """:meth:`update` of many stacks of one group, in order; a place for a fused form."""

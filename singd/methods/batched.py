@@ -35,6 +35,7 @@ from torch import Tensor
 from singd import update
 from singd.capture.statistics import Statistic
 from singd.methods.base import Stack
+from singd.ops.parts import Part, completed
 from singd.ops.precision import product_dtype
 from singd.ops.reductions import jointly, leading
 from structured import Dense, Diagonal, StructuredMatrix
@@ -70,6 +71,16 @@ class _Side:
     norm: Tensor | None = None  # of S, where that was summed
     is_left: bool = False
     mean: Tensor | None = None  # mean(S), for a relative damping
+    part: Part | None = None  # what of the factor this rank has
+
+    @property
+    def size(self) -> int:
+        """Of the whole factor."""
+        return self.H.n if self.part is None else self.part.n
+
+    def counted(self, M: StructuredMatrix) -> StructuredMatrix:
+        """What this rank counts of a member."""
+        return M if self.part is None else self.part.counted(M)
 
     @property
     def K(self) -> StructuredMatrix:
@@ -85,7 +96,7 @@ class _Side:
         if self.Q is None and isinstance(K := self.K, Dense):
             return K.to(self.H.dtype).frobenius_norm().square()
         self.Q = self.gram()
-        return self.Q.trace()
+        return self.counted(self.Q).trace()
 
 
 def steps(
@@ -112,7 +123,7 @@ def _sides(stack: Stack, rule: Rule) -> Iterator[_Side]:
     """K and C of a stack, which gives up its statistics."""
     for name, U in (("K", stack.statistics.input), ("C", stack.statistics.grad)):
         side = _side(stack.member(name), U, stack.products.get(2 * name))
-        side.mean = U.mean() if rule.is_relative else None
+        side.mean, side.part = U.mean() if rule.is_relative else None, U.part
         yield side
     stack.statistics = None
 
@@ -128,7 +139,7 @@ def _side(load: Callable[[], StructuredMatrix], U: Statistic, P: StructuredMatri
     if U.kind == "whitened":
         return _Side(stored, S, product_dtype(K))
     is_diagonal = isinstance(K, Diagonal)  # multiplies number by number: loses no digits
-    norm = None if is_diagonal else S.frobenius_norm()
+    norm = None if is_diagonal else (S if U.part is None else U.part.counted(S)).frobenius_norm()
     if P is None or not K.closed_under_transpose:
         return _Side(stored, update.curvature(K.to(wide), S), wide, norm=norm)
     P = P if P.dtype == wide else K.to(wide).mT.gram()
@@ -155,16 +166,37 @@ def _giving(K: StructuredMatrix) -> Callable[[], StructuredMatrix]:
 
 def _weights(sides: Sequence[_Side], rule: Rule) -> list[tuple[Any, Any]]:
     """``(a, c)`` of K, C, K, C, ...: for a K of SINGD ``mean(H_C)`` and ``lambda mean(C^T C)``."""
-    sizes = [side.H.n for side in sides]
+    sizes = [side.size for side in sides]
     means = [side.mean for side in sides if side.mean is not None]
     if rule.kfac_like:
+        _complete_norms(sides, [])
         return [(1.0, rule.damping * mean) for mean in means] or [(1.0, rule.damping)] * len(sides)
-    a = jointly(lambda h, n: h / n, sizes, [side.H.trace() for side in sides])
-    c = jointly(lambda q, n: q * (rule.damping / n), sizes, [side.gram_trace() for side in sides])
+    curvatures = [side.counted(side.H).trace() for side in sides]
+    grams = [side.gram_trace() for side in sides]
+    _complete_norms(sides, [curvatures, grams])
+    a = jointly(lambda h, n: h / n, sizes, curvatures)
+    c = jointly(lambda q, n: q * (rule.damping / n), sizes, grams)
     if means:
         both = [mean * means[i ^ 1].to(mean) for i, mean in enumerate(means)]
         c = jointly(lambda q, s, _: q * s, sizes, c, [both[i ^ 1] for i in range(len(both))])
     return [(a[i ^ 1].to(s.H.dtype), c[i ^ 1].to(s.H.dtype)) for i, s in enumerate(sides)]
+
+
+def _complete_norms(sides: Sequence[_Side], sums: Sequence[list[Tensor]]) -> None:
+    """Complete norms of S, and other sums, of sides of which this rank has a part, in place."""
+    shared = [i for i, side in enumerate(sides) if side.part is not None]
+    if not shared:
+        return
+    with_norms = [i for i in shared if sides[i].norm is not None]
+    numbers = [each[i] for each in sums for i in shared]
+    numbers += [norm.square() for i in with_norms if (norm := sides[i].norm) is not None]
+    owners = [sides[i].part for i in [*shared * len(sums), *with_norms]]
+    found = iter(completed(numbers, owners))
+    for each in sums:
+        for i in shared:
+            each[i] = next(found)
+    for i in with_norms:
+        sides[i].norm = next(found).sqrt()
 
 
 def _lerp_weights(sides: Sequence[_Side], lr_cov: float, factor_clip: float | None) -> list[Any]:
@@ -181,12 +213,19 @@ def _lerp_weights(sides: Sequence[_Side], lr_cov: float, factor_clip: float | No
         norms = spread.add_(t.sub_(1.0).abs_()).mul_(0.5 * lr_cov)
         return norms.clamp_(min=bound).reciprocal_().mul_(-0.5 * lr_cov * bound)
 
-    X = [side.H for side in sides]
+    X = [side.counted(side.H) for side in sides]
+    traces = [x.trace() for x in X]
     norms = [
         x.trace_product(x).clamp(min=0.0).sqrt() if side.is_left else x.frobenius_norm()
         for x, side in zip(X, sides, strict=True)
     ]
-    return jointly(weights, [x.n for x in X], [x.trace() for x in X], norms)
+    shared = [i for i, side in enumerate(sides) if side.part is not None]
+    if shared:
+        numbers = [traces[i] for i in shared] + [norms[i].square() for i in shared]
+        found = completed(numbers, [sides[i].part for i in shared] * 2)
+        for i, trace, square in zip(shared, found, found[len(shared) :], strict=False):
+            traces[i], norms[i] = trace, square.sqrt()
+    return jointly(weights, [side.size for side in sides], traces, norms)
 
 
 def _moved(side: _Side, weight: float | Tensor) -> StructuredMatrix:

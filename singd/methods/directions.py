@@ -6,16 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from structured import (
-    BlockDiagonal,
-    Dense,
-    Diagonal,
-    Kronecker,
-    Operator,
-    Outer,
-    ScaledIdentity,
-    StructuredMatrix,
-)
+from structured import Dense, Diagonal, Kronecker, Operator, Outer, StructuredMatrix
 
 
 def apply_outer(K: StructuredMatrix, KK: Any, X: Tensor) -> Tensor:
@@ -40,27 +31,3 @@ def precondition_by_products(KK: Operator, CC: Operator, G: Tensor) -> Tensor:
     if isinstance(KK, Dense):  # K K^T is symmetric; of few rows of G its product is slow
         return CC.apply_overwriting(G @ KK.M)
     return Kronecker(CC, KK).apply_matrix(G)
-
-
-def mixed_rows(C: StructuredMatrix) -> int | None:
-    """How many rows of X are mixed in ``C X``, block by block; ``None`` for others than blocks."""
-    if isinstance(C, Diagonal | ScaledIdentity):
-        return 1
-    return C.blocks.shape[-1] if isinstance(C, BlockDiagonal) else None
-
-
-def within(C: Any, rows: slice) -> Any:
-    """The part of C that multiplies some rows of X, which are whole blocks; views.
-
-    Args:
-        C: Member of which :func:`mixed_rows` knows.
-        rows: First and last of the rows.
-    """
-    if isinstance(C, ScaledIdentity):
-        return ScaledIdentity(C.c, rows.stop - rows.start)
-    if isinstance(C, Diagonal):
-        return Diagonal(C.d[..., rows])
-    count, k = C.blocks.shape[-3:-1]
-    blocks = C.blocks[..., rows.start // k : rows.stop // k, :, :]
-    has_last = rows.start <= count * k < rows.stop
-    return BlockDiagonal(blocks, C.last if has_last else C.last[..., :0, :0])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,13 +14,7 @@ from singd import update
 from singd.capture.statistics import Columns, Side, Statistic, are_few
 from singd.methods import batched, scale
 from singd.methods.base import Averages, Factors, Method, Options, Products, Stack
-from singd.methods.directions import (
-    apply_outer,
-    mixed_rows,
-    precondition_by_products,
-    product_of,
-    within,
-)
+from singd.methods.directions import apply_outer, precondition_by_products, product_of
 from singd.methods.options import (
     by_name,
     choice,
@@ -32,10 +27,14 @@ from singd.methods.options import (
     structure_pairs,
     working_dtype,
 )
+from singd.methods.single import stepped
+from singd.ops import parts
+from singd.ops.parts import mixed_rows, within
 from singd.ops.precision import is_whitened
 from structured import (
     Dense,
     Diagonal,
+    ScaledIdentity,
     Structure,
     StructuredMatrix,
     add_symmetric_product_,
@@ -62,6 +61,10 @@ class InverseFree(Method):
     """
 
     is_split = True
+    members_of: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "input": ("K", "m_K"),
+        "grad": ("C", "m_C"),
+    }
     identity: tuple[str, ...] = ("structures", "kfac_like", "max_dim", "wide_structure")
 
     def check(self, options: Options) -> None:
@@ -171,6 +174,16 @@ class InverseFree(Method):
         """Whether a factor is applied to the columns."""
         return is_whitened(factors.K) or is_whitened(factors.C)
 
+    def separable(
+        self, factors: InverseFreeFactors, side: Side, options: Options, *, whole: bool
+    ) -> int | None:
+        """As many as the factor mixes, unless all of it is one number."""
+        if side not in self.members_of:
+            return None
+        K = factors.K if side == "input" else factors.C
+        is_whole = isinstance(K, ScaledIdentity) or (whole and is_whitened(K))
+        return None if is_whole else mixed_rows(K)
+
     # Updates ------------------------------------------------------------------------------------
 
     def update(
@@ -189,11 +202,12 @@ class InverseFree(Method):
             ]
             m_K, m_C = update.ikfac(K, H_K, resolved[0]), update.ikfac(C, H_C, resolved[1])
         else:
-            m_K, m_C = update.singd(K, C, H_K, H_C, damping[0])
+            means = [partial(parts.mean, part=U.part) for _, U in sides]
+            m_K, m_C = update.singd(K, C, H_K, H_C, damping[0], (means[0], means[1]))
         new = replace(factors)
-        for name, F, m in (("K", K, m_K), ("C", C, m_C)):
+        for name, F, m, (_, U) in zip("KC", (K, C), (m_K, m_C), sides, strict=True):
             old = getattr(factors, f"m_{name}")
-            new = replace(new, **_step(name, F, m, old, options, step))
+            new = replace(new, **stepped(name, F, m, old, U.part, options, step))
         return new
 
     def update_all(
@@ -227,7 +241,7 @@ class InverseFree(Method):
         sides = zip("KC", (averages.input, averages.grad), both, strict=True)
         for name, U, c in sides:
             K, H = scale.curvature_of(getattr(factors, name), U)
-            found[name] = (H + c * K.gram()).add_scaled_identity(-1.0).frobenius_norm()
+            found[name] = parts.norm((H + c * K.gram()).add_scaled_identity(-1.0), U.part)
         return found
 
     def roots(self, factors: Any) -> tuple[StructuredMatrix, StructuredMatrix] | None:
@@ -274,26 +288,3 @@ class InverseFree(Method):
         part = replace(factors, C=within(factors.C, rows))
         kept = products | ({"CC": within(products["CC"], rows)} if "CC" in products else {})
         return self.apply_grad(part, self.apply_input(part, G, kept), kept)
-
-
-def _step(
-    name: str,
-    K: StructuredMatrix,
-    m_K: StructuredMatrix,
-    old: StructuredMatrix | None,
-    options: Options,
-    step: int,
-) -> dict[str, StructuredMatrix]:
-    """A factor and its momentum after the step, from the new term of the momentum."""
-    new: dict[str, StructuredMatrix] = {}
-    alpha1 = 0.0 if old is None else options["alpha1"]
-    if options["normalize_lr_cov"]:
-        m_K = (1 - alpha1) * m_K  # else the largest entry could only grow
-    if old is not None:
-        m_K = new[f"m_{name}"] = alpha1 * old.to(m_K.dtype) + m_K
-    beta_1 = lr_cov(options, step)
-    if options["normalize_lr_cov"]:
-        beta_1 = update.normalize_lr_cov(beta_1, m_K)
-    if options["factor_clip"] is not None:
-        beta_1 = update.clip_lr_cov(beta_1, m_K, options["factor_clip"])
-    return new | {name: update.factor_step(K, m_K, beta_1)}

@@ -13,6 +13,7 @@ from torch import Tensor
 from singd import update
 from singd.capture.statistics import Statistic
 from singd.methods.base import Averages, Options, Stack
+from singd.ops import parts
 from structured import Diagonal, StructuredMatrix
 
 
@@ -42,7 +43,7 @@ def resolved_damping(c: Any, a: Any, U: Statistic) -> Any:
     """The damping, as much as can be resolved beside the statistic of ``a S``."""
     if U.kind == "whitened" or isinstance(U.value, Diagonal):
         return c
-    return update.resolve_damping(c, a, U.value.frobenius_norm())
+    return update.resolve_damping(c, a, parts.norm(U.value, U.part))
 
 
 def begun(stack: Stack) -> Stack:
@@ -52,7 +53,7 @@ def begun(stack: Stack) -> Stack:
     sides = {"input": "K", "grad": "C"}
     for side, name in sides.items():
         K, U = getattr(factors, name), getattr(averages, side)
-        scale = update.first_scale(K, U.mean())
+        scale = update.first_scale(K, U.mean(), lambda M: parts.max_abs(M, U.part))  # noqa: B023
         if scale.is_cpu and not torch.compiler.is_compiling() and not bool((scale != 1).any()):
             continue
         factors, scales[name] = replace(factors, **{name: (scale * K).to(K.dtype)}), scale

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from singd.capture.weight_matrix import WeightMatrix
 from singd.ops.dtensor import local
+from singd.ops.parts import Part
 from singd.placement.columns import has_rows
 from singd.placement.exchange import box_of
 from singd.placement.places import Demand, choose, owners
@@ -32,6 +33,7 @@ class Assignment:
         owners: The ranks that alone have the factors of a matrix, within the process group that
             splits it.
         splits: How parameters are split, of those that are over one process group.
+        parts: What this rank has of factors that ranks share.
     """
 
     def __init__(self, data: Sequence[Any], given: Any) -> None:
@@ -39,6 +41,7 @@ class Assignment:
         self.layouts: dict[WeightMatrix, Any] = {}
         self.owners: dict[WeightMatrix, int] = {}
         self.splits: dict[Tensor, Split] = {}
+        self.parts: dict[WeightMatrix, Part] = {}
         self._known: set[Tensor] = set()
         self._demands: dict[WeightMatrix, Demand] = {}
         self._places: dict[WeightMatrix, str] = {}
@@ -53,13 +56,14 @@ class Assignment:
             return
         for matrix in new:
             self.owners.pop(matrix, None)
+            self.parts.pop(matrix, None)
         for matrix in new:
             needed = demand(matrix)
-            by_rows = has_rows(matrix, [self.split(p) for p in matrix.parameters])
+            fits = has_rows(matrix, [self.split(p) for p in matrix.parameters])
             self._demands[matrix] = replace(
                 needed,
-                is_split=needed.is_split and by_rows,
-                has_rows=by_rows and self._ends_blocks(matrix, needed.mixed_rows),
+                is_split=needed.is_split and fits,
+                has_rows=fits and self._ends_blocks(matrix, needed.mixed_rows),
             )
         self._places |= dict.fromkeys(new, "everywhere")
         groups = {matrix: self.group_of(matrix) for matrix in self._demands}
@@ -70,6 +74,11 @@ class Assignment:
             self._places |= choose(split, self.given, ranks)
             owned = {m: d for m, d in self._demands.items() if self._places[m] == "owned"}
             self.owners = owners(owned, ranks, self.owners)
+        for matrix in new:
+            by_rows = self.split(matrix.weight)
+            is_separable = self._places[matrix] == "rows" and self._demands[matrix].separable
+            if by_rows is not None and is_separable:
+                self.parts[matrix] = _part(by_rows)
 
     def _ends_blocks(self, matrix: WeightMatrix, size: int | None) -> bool:
         """Whether the rows of every rank are blocks of a size, or the last ones."""
@@ -113,8 +122,18 @@ class Assignment:
         sizes = [dist.get_world_size(g) for g in self.data if place != "owned" or g is not group]
         shares = [2 * (n - 1) / n for n in sizes]
         held = [self._part_sizes(matrix, rank) for rank in range(W)]
+        statistics, scattered = demand.statistics, 0.0
         if place == "rows":
             numbers = 0
+            if matrix in self.parts:  # as many numbers for every rank as for the first
+                statistics -= demand.scattered
+                first = self.splits[matrix.weight].ends[0]
+                scattered = (
+                    first
+                    * (demand.separable or 0)
+                    * max(demand.itemsize, 4)
+                    * (W - 1 + sum(2 * (n - 1) / n for _, n in self._others(group)))
+                )
         elif place == "columns":
             rows, d = matrix.shape[-2:]
             mine = held[me] // d if d else 0
@@ -128,7 +147,12 @@ class Assignment:
             numbers = (W - 1) * max(held)
         else:  # gathered parameter by parameter
             numbers = sum(p.numel() - local(p).numel() for p in matrix.parameters)
-        return numbers * demand.itemsize + sum(shares) * demand.statistics / demand.interval
+        sums = sum(shares) * statistics + scattered
+        return numbers * demand.itemsize + sums / demand.interval
+
+    def _others(self, group: Any) -> list[tuple[Any, int]]:
+        """Other process groups than one of ranks that see different samples, and their sizes."""
+        return [(g, dist.get_world_size(g)) for g in self.data if g is not group]
 
     def _part_sizes(self, matrix: WeightMatrix, rank: int) -> int:
         """How many numbers of a matrix a rank holds."""
@@ -139,3 +163,8 @@ class Assignment:
                 box = box_of(matrix, p, split, rank)
                 found += math.prod(side.stop - side.start for side in box)
         return found
+
+
+def _part(split: Split) -> Part:
+    """The rows of this rank, of an output factor whose statistics are of all rows at first."""
+    return Part("grad", split.group, split.ends, dist.get_rank(split.group), is_scattered=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from singd.capture.statistics import KroneckerStatistics
 from singd.capture.weight_matrix import WeightMatrix, stack_gradients
+from singd.ops.parts import Part
 from singd.ops.stochastic_rounding import WHOLE
 from singd.placement.places import Demand
 
@@ -160,6 +161,10 @@ class Placement(ABC):
     def holds(self, matrix: WeightMatrix) -> bool:
         """Whether this rank has the factors of a matrix."""
         return True
+
+    def part_of(self, matrix: WeightMatrix) -> Part | None:
+        """The rows that this rank has of a factor of a matrix, if ranks share it."""
+        return None
 
     def send(self, matrix: WeightMatrix, one: KroneckerStatistics) -> KroneckerStatistics:
         """The sums over all ranks of statistics, on the rank that has the factors.

@@ -7,15 +7,15 @@ rank sends and receives these numbers in a step, and does this share of the work
 place           traffic                factors held on  work of a rank
 ==============  =====================  ===============  ===================================
 ``everywhere``  ``P + 2 S / T``        all ranks        all
-``rows``        ``2 S / T``            all ranks        updates, and 1 / W of directions
+``rows``        ``2 S_K + S_C / T``    K on all ranks   updates of K, and 1 / W of the rest
 ``columns``     ``2 P / W + 2 S / T``  all ranks        updates, and 1 / W of directions
 ``owned``       ``2 P / W + S / T``    one rank         that of its own matrices
 ==============  =====================  ===============  ===================================
 
 ``everywhere`` gathers gradients. ``rows`` leaves them where they are: it is for a C that is
-diagonal, or of blocks that end where the rows of ranks do. ``columns`` multiplies rows of a
-gradient with K, exchanges rows for columns, and multiplies those with C. ``owned`` sends every
-gradient to the one rank that has its factors, and directions back.
+diagonal, or of blocks that end where the rows of ranks do; a rank has the blocks of its rows.
+``columns`` multiplies rows of a gradient with K, exchanges rows for columns, and multiplies those
+with C. ``owned`` sends every gradient to the one rank that has its factors, and directions back.
 """
 
 from __future__ import annotations
@@ -53,6 +53,10 @@ class Demand:
         is_split: Whether a direction is made by a product with each factor.
         mixed_rows: How many neighbouring rows a direction mixes; ``None`` for all.
         has_rows: Whether the rows of every rank are so many, or multiples.
+        separable: How many rows are whole blocks of the output factor, of which ranks may then
+            have those of their rows; ``None`` if they must have all.
+        scattered: Bytes of the statistics of those blocks.
+        update_grad: Operations of their update.
     """
 
     numbers: int
@@ -65,6 +69,9 @@ class Demand:
     is_split: bool
     mixed_rows: int | None = None
     has_rows: bool = False
+    separable: int | None = None
+    scattered: int = 0
+    update_grad: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,9 @@ def seconds(place: str, demand: Demand, ranks: int, count: int, machine: Machine
     if place == "everywhere":
         sent, work = whole + 2 * d.statistics / T, d.apply + d.update / T
     elif place == "rows":
-        sent, work = 2 * d.statistics / T, d.apply / ranks + d.update / T
+        sent = (2 * d.statistics - d.scattered) / T
+        update = d.update - d.update_grad * (1 - 1 / ranks)
+        work = d.apply / ranks + update / T
     elif place == "columns":
         sent, work = part + 2 * d.statistics / T, d.apply / ranks + d.update / T
     else:

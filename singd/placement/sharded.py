@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from singd.capture.statistics import KroneckerStatistics
 from singd.capture.weight_matrix import WeightMatrix, stack_gradients, stack_parts
 from singd.ops.dtensor import is_distributed, local, whole
+from singd.ops.parts import Part
 from singd.placement.assignment import Assignment
 from singd.placement.base import Made, Slot, Statistics, Work
 from singd.placement.columns import direction_rows
@@ -29,9 +29,10 @@ from singd.placement.exchange import Exchange
 from singd.placement.local import LocalHolding, group_places
 from singd.placement.mesh import largest_mesh
 from singd.placement.places import Demand
-from singd.placement.replicated import DataParallel, sum_, sum_packed_
+from singd.placement.replicated import DataParallel, sum_
 from singd.placement.splits import Split, gathered
 from singd.placement.storage import Item, spread
+from singd.placement.sums import reduce_owned_, scatter, sent_to
 
 
 class Sharded(DataParallel):
@@ -74,6 +75,10 @@ class Sharded(DataParallel):
         """The rank that alone has the factors, within the process group that splits the matrix."""
         return self._assigned.owners.get(matrix)
 
+    def part_of(self, matrix: WeightMatrix) -> Part | None:
+        """The rows that this rank has of a factor, if ranks share it."""
+        return self._assigned.parts.get(matrix)
+
     def holds(self, matrix: WeightMatrix) -> bool:
         """Whether this rank has the factors of a matrix."""
         return self._assigned.holds(matrix)
@@ -99,39 +104,26 @@ class Sharded(DataParallel):
     # A step -------------------------------------------------------------------------------------
 
     def reduce(self, statistics: Statistics) -> Statistics:
-        """The sums over all ranks, in place; of a matrix with an owner on that rank alone."""
-        shared = {m: one for m, one in statistics.items() if m not in self._assigned.owners}
+        """The sums over all ranks, of a matrix with an owner on that rank alone.
+
+        Of a factor that ranks share, each has the sums of its part.
+        """
+        assigned, groups = self._assigned, self.groups
+        owned = {m: one for m, one in statistics.items() if m in assigned.owners}
+        parts = {m: one for m, one in statistics.items() if m in assigned.parts}
+        shared = {m: s for m, s in statistics.items() if m not in owned and m not in parts}
         found = dict(super().reduce(shared))
-        owned = {m: one for m, one in statistics.items() if m in self._assigned.owners}
-        if not owned:
-            return found
-        group = self._assigned.group_of(next(iter(owned)))
-        kept = {m: one for m, one in owned.items() if not one.is_summed}
-        tensors = {m: [*one.input.tensors(), *one.grad.tensors()] for m, one in kept.items()}
-        others = [each for each in self.groups if each is not group]
-        sum_packed_([t for ts in tensors.values() for t in ts], others)
-        for rank in range(dist.get_world_size(group)):
-            own = [t for m, ts in tensors.items() if self._assigned.owners[m] == rank for t in ts]
-            sum_packed_(own, [group], to=rank)
-        counted = self.count(owned)
-        return found | {m: one for m, one in counted.items() if self.holds(m)}
+        if parts:
+            found |= self.count(scatter(parts, assigned.parts, assigned.splits, groups))
+        if owned:
+            reduce_owned_(owned, assigned.owners, assigned.group_of(next(iter(owned))), groups)
+            found |= {m: one for m, one in self.count(owned).items() if self.holds(m)}
+        return {m: found[m] for m in statistics if m in found}
 
     def send(self, matrix: WeightMatrix, one: KroneckerStatistics) -> KroneckerStatistics:
         """The sums over all ranks, on the owner; others keep counts alone."""
-        group, owner = self._assigned.group_of(matrix), self._assigned.owners[matrix]
-        sides = (one.input, one.grad)
-        tensors = [t for side in sides for t in side.tensors()]
-        for t in tensors:
-            if t.is_cuda:  # this may be called on another stream than their own
-                t.record_stream(torch.cuda.current_stream())
-        sum_packed_(tensors, [each for each in self.groups if each is not group])
-        sum_packed_(tensors, [group], to=owner)
-        if self.holds(matrix):
-            return replace(one, is_summed=True)
-        gone = [
-            s.with_tensors([t.new_zeros(()).expand(t.shape) for t in s.tensors()]) for s in sides
-        ]
-        return replace(one, input=gone[0], grad=gone[1], is_summed=True, is_elsewhere=True)
+        owner = self._assigned.owners[matrix]
+        return sent_to(owner, one, self._assigned.group_of(matrix), self.groups)
 
     def average_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Average gradients over the ranks that :func:`fully_shard` has not averaged them over.
@@ -233,8 +225,8 @@ class Sharded(DataParallel):
         return stack_gradients(matrices, found)
 
     def spread(self, items: Sequence[Item]) -> list[Tensor]:
-        """Tensors of owners as DTensors that are split as the weights are, along rows."""
-        return spread(items, self._assigned.owners, self._assigned.group_of(items[0][0]))
+        """Tensors of owners, and parts of factors that ranks share, as DTensors along rows."""
+        return spread(items, self._assigned.owners, self._assigned.parts, self._assigned.group_of)
 
     def _of_columns(self, works: Sequence[Work]) -> Iterator[Made]:
         """What this rank holds of directions whose halves ranks make by turns."""
@@ -249,7 +241,10 @@ class Sharded(DataParallel):
         """What this rank holds of directions that it makes of its rows alone."""
         rows = torch.stack([self._rows(matrix) for matrix in work.matrices])
         split = self._split(work.matrices[0])
-        made = work.apply_rows(rows, split.side(dist.get_rank(split.group))).to(rows.dtype)
+        if work.matrices[0] in self._assigned.parts:
+            made = work.apply(rows)
+        else:
+            made = work.apply_rows(rows, split.side(dist.get_rank(split.group))).to(rows.dtype)
         return self._made(work, rows, made)
 
     def _split(self, matrix: WeightMatrix) -> Split:

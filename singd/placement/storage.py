@@ -5,7 +5,7 @@ So PyTorch's distributed checkpoints load them on any number of ranks, whoever o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from singd.capture.weight_matrix import WeightMatrix
+from singd.ops.parts import Part
 from singd.placement.exchange import all_to_all
 from singd.placement.splits import ends_of
 
@@ -21,28 +22,54 @@ Item = tuple[WeightMatrix, Tensor, Tensor | None]
 """A matrix, a tensor of the shape of one of its factors', and that of the rank that has it."""
 
 
-def spread(items: Sequence[Item], owners: Mapping[WeightMatrix, int], group: Any) -> list[Tensor]:
-    """The tensors of owners as DTensors, by one collective for each data type.
+def spread(
+    items: Sequence[Item],
+    owners: Mapping[WeightMatrix, int],
+    parts: Mapping[WeightMatrix, Part],
+    group_of: Callable[[WeightMatrix], Any],
+) -> list[Tensor]:
+    """The tensors of owners, and parts, as DTensors.
 
     Args:
-        items: The same on all ranks, but for what an owner has.
+        items: The same on all ranks, but for what an owner has, and for parts.
         owners: The rank that owns each matrix.
-        group: Process group by which the weights are split.
+        parts: The rows that this rank has of factors that ranks share.
+        group_of: The process group by which a weight is split.
     """
+    found: dict[int, Tensor] = {}
+    sent: dict[Any, list[tuple[int, int]]] = {}  # by group: the place of an item, and its owner
+    for i, (matrix, like, held) in enumerate(items):
+        if matrix in parts and like.ndim != 2 and held is not None:  # split just so
+            found[i] = _stored(held, matrix.weight, like.shape, parts[matrix].group)
+        elif matrix in parts:  # the last block, which the rank with the last rows has
+            part = parts[matrix]
+            sent.setdefault(part.group, []).append((i, part.last))
+        else:
+            sent.setdefault(group_of(matrix), []).append((i, owners[matrix]))
+    for group, some in sent.items():
+        own = [items[i] for i, _ in some]
+        pieces = _spread(own, [owner for _, owner in some], group)
+        found |= zip([i for i, _ in some], pieces, strict=True)
+    return [found[i] for i in range(len(items))]
+
+
+def _spread(items: Sequence[Item], owners: Sequence[int], group: Any) -> list[Tensor]:
+    """The tensors of owners as DTensors, by one collective for each data type."""
     found: dict[int, Tensor] = {}
     me, ranks = dist.get_rank(group), range(dist.get_world_size(group))
     for dtype in {like.dtype: None for _, like, _ in items}:
         chosen = [i for i, (_, like, _) in enumerate(items) if like.dtype == dtype]
-        held = [t for i in chosen if (t := items[i][2]) is not None]
+        held = [t for i in chosen if owners[i] == me and (t := items[i][2]) is not None]
         sent = [[_rows(t, rank, len(ranks)) for t in held] for rank in ranks]
-        theirs = [[i for i in chosen if owners[items[i][0]] == rank] for rank in ranks]
+        theirs = [[i for i in chosen if owners[i] == rank] for rank in ranks]
         shapes = [[_rows(items[i][1], me, len(ranks)).shape for i in own] for own in theirs]
         like = items[chosen[0]][1].new_empty(0)
         received = all_to_all(sent, shapes, like, group)
         for own, pieces in zip(theirs, received, strict=True):
             found |= zip(own, pieces, strict=True)
     return [
-        _stored(found[i], matrix.weight, like.shape) for i, (matrix, like, _) in enumerate(items)
+        _stored(found[i], matrix.weight, like.shape, group)
+        for i, (matrix, like, _) in enumerate(items)
     ]
 
 
@@ -54,12 +81,13 @@ def _rows(t: Tensor, rank: int, ranks: int) -> Tensor:
     return t[ends[rank] : ends[rank + 1]]
 
 
-def _stored(part: Tensor, weight: Any, shape: torch.Size) -> Tensor:
-    """A part as a DTensor beside a weight, with memory of its own."""
+def _stored(part: Tensor, weight: Any, shape: torch.Size, group: Any) -> Tensor:
+    """A part as a DTensor on the mesh of a weight, with memory of its own; others have copies."""
     part = part.clone()
     if not shape:
         return part
-    placements = [Replicate() if p.is_replicate() else Shard(0) for p in weight.placements]
+    names = [weight.device_mesh.get_group(i).group_name for i in range(weight.device_mesh.ndim)]
+    placements = [Shard(0) if name == group.group_name else Replicate() for name in names]
     strides = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
         part.contiguous(),

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from singd.capture.weight_matrix import WeightMatrix
 from singd.ops.dtensor import whole
+from singd.ops.storage import decode
 from singd.state import checkpoint
-from singd.step.entries import state_key
+from singd.step.entries import recognized, state_key
 from singd.step.fallback import check_rates
 from singd.step.groups import Group, check_group
 from singd.step.initial import expected_values
@@ -57,10 +58,10 @@ def copies(
 ) -> dict[Tensor, dict[str, Any]]:
     """Copies of the values, by parameter: PyTorch casts to the parameter's dtype, or shares.
 
-    Factors are whole, and only where this rank has them.
+    Factors are whole, or this rank's part, and only where this rank has them.
     """
     found = {}
-    for p, number, _ in _numbered(groups, fitted):
+    for p, number, group in _numbered(groups, fitted):
         if number in fitted["state"]:
             entry = {k: _whole(v) for k, v in fitted["state"][number].items()}
             found[p] = {
@@ -68,6 +69,7 @@ def copies(
                 for k, v in entry.items()
                 if not isinstance(v, list) or _is_held(parts, p, k)
             }
+            _cut(parts, p, group, found[p])
     return found
 
 
@@ -79,7 +81,7 @@ def put(state: MutableMapping[Any, Any], values: Mapping[Tensor, dict[str, Any]]
 
 
 def spread(parts: Parts, groups: Sequence[Group], state_dict: Mapping[str, Any]) -> None:
-    """Put factors that one rank has into a state as DTensors; all ranks do so together.
+    """Put factors that not every rank has into a state as DTensors; all ranks do so together.
 
     Args:
         parts: The objects that take a step.
@@ -88,23 +90,51 @@ def spread(parts: Parts, groups: Sequence[Group], state_dict: Mapping[str, Any])
     """
     placement, state = parts.placement, state_dict["state"]
     groups_of = parts.parameters.preconditioned()
-    owned = [m for m in groups_of if placement.owner_of(m) is not None]
-    if not owned or not state:
+    names_of = {m: _names(parts, m) for m in groups_of}
+    some = [m for m in groups_of if names_of[m] is None or names_of[m]]
+    if not some or not state:
         return
     numbers = {p: number for p, number, _ in _numbered(groups, state_dict)}
     items: list[tuple[WeightMatrix, Tensor, Tensor | None]] = []
     lists: list[list[Tensor]] = []
-    for matrix in owned:
+    for matrix in some:
         number = numbers[matrix.weight]
         entry = state[number] = dict(state.get(number, {}))
+        chosen = names_of[matrix]
         for name, like in parts.store.stored_template(matrix, groups_of[matrix]).items():
             key = state_key(matrix, name)
+            if chosen is not None and name not in chosen:
+                continue
             held = entry.pop(key, None) or [None] * len(like)  # all ranks then have it last
             items += [(matrix, t, own) for t, own in zip(like, held, strict=True)]
             entry[key] = list[Tensor]()
             lists += [entry[key]] * len(like)
     for into, t in zip(lists, placement.spread(items), strict=True):
         into.append(t)
+
+
+def _names(parts: Parts, matrix: WeightMatrix) -> tuple[str, ...] | None:
+    """The members of a matrix that ranks share; ``None`` if one rank has all of them."""
+    if parts.placement.owner_of(matrix) is not None:
+        return None
+    part = parts.placement.part_of(matrix)
+    return () if part is None else parts.method.members_of[part.side]
+
+
+def _cut(parts: Parts, p: Tensor, group: Group, entry: dict[str, Any]) -> None:
+    """Leave of whole factors, in whatever form, what this rank has of them."""
+    for matrix in parts.parameters.matrices:
+        part = parts.placement.part_of(matrix) if matrix.weight is p else None
+        if part is None:
+            continue
+        like = parts.store.template(matrix, group).members()
+        for name in parts.method.members_of[part.side]:
+            key = state_key(matrix, name)
+            if name in like and isinstance(entry.get(key), list):
+                shapes = [t.shape for t in like[name].tensors()]
+                forms = recognized(matrix, name, entry[key], shapes)
+                own = part.of(like[name].with_tensors(decode(entry[key], forms)))
+                entry[key] = [t.clone() for t in own.tensors()]
 
 
 def _is_held(parts: Parts, p: Tensor, key: str) -> bool:

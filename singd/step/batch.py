@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from singd.capture.weight_matrix import WeightMatrix
 from singd.methods.base import Factors, Products
+from singd.ops.reference import Indices
 from singd.ops.stochastic_rounding import Rounding
 from singd.ops.storage import Form, Plain, decode
 from singd.step.groups import Group
@@ -71,6 +73,7 @@ def encode(
     forms: Mapping[str, Sequence[Form]],
     rounding: Rounding | None = None,
     keys: Sequence[str] = ("",),
+    indices: Mapping[str, Sequence[Indices]] = MappingProxyType({}),
 ) -> dict[str, list[Tensor]]:
     """What is stored of the factors of equal matrices, side by side.
 
@@ -79,19 +82,39 @@ def encode(
         forms: How each tensor of each member is stored.
         rounding: Rounds by chance; ``None`` for rounding to nearest.
         keys: Keys of the matrices, which the noise depends on.
+        indices: Where the numbers lie in whole tensors, of members that ranks share.
     """
     stored: dict[str, list[Tensor]] = {}
     for name, member in factors.members().items():
         stored[name] = []
         for number, (t, form) in enumerate(zip(member.tensors(), forms[name], strict=True)):
-            stored[name] += form.encode(t, rounding, [f"{key} {name} {number}" for key in keys])
+            names = [f"{key} {name} {number}" for key in keys]
+            if name in indices and rounding is not None and isinstance(form, Plain):
+                dtype = form.dtype or t.dtype
+                stored[name].append(rounding(t, dtype, names, indices[name][number]))
+            else:
+                stored[name] += form.encode(t, rounding, names)
     return stored
 
 
 class Batch:
-    """Equal matrices and their factors, side by side along a first dimension."""
+    """Equal matrices and their factors, side by side along a first dimension.
 
-    def __init__(self, matrices: Sequence[WeightMatrix], group: Group, stored: Encoded) -> None:
+    Args:
+        matrices: Equal matrices.
+        group: Group of their weights.
+        stored: Their factors.
+        indices: Where the numbers of this rank lie in each tensor of a member that ranks share.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[WeightMatrix],
+        group: Group,
+        stored: Encoded,
+        indices: Mapping[str, Sequence[Indices]] = MappingProxyType({}),
+    ) -> None:
+        self._indices = indices
         self._eager_versions = torch.compiler.disable(self._count_writes)  # not at import
         self.matrices, self.group, self.stored = list(matrices), group, stored
         self._products: Products | None = None
@@ -157,7 +180,8 @@ class Batch:
             rounding: Rounds to what is stored.
             before: The factors of all until then.
         """
-        made = encode(new, before.forms, rounding, [matrix.key for matrix in matrices])
+        keys = [matrix.key for matrix in matrices]
+        made = encode(new, before.forms, rounding, keys, self._indices)
         if len(matrices) == len(self.matrices):
             return before.changed(made)
         index = self.index(matrices)

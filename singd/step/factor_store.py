@@ -7,19 +7,21 @@ the factors: what is reset, reloaded or replaced there counts.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from singd.capture.statistics import Side
 from singd.capture.weight_matrix import WeightMatrix
 from singd.methods.base import Factors, Method, Products
 from singd.ops import cuda_graph
+from singd.ops.parts import Part
 from singd.ops.storage import Form, form_of, recode
 from singd.placement import Demand, Placement
 from singd.step.batch import Batch, Encoded, Proposal, encode
+from singd.step.demand import cut, demand_of, indices_of
 from singd.step.entries import State, are_same, drop, drop_unknown, recognized, state_key
 from singd.step.groups import Group
 from singd.step.skipping import write_
@@ -27,11 +29,7 @@ from structured import Structure
 
 
 class FactorStore:
-    """The factors of all matrices that are preconditioned.
-
-    Args:
-        method: Method that makes and updates them.
-    """
+    """The factors of all matrices, which a method makes and updates."""
 
     def __init__(self, method: Method) -> None:
         self.method = method
@@ -39,6 +37,7 @@ class FactorStore:
         self._batch_of: dict[WeightMatrix, Batch] = {}
         self._layouts: dict[WeightMatrix, tuple[Any, ...]] = {}
         self._templates: dict[WeightMatrix, Factors] = {}  # of those that other ranks have
+        self._parts: dict[WeightMatrix, Part] = {}  # of those that ranks share
         self._structures: dict[WeightMatrix, tuple[Structure, ...]] = {}
 
     def ensure(
@@ -90,7 +89,13 @@ class FactorStore:
             if id(group) not in choices:
                 choices[id(group)] = self.method.layout(group)
         layouts = {m: self._layout(m, g, choices[id(g)]) for m, g in groups.items()}
-        placement.place(layouts, lambda matrix: self.demand(matrix, groups[matrix]))
+
+        def demand(matrix: WeightMatrix) -> Demand:
+            factors = self.template(matrix, groups[matrix])
+            return demand_of(self.method, matrix, factors, groups[matrix])
+
+        placement.place(layouts, demand)
+        self._parts = {m: part for m in groups if (part := placement.part_of(m)) is not None}
         return layouts
 
     def factors(self, matrix: WeightMatrix) -> Factors:
@@ -101,8 +106,11 @@ class FactorStore:
         factors: Factors = batch.one[matrix].factors()
         return factors
 
-    def summarizing(self, matrix: WeightMatrix, group: Group) -> Factors:
+    def summarizing(self, matrix: WeightMatrix, group: Group, side: Side) -> Factors:
         """The factors that statistics are made with: their numbers where a method needs them."""
+        part = self._parts.get(matrix)
+        if part is not None and part.is_scattered and part.side == side:
+            return self._templates[matrix]
         batch = self._batch_of.get(matrix)
         if batch is None or batch.stored.is_plain:
             return self.factors(matrix)
@@ -140,7 +148,8 @@ class FactorStore:
             dtype=matrix.weight.dtype,
             device=device,
         )
-        return factors
+        part = self._parts.get(matrix)
+        return factors if part is None else cut(factors, part, self.method).map(torch.clone)
 
     def encoded(self, factors: Factors, group: Mapping[str, Any], count: int | None) -> Encoded:
         """Factors as they are stored, rounded to nearest.
@@ -178,25 +187,6 @@ class FactorStore:
             matrix.shape, structures, group, dtype=weight.dtype, device="meta"
         )
         return factors
-
-    def demand(self, matrix: WeightMatrix, group: Group) -> Demand:
-        """What the factors of a matrix need, in numbers and operations."""
-        factors = self.template(matrix, group)
-        sides = list(factors.members().values())[:2]
-        counts = [sum(t.numel() for t in side.tensors()) for side in sides]
-        P, item = math.prod(matrix.shape), matrix.weight.element_size()
-        pairs = list(zip(counts, sides, strict=True))
-        return Demand(
-            numbers=P,
-            statistics=sum(counts) * max(item, 4) if self.method.needs_activations else 0,
-            itemsize=item,
-            apply=sum(2.0 * count * P / max(side.n, 1) for count, side in pairs),
-            update=sum(6.0 * count * side.n for count, side in pairs),
-            interval=group["T"],
-            needs_factors=self.method.needs_factors(factors, group),
-            is_split=self.method.is_split,
-            mixed_rows=self.method.mixed_rows(factors),
-        )
 
     def products(self, batch: Batch) -> Products:
         """The products of the factors of a batch, made if they are not there."""
@@ -247,14 +237,21 @@ class FactorStore:
                 continue
             _, dtype, device, group, _ = layout
             own = placement.place_of(matrix)
-            key = (group, matrix.shape, self._structures[matrix], dtype, device, own)
+            part = self._parts.get(matrix)
+            rows = None if part is None else (part.side, part.rows.start, part.rows.stop)
+            if part is not None:
+                self._templates[matrix] = self.template(matrix, groups[matrix])
+            key = (group, matrix.shape, self._structures[matrix], dtype, device, own, rows)
             alike.setdefault(key, []).append(matrix)
         self.batches, self._batch_of = [], {}
         for matrices in alike.values():
             group = groups[matrices[0]]
             device = matrices[0].weight.device
             factors = self.fresh(matrices[0], group, len(matrices), device)
-            batch = Batch(matrices, group, self.encoded(factors, group, len(matrices)))
+            stored = self.encoded(factors, group, len(matrices))
+            part = self._parts.get(matrices[0])
+            held = indices_of(self._templates[matrices[0]], part, self.method) if part else {}
+            batch = Batch(matrices, group, stored, held)
             self.batches.append(batch)
             self._batch_of |= dict.fromkeys(matrices, batch)
             for matrix in matrices:

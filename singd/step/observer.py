@@ -42,7 +42,7 @@ class StepObserver:
     def piece_bytes(self, matrix: WeightMatrix) -> int | None:
         """As large as the factor: a product with fewer rows than columns is slow."""
         group = self.parts.parameters.group_of[matrix.weight]
-        first = next(iter(self.parts.store.summarizing(matrix, group).members().values()))
+        first = next(iter(self.parts.store.summarizing(matrix, group, "input").members().values()))
         return None if isinstance(first, Diagonal) else sum(t.nbytes for t in first.tensors())
 
     def sampling(self, matrix: WeightMatrix) -> tuple[int, float]:
@@ -76,11 +76,14 @@ class StepObserver:
     def summarize(self, matrix: WeightMatrix, side: Side, columns: Columns) -> Statistic:
         """The statistic that the method asks for."""
         group = self.parts.parameters.group_of[matrix.weight]
-        factors = self.parts.store.summarizing(matrix, group)
+        factors = self.parts.store.summarizing(matrix, group, side)
         statistic = self.parts.method.summarize(factors, side, columns, group)
-        if statistic.kind == "whitened" and not self.parts.placement.holds(matrix):
+        part = self.parts.placement.part_of(matrix)
+        is_scattered = part is not None and part.is_scattered and part.side == side
+        is_elsewhere = not self.parts.placement.holds(matrix) or is_scattered
+        if statistic.kind == "whitened" and is_elsewhere:
             raise RuntimeError(
-                f"{matrix.name}: its statistics need its factors, which another rank owns: make "
+                f"{matrix.name}: its statistics need its factors, which other ranks have: make "
                 "the optimizer after torch.set_float32_matmul_precision"
             )
         return statistic

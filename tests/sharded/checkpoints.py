@@ -21,6 +21,7 @@ from singd.testing.sharded.rows import snapshot
 from singd.testing.sharded.setting import Ends, Layout, Setting, batches, net
 from tests.sharded.layouts import NAMES, Context
 from tests.sharded.scenarios import OPTIONS
+from tests.sharded.traffic import ROWS
 
 SAVED = 3  # steps before the checkpoint
 BATCHES = batches(6)
@@ -35,14 +36,21 @@ class Trainer:
         layout: Layout of this rank; ``None`` for one process.
         group: Process group of one process, where there are several.
         places: Where factors are worked on.
+        is_rowed: Whether C has blocks, some of which end where the rows of ranks do.
     """
 
     def __init__(
-        self, layout: Layout | None, group: Any = None, places: str = "everywhere"
+        self,
+        layout: Layout | None,
+        group: Any = None,
+        places: str = "everywhere",
+        is_rowed: bool = False,
     ) -> None:
         self.setting = Setting(layout, 4 if layout is None else layout.ranks)
         self.model = self.setting.shard(net())
         options = OPTIONS | {"graft": "adamw", "kl_clip": None, "lr": 0.02}
+        if is_rowed:
+            options |= {"structures": ROWS, "alpha1": 0.0}
         self.optimizer = SINGD(self.model, process_group=group, places=places, **options)
 
     def train(self, part: slice) -> Ends:
@@ -69,10 +77,13 @@ class Trainer:
         )
 
 
-def make(context: Context, layout: str, places: str = "everywhere") -> Trainer:
+def make(
+    context: Context, layout: str, places: str = "everywhere", saved: str = "everywhere"
+) -> Trainer:
+    is_rowed = "rows" in (places, saved)
     if layout == ALONE:
-        return Trainer(None, context.single.get_group(), places)
-    return Trainer(context.layouts[layout], None, places)
+        return Trainer(None, context.single.get_group(), places, is_rowed)
+    return Trainer(context.layouts[layout], None, places, is_rowed)
 
 
 def save(context: Context, layout: str, places: str) -> Ends:
@@ -89,7 +100,7 @@ def save(context: Context, layout: str, places: str) -> Ends:
 
 def resume(context: Context, layout: str, saved: str, places: str) -> Ends:
     """Other ranks load what was saved."""
-    run = make(context, layout, places)
+    run = make(context, layout, places, saved)
     if layout == ALONE:
         run.load(context.folder / saved, no_dist=True)
     else:
@@ -100,7 +111,7 @@ def resume(context: Context, layout: str, saved: str, places: str) -> Ends:
 
 def resume_whole(context: Context, layout: str, whole: str, places: str) -> Ends:
     """Whole tensors are loaded, which only the first rank has where there are several."""
-    run = make(context, layout, places)
+    run = make(context, layout, places, whole)
     saved: Any = {}, {}
     if layout == ALONE or dist.get_rank() == 0:
         saved = torch.load(context.folder / f"{whole}.pt", weights_only=False)
@@ -122,12 +133,12 @@ def resume_from_one(context: Context, layout: str) -> Ends:
     return run.train(slice(SAVED, None))
 
 
-def alone(*_: str) -> Ends:
+def alone(*case: str) -> Ends:
     """One process that is never interrupted."""
-    return Trainer(None).train(slice(None))
+    return Trainer(None, is_rowed="rows" in case).train(slice(None))
 
 
-E, O = "everywhere", "owned"
+E, O, R = "everywhere", "owned", "rows"
 _CASES: list[tuple[Any, ...]] = [  # those that save come first
     (save, NAMES[0], E),
     (save, NAMES[0], O),
@@ -137,6 +148,10 @@ _CASES: list[tuple[Any, ...]] = [  # those that save come first
     (resume, NAMES[2], E, O),
     *((resume_whole, to, E, E) for to in (NAMES[0], NAMES[3], ALONE)),
     *((resume_whole, to, O, O) for to in (NAMES[0], ALONE)),
+    (save, NAMES[0], R),
+    *((resume, to, R, R) for to in (NAMES[1], NAMES[2], NAMES[3], ALONE)),
+    (resume, NAMES[2], R, O),
+    *((resume_whole, to, R, R) for to in (NAMES[0], ALONE)),
     (resume_from_one, NAMES[0]),
     (resume_from_one, NAMES[3]),
 ]

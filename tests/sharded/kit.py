@@ -7,12 +7,16 @@ from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from singd import KFAC, SINGD, SOAP, KLShampoo
+from singd.methods import batched
+from singd.placement import sums
 from singd.testing.sharded import SHARDED_ROWS, Setting
+from singd.testing.sharded.counting import REDUCE_SCATTER
 from singd.testing.sharded.setting import Ends
 from tests.sharded.layouts import NAMES, Context
 from tests.sharded.scenarios import OPTIONS
@@ -34,6 +38,16 @@ METHODS: dict[str, Any] = {
         SINGD, places="columns", keep_products=False, **OPTIONS
     ),
     "SINGD, rows": partial(SINGD, places="rows", **ROWED),
+    "SINGD, rows, fused": partial(SINGD, places="rows", **ROWED | {"alpha1": 0.0}),
+    "SINGD, rows, fused blocks": partial(SINGD, places="rows", **BLOCKS | {"alpha1": 0.0}),
+    "SINGD, rows, bare": partial(
+        SINGD,
+        places="rows",
+        **BLOCKS | {"relative_damping": False, "scale_init": False, "normalize_lr_cov": True},
+    ),
+    "SINGD, rows, IKFAC": partial(
+        SINGD, places="rows", kfac_like=True, **BLOCKS | {"graft": "rms", "kl_clip": None}
+    ),
     "SINGD, rows, without products": partial(SINGD, places="rows", keep_products=False, **BLOCKS),
     "SINGD, 24 and 8 bits": partial(
         SINGD, preconditioner_dtype=("bfloat16+8", "int8"), places="owned", **OPTIONS
@@ -58,6 +72,10 @@ ROWS: dict[str, Iterable[str]] = {
     "SINGD, columns": (*_SOME, "a_rank_without_samples", "parameters_that_are_not_sharded"),
     "SINGD, columns, without products": _SOME[:1],
     "SINGD, rows": (*_SOME, "a_rank_without_samples", "parameters_that_are_not_sharded"),
+    "SINGD, rows, fused": (*_SOME, "a_rank_without_samples", "noise"),
+    "SINGD, rows, fused blocks": _SOME,
+    "SINGD, rows, bare": _SOME[:1],
+    "SINGD, rows, IKFAC": _SOME[:2],
     "SINGD, rows, without products": _SOME[:2],
     "SINGD, 24 and 8 bits": ("noise",),
     "KFAC, columns": _SOME[:1],
@@ -127,8 +145,43 @@ class HookOfTheShard(SINGD):
         self._parts.capture._meet = lambda *_: None  # type: ignore[method-assign]
 
 
+class RowsForAll(SINGD):
+    """Every rank takes its rows of a factor for the whole, in traces and norms."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, places="rows", **BLOCKS | {"alpha1": 0.0})
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        """Without the sums over ranks."""
+        with mock.patch.object(batched, "completed", lambda numbers, _: list(numbers)):
+            return super().step(closure)
+
+
+class RowsOfAnother(SINGD):
+    """Every rank has the statistics of the rows of the next one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, places="rows", **BLOCKS | {"alpha1": 0.0})
+        reduce = self._parts.placement.reduce
+
+        def turned(statistics: Any) -> Any:
+            with mock.patch.object(sums, "reduce_scatter", self._turned):
+                return reduce(statistics)
+
+        self._parts.placement.reduce = turned  # type: ignore[method-assign]
+
+    @staticmethod
+    def _turned(sent: Tensor, count: int, group: Any) -> Tensor:
+        return REDUCE_SCATTER(sent.view(-1, count).roll(1, 0).flatten(), count, group)
+
+
+#: What faults are compared with that are not made of "SINGD".
+RIGHT = {"RowsForAll": "SINGD, rows, fused blocks", "RowsOfAnother": "SINGD, rows, fused blocks"}
+
 #: Every fault with a row that it fails.
 FAULTS: dict[type[SINGD], str] = {
+    RowsForAll: "uneven_shares",
+    RowsOfAnother: "uneven_shares",
     WrongScale: "uneven_shares",
     WithoutReduction: "uneven_shares",
     WithoutSums: "uneven_shares",

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 
 from singd import SINGD
+from singd.ops.dtensor import local
+from singd.state.plan import nbytes
 from singd.testing.sharded.counting import Counting
 from singd.testing.sharded.setting import Ends, Setting, batches, net
 from tests.sharded.layouts import NAMES, Context
@@ -72,6 +74,22 @@ def quiet(setting: Setting) -> Ends:
     return ends
 
 
+def shared(setting: Setting) -> Ends:
+    """Every rank has the rows of C that it has of the weight, and the plan says so."""
+    model: Any = setting.shard(net())
+    optimizer = SINGD(model, places="rows", **OPTIONS | {"structures": ROWS})
+    for X, y in batches(2):
+        optimizer.zero_grad()
+        setting.backward(model, X, y)
+        optimizer.step()
+    assert optimizer.plan().state_bytes == sum(nbytes(s) for s in optimizer.state.values())
+    weight = model[1].inner.weight  # of 5 rows: blocks of 2, 2 and 1
+    return {
+        "rows": sum(C.shape[-1] * C.shape[:-2].numel() for C in optimizer.state[weight]["C"])
+        - torch.tensor(float(local(weight).shape[0]))
+    }
+
+
 def exchanges(setting: Setting) -> Ends:
     """Rows and columns of all matrices are exchanged together, there and back, in each step."""
     model = setting.shard(net())
@@ -130,6 +148,7 @@ PLACES: dict[str, Any] = {
     "work": work,
     "rows, between updates": quiet,
     "columns, in one": exchanges,
+    "rows of C": shared,
     "one block at a time": buffers,
 }
 LAYOUTS = {"owned": NAMES[3], "rows": NAMES[3], "work": NAMES[0]}
@@ -137,6 +156,7 @@ EXPECTED = {
     "work": dict.fromkeys(("owned", "columns", "rows"), torch.zeros(())),
     "rows, between updates": {f"{step}": torch.tensor(float(not step)) for step in range(3)},
     "columns, in one": {f"{step}": torch.tensor(2.0) for step in range(3)},
+    "rows of C": {"rows": torch.zeros(())},
     "one block at a time": {"sends": torch.tensor(12.0)},
 }
 

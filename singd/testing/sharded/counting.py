@@ -7,10 +7,9 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from singd.placement import replicated
-from singd.placement import sharded as sharded_placement
+from singd.placement import replicated, sums
 
-SUM_PACKED = replicated.sum_packed_
+SUM_PACKED, REDUCE_SCATTER = replicated.sum_packed_, sums.reduce_scatter
 
 
 class Counting:
@@ -33,8 +32,9 @@ class Counting:
         self._patches = []
         for name in ("all_reduce", "reduce", "all_gather", "all_to_all_single"):
             self._patches.append(mock.patch.object(dist, name, self._counted(name)))
-        for module in (replicated, sharded_placement):
+        for module in (replicated, sums):
             self._patches.append(mock.patch.object(module, "sum_packed_", self._summing))
+        self._patches.append(mock.patch.object(sums, "reduce_scatter", self._scattering))
         for patch in self._patches:
             patch.start()
         return self
@@ -42,6 +42,11 @@ class Counting:
     def _summing(self, *args: Any, **kwargs: Any) -> None:
         with mock.patch.object(self, "_is_summing", True):
             SUM_PACKED(*args, **kwargs)
+
+    def _scattering(self, sent: Any, count: int, group: Any) -> Any:
+        n = dist.get_world_size(group)
+        self.bytes += 0 if self._pausing else (n - 1) / n * sent.nbytes
+        return REDUCE_SCATTER(sent, count, group)
 
     def __exit__(self, *_: object) -> None:
         for patch in self._patches:

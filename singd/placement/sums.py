@@ -1,0 +1,130 @@
+"""Sums of statistics that not every rank needs: for owners, and for parts of factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from singd.capture.statistics import KroneckerStatistics, Statistic
+from singd.capture.weight_matrix import WeightMatrix
+from singd.ops.parts import Part, within
+from singd.placement.base import Statistics
+from singd.placement.replicated import sum_, sum_packed_
+from singd.placement.splits import Split
+
+
+def reduce_owned_(
+    statistics: Statistics, owners: Mapping[WeightMatrix, int], group: Any, groups: Sequence[Any]
+) -> None:
+    """Add statistics up on the ranks that own their matrices, unless that was done before.
+
+    Args:
+        statistics: Sums of this rank, changed in place.
+        owners: The rank that owns each matrix.
+        group: Process group of these ranks.
+        groups: Process groups of all ranks that see different samples.
+    """
+    left = {m: one for m, one in statistics.items() if not one.is_summed}
+    tensors = {m: [*one.input.tensors(), *one.grad.tensors()] for m, one in left.items()}
+    sum_packed_([t for ts in tensors.values() for t in ts], [g for g in groups if g is not group])
+    for rank in range(dist.get_world_size(group)):
+        own = [t for m, ts in tensors.items() if owners[m] == rank for t in ts]
+        sum_packed_(own, [group], to=rank)
+
+
+def sent_to(
+    owner: int, one: KroneckerStatistics, group: Any, groups: Sequence[Any]
+) -> KroneckerStatistics:
+    """The sums over all ranks, on the owner; others keep counts alone.
+
+    Args:
+        owner: Rank that owns the matrix.
+        one: Sums of this rank, which are given up.
+        group: Process group of the owner.
+        groups: Process groups of all ranks that see different samples.
+    """
+    sides = (one.input, one.grad)
+    tensors = [t for side in sides for t in side.tensors()]
+    for t in tensors:
+        if t.is_cuda:  # this may be called on another stream than their own
+            t.record_stream(torch.cuda.current_stream())
+    sum_packed_(tensors, [each for each in groups if each is not group])
+    sum_packed_(tensors, [group], to=owner)
+    if dist.get_rank(group) == owner:
+        return replace(one, is_summed=True)
+    gone = [s.with_tensors([t.new_zeros(()).expand(t.shape) for t in s.tensors()]) for s in sides]
+    return replace(one, input=gone[0], grad=gone[1], is_summed=True, is_elsewhere=True)
+
+
+def scatter(
+    statistics: Statistics,
+    parts: Mapping[WeightMatrix, Part],
+    splits: Mapping[Tensor, Split],
+    groups: Sequence[Any],
+) -> Statistics:
+    """The sums over all ranks of the inputs; of output gradients, those of the rows of this rank.
+
+    Args:
+        statistics: Sums of this rank, over all rows.
+        parts: The rows that this rank has of the factor of each matrix.
+        splits: How rows are split.
+        groups: Process groups of all ranks that see different samples.
+    """
+    sum_packed_([t for one in statistics.values() for t in one.input.tensors()], groups)
+    traces = torch.cat([one.grad.value.trace().flatten().double() for one in statistics.values()])
+    sums = iter(sum_(traces, groups))
+    found, summed = {}, {}
+    for some in _alike(statistics, parts):
+        group = parts[some[0]].group
+        others = [each for each in groups if each is not group]
+        sides = [splits[m.weight] for m in some]
+        values = [statistics[m].grad.value for m in some]
+        rows = [
+            torch.cat(
+                [
+                    t.flatten()
+                    for value, split in zip(values, sides, strict=True)
+                    for t in within(value, split.side(rank)).tensors()
+                ]
+            )
+            for rank in range(dist.get_world_size(group))
+        ]
+        longest = max(map(len, rows))  # of the first rank, which has most
+        sent = torch.cat([torch.nn.functional.pad(row, (0, longest - len(row))) for row in rows])
+        own = reduce_scatter(sent, longest, group)
+        sum_packed_([own], others)
+        for matrix, value in zip(some, values, strict=True):
+            part = parts[matrix]
+            like = within(value, part.rows)
+            counts = [t.numel() for t in like.tensors()]
+            pieces = own[: sum(counts)].split(counts)
+            own = own[sum(counts) :]
+            found[matrix] = like.with_tensors(
+                [piece.view(t.shape) for piece, t in zip(pieces, like.tensors(), strict=True)]
+            )
+    for matrix, one in statistics.items():
+        value, kind = found[matrix], one.grad.kind
+        grad = Statistic(value, kind, next(sums).to(value.dtype), parts[matrix])
+        summed[matrix] = replace(one, grad=grad)
+    return summed
+
+
+def reduce_scatter(sent: Tensor, count: int, group: Any) -> Tensor:
+    """The sum over all ranks of the ``count`` numbers that each has for this rank."""
+    own = sent.new_empty(count)
+    dist.reduce_scatter_tensor(own, sent, group=group)
+    return own
+
+
+def _alike(statistics: Statistics, parts: Mapping[WeightMatrix, Part]) -> list[list[WeightMatrix]]:
+    """Matrices by process group and data type."""
+    found: dict[Any, list[WeightMatrix]] = {}
+    for matrix, one in statistics.items():
+        key = parts[matrix].group.group_name, one.grad.value.dtype
+        found.setdefault(key, []).append(matrix)
+    return list(found.values())
