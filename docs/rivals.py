@@ -16,6 +16,7 @@ NAMES = {
     "whitened_muon": "Muon of one-sided SINGD's directions",
     "pytorch_optimizer.soap": "SOAP (`pytorch_optimizer`)",
     "soap": "`SOAP`",
+    "soap rank": "`SOAP(rank=16)`",
     "kl_shampoo": "`KLShampoo`",
     "singd": "`SINGD`",
     "singd one-sided": '`SINGD(structures=("dense", "scaled_identity"))`',
@@ -31,8 +32,8 @@ def read(path: Path) -> dict[str, Runs]:
             if row["part"] != "held out":
                 continue
             loss = float(row["test loss"])
-            one_sided = "scaled_identity" in row["options"]
-            method = row["method"] + (" one-sided" if one_sided else "")
+            variants = {"scaled_identity": " one-sided", "rank=16": " rank"}
+            method = row["method"] + "".join(v for k, v in variants.items() if k in row["options"])
             of_task = found.setdefault(method, {}).setdefault(row["options"], {})
             size = float(row["state bytes"] or "nan")
             of_task[row["task"]] = loss if math.isfinite(loss) else math.inf, size

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from singd.methods.soap import TrackedBasis
+from singd.methods.spiked import SpikedBasis
 from singd.optimizer import KroneckerOptimizer
 
 
@@ -35,7 +36,11 @@ class SOAP(KroneckerOptimizer):
             that turn them each.
         damping: Damping in units of the mean of what it is added to.
         T: Number of steps between two updates of moments and bases.
-        max_dim: Size beyond which a dimension has no basis.
+        max_dim: Size beyond which a dimension has no basis, unless ``rank`` is given.
+        rank: Number of leading directions that are tracked in every dimension; all others count
+            alike (:mod:`singd.methods.spiked`). The state of an m x n matrix is then about
+            ``rank (m + n) + rank^2`` numbers and the momentum; bases turn at every update. For an
+            optimizer, ``None`` (whole bases) or not.
 
     Raises:
         TypeError: If ``model`` or ``params`` is of the wrong kind.
@@ -55,6 +60,7 @@ class SOAP(KroneckerOptimizer):
         damping: float = 1e-6,
         T: int = 1,
         max_dim: int = 2048,
+        rank: int | None = None,
         kl_clip: float | None = None,
         graft: str | None = "auto",
         max_skipped: int | None = 10,
@@ -74,13 +80,14 @@ class SOAP(KroneckerOptimizer):
             "damping": damping,
             "T": T,
             "max_dim": max_dim,
+            "rank": rank,
             "kl_clip": kl_clip,
             "graft": graft,
             "seed": seed,
         }
         super().__init__(
             model,
-            TrackedBasis(),
+            TrackedBasis() if rank is None else SpikedBasis(),
             params,
             defaults,
             adamw=adamw,

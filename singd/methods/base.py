@@ -61,10 +61,7 @@ class Factors:
 
 @dataclass
 class Averages:
-    """The statistics of a weight matrix, averaged over rows: those of ``S_K`` and ``S_C``.
-
-    ``rows`` are the numbers of rows of the inputs that a rank has seen on average, of each matrix.
-    """
+    """Statistics averaged over rows, of ``S_K`` and ``S_C``; and rows on a rank, of each matrix."""
 
     input: Statistic
     grad: Statistic
@@ -297,11 +294,7 @@ class Method(ABC):
         return {}
 
     def typical_steps(self, options: Options) -> Mapping[int, float]:
-        """Numbers of steps whose updates stand for all, with their shares, to count what they do.
-
-        Args:
-            options: Options of the parameter group.
-        """
+        """Numbers of steps whose updates stand for all, with their shares, to count operations."""
         return {0: 1.0}
 
     def residuals(self, factors: Any, averages: Any, options: Options) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ def test_methods_at_the_best_of_their_rates(tmp_path: Path) -> None:
         *("A,held out,soap,lr=3e-3,0,9,1,nan,1,600", "A,held out,soap,lr=1e-2,0,9,1,1.0,1,600"),
         *("B,held out,soap,lr=3e-3,0,9,1,3.0,1,100", "C,development,soap,lr=3e-3,0,9,1,9,1,1"),
         "A,held out,singd,\"lr=3e-3,structures=(1,'scaled_identity')\",0,9,1,4.0,1,400",
+        'A,held out,soap,"lr=1e-2,rank=16",0,9,1,5.0,1,100',
     ]
     table = rivals.methods(written(tmp_path / "methods.csv", rows)).splitlines()[2:]
     assert table == [
@@ -29,6 +30,7 @@ def test_methods_at_the_best_of_their_rates(tmp_path: Path) -> None:
         '| `SINGD(structures=("dense", "scaled_identity"))` | best of 1 '
         "| 0 of 1 | 2.000 | 2.00 (A) | 2.00 |",
         "| | 3e-3 | 0 of 1 | 2.000 | 2.00 (A) | |",
+        "| `SOAP(rank=16)` | best of 1 | 0 of 1 | 2.500 | 2.50 (A) | 0.50 |",
     ]
 
 

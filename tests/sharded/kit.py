@@ -58,6 +58,7 @@ METHODS: dict[str, Any] = {
     "KLShampoo": KLShampoo,
     # damped, so that rounding does not turn bases of nearly equal eigenvalues
     "SOAP": partial(SOAP, damping=1e-2),
+    "SOAP, few directions": partial(SOAP, damping=1e-2, rank=2),
     "SOAP, owned": partial(SOAP, damping=1e-2, places="owned"),
     "KLShampoo, owned": partial(KLShampoo, places="owned"),
 }
@@ -84,6 +85,7 @@ ROWS: dict[str, Iterable[str]] = {
     "KLShampoo": (*_SOME, "parameters_that_are_not_sharded"),
     "KLShampoo, owned": _SOME[:1],
     "SOAP": _SOME[:2],
+    "SOAP, few directions": _SOME[:2],
     "SOAP, owned": _SOME[:1],
 }
 

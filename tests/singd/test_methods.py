@@ -37,6 +37,7 @@ METHODS: dict[str, Make] = {
         model, params, T=1, structures=("dense", "block_diagonal(2)")
     ),
     "SOAP": lambda model, params: SOAP(model, params, basis_interval=2),
+    "SOAP, few directions": lambda model, params: SOAP(model, params, rank=2),
     "SOAP, some sides": lambda model, params: SOAP(model, params, max_dim=4, T=2),
     "root-free Shampoo": lambda model, params: KLShampoo(
         model, params, T=1, structures="hierarchical(1, 1)", power=1
