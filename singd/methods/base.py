@@ -207,21 +207,12 @@ class Method(ABC):
         """The forms in which members are stored, by name: of :data:`singd.ops.storage.FORMS`.
 
         Members that are not named are stored as they are. If all are named, no :meth:`products` of
-        them are kept.
-
-        Args:
-            factors: What :meth:`init` gave.
-            options: Options of the parameter group.
+        them are kept. Arguments are what :meth:`init` gave, and the options of the group.
         """
         return {}
 
     def needs_factors(self, factors: Any, options: Options) -> bool:
-        """Whether :meth:`summarize` depends on the numbers of factors, not on their shapes alone.
-
-        Args:
-            factors: Factors of one matrix.
-            options: Options of the parameter group.
-        """
+        """Whether :meth:`summarize` needs the numbers of the factors of one matrix, not shapes."""
         return self.needs_activations
 
     def apply_input(self, factors: Any, G: Tensor, products: Products) -> Tensor:
