@@ -34,7 +34,10 @@ STRUCTURED: Groups = {
     "Operators": ("Operator", "Kronecker", "Sum", "Product", "Outer"),
     "Roots of matrices": ("inverse_root", "divergence"),
     "Costs": ("cost",),
-    "Training and extending": ("StructuredParameter", "static", "add_symmetric_product_"),
+    "Training and extending": (
+        *("StructuredParameter", "static", "add_symmetric_product_", "pack_symmetric"),
+        "unpack_symmetric",
+    ),
 }
 SINGD: Groups = {
     "Optimizers": ("KroneckerOptimizer", "SINGD", "KLShampoo", "SOAP", "KFAC"),

@@ -10,6 +10,7 @@ from structured._core.lazy import Outer, Product, Sum
 from structured._core.matrix import Operator, StructuredMatrix, static
 from structured._core.spec import Structure, StructureLike, parse
 from structured._core.version import version
+from structured._products.packing import pack_symmetric, unpack_symmetric
 from structured.block_circulant import BlockCirculant
 from structured.block_diagonal import BlockDiagonal
 from structured.block_triangular import (
@@ -84,7 +85,9 @@ __all__ = [
     "inverse_root",
     "low_rank_lower",
     "low_rank_upper",
+    "pack_symmetric",
     "parse",
     "quaternions",
     "static",
+    "unpack_symmetric",
 ]

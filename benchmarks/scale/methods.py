@@ -77,7 +77,7 @@ def demand(matrix: Matrix, factors: Factors, given: Assumptions, ranks: int) -> 
     """What the library's placement is told."""
     return Demand(
         numbers=matrix.numbers,
-        statistics=4 * factors.statistics,
+        statistics=4 * factors.sent,
         itemsize=4,
         apply=2 * factors.apply.products,
         update=2 * factors.update.products,
@@ -88,6 +88,7 @@ def demand(matrix: Matrix, factors: Factors, given: Assumptions, ranks: int) -> 
         has_rows=has_rows(matrix, factors.mixed_rows, ranks),
         separable=factors.separable,
         scattered=4 * factors.statistics_grad if factors.separable else 0,
+        unscattered=4 * factors.sent_grad if factors.separable else 0,
         update_grad=0.0,
     )
 
@@ -130,7 +131,7 @@ def singd(
         f, P = of[w.matrix.name], w.matrix.numbers
         held = (f.stored + f.cached) * given.itemsize
         common += f.row * (rows / T / given.sample) + Work(0.0, MOMENTUM * P / ranks)
-        reduced = 4 * f.statistics * ring / T
+        reduced = 4 * f.sent * ring / T
         if place[w] == "owned":
             state[owner[w]] += held
             own[owner[w]] += 4 * f.statistics
@@ -143,7 +144,7 @@ def singd(
             kept += (part.stored + part.cached) * given.itemsize
             common += part.apply + part.update * (1 / T)
             scattered = ranks * part.statistics_grad  # as many for every rank as for the first
-            sent += 4 * ring / T * (2 * (f.statistics - f.statistics_grad) + scattered)
+            sent += 4 * ring / T * (2 * (f.sent - f.sent_grad) + scattered)
             continue
         kept += held
         shared = ranks if place[w] in ("rows", "columns") else 1
@@ -151,7 +152,7 @@ def singd(
         gradient = {"rows": 0.0, "columns": 2 * P * ring / ranks, "everywhere": P * ring}[place[w]]
         sent += 4 * gradient + 2 * reduced
     used = {place[w] for w in every}
-    packs = sum(of[w.matrix.name].statistics for w in every) / (1 << 24) + 1
+    packs = sum(of[w.matrix.name].sent for w in every) / (1 << 24) + 1
     collectives = HOUSEKEEPING + packs / T
     collectives += 2 if "columns" in used else 0
     collectives += 1 if "everywhere" in used else 0

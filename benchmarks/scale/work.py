@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.scale.models import Assumptions, Matrix
 from singd import SINGD
-from singd.capture.statistics import Columns, Side, side_by_side
+from singd.capture.statistics import Columns, Side, Statistic, side_by_side
 from singd.layers import find_layer
 from singd.methods.base import Averages, Stack
 from singd.methods.inverse_free import InverseFree
@@ -73,6 +73,8 @@ class Factors:
         stored: Numbers in factors.
         cached: Numbers in the products that are kept between updates.
         statistics: Numbers in statistics.
+        sent: Those of them that are sent: one half of symmetric matrices.
+        sent_grad: Those of output gradients.
         row: Work for one token, in the statistics.
         update: Work of an update.
         apply: Work of a direction.
@@ -85,6 +87,8 @@ class Factors:
     stored: int
     cached: int
     statistics: int
+    sent: int
+    sent_grad: int
     row: Work
     update: Work
     apply: Work
@@ -117,7 +121,9 @@ def factors_of(
     def seen(side: Side, n: int) -> Any:
         values = torch.empty(ROWS, n, **like)
         columns = Columns(layer, module, side, values, "expand", False, (n,))
-        return method.summarize(one, side, columns, given)
+        statistic = method.summarize(one, side, columns, given)
+        statistic.tensors()  # a GPU has more tokens than make it worth while to wait with the sum
+        return statistic
 
     both, seen_rows = counted(lambda: (seen("input", matrix.columns), seen("grad", matrix.rows)))
     stack = method.init(shape, structures, given, batch_shape=(1,), **like)
@@ -125,7 +131,7 @@ def factors_of(
     if rows is not None:
         side = slice(0, rows)
         one, stack = (replace(f, C=within(f.C, side)) for f in (one, stack))
-        both[1].value = within(both[1].value, side)
+        both = both[0], Statistic(within(both[1].value, side), both[1].kind, both[1].trace)
         shape = (rows, matrix.columns)
     averages = Averages(side_by_side([both[0]]), side_by_side([both[1]]))
 
@@ -142,6 +148,8 @@ def factors_of(
         stored=sum(t.numel() for m in one.members().values() for t in m.tensors()),
         cached=sum(t.numel() for p in products.values() for t in p.tensors()),
         statistics=sum(t.numel() for s in both for t in s.tensors()),
+        sent=sum(s.numel() for each in both for s in each.summands()),
+        sent_grad=sum(s.numel() for s in both[1].summands()),
         row=seen_rows * (1 / ROWS),
         update=updated + first * -1.0,
         apply=applied,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,7 +13,13 @@ from torch import Tensor
 from singd.layers import Layer
 from singd.layers.base import flatten_rows, square_sums
 from singd.ops.parts import Part
-from structured import Dense, StructuredMatrix
+from structured import (
+    BlockDiagonal,
+    Dense,
+    StructuredMatrix,
+    pack_symmetric,
+    unpack_symmetric,
+)
 
 Side = Literal["input", "grad"]
 
@@ -170,6 +177,11 @@ class Statistic:
         """All numbers of the sum, which may be changed in place."""
         return [*self.value.tensors(), *([] if self.trace is None else [self.trace])]
 
+    def summands(self) -> list[Summand]:
+        """All numbers, for sums over ranks."""
+        symmetric = are_symmetric(self.value)
+        return [Summand(t, symmetric and t is not self.trace) for t in self.tensors()]
+
     def with_tensors(self, tensors: Sequence[Tensor]) -> Statistic:
         """The same statistic with other :meth:`tensors`."""
         count = len(self.value.tensors())
@@ -221,6 +233,37 @@ def side_by_side(statistics: Sequence[Statistic]) -> Statistic:
     )
 
 
+class Summand(NamedTuple):
+    """A tensor that is summed over ranks, and whether its last two dimensions are symmetric."""
+
+    tensor: Tensor
+    is_symmetric: bool
+
+    def numel(self) -> int:
+        """How many numbers are sent of it."""
+        *batch, n = self.tensor.shape[:-1] if self.is_symmetric else (1, self.tensor.numel())
+        return math.prod(batch) * (n * (n + 1) // 2 if self.is_symmetric else n)
+
+    def sent(self) -> Tensor:
+        """The numbers that are sent, a vector."""
+        t = self.tensor
+        return (pack_symmetric(t) if self.is_symmetric else t).flatten()
+
+    def receive_(self, sent: Tensor) -> None:
+        """Take such a vector over."""
+        t = self.tensor
+        if not self.is_symmetric:
+            t.copy_(sent.view(t.shape))
+            return
+        n = t.shape[-1]
+        unpack_symmetric(sent.view(*t.shape[:-2], n + 1 - n % 2, (n + 1) // 2), out=t)
+
+
+def are_symmetric(value: StructuredMatrix) -> bool:
+    """Whether the tensors of a sum of this structure are symmetric matrices."""
+    return isinstance(value, Dense | BlockDiagonal)
+
+
 @dataclass
 class KroneckerStatistics:
     """Sums of both sides of a layer, with counts; normalized once, at the step."""
@@ -233,6 +276,10 @@ class KroneckerStatistics:
     is_summed: bool = False  # over ranks; counts are not
     is_elsewhere: bool = False  # on another rank, where the sums are
     is_last: bool = False  # these sums stand for those of all passes before, too
+
+    def summands(self) -> list[Summand]:
+        """All numbers of both sides, for sums over ranks."""
+        return [*self.input.summands(), *self.grad.summands()]
 
     def stand_for_(self, times: float) -> None:
         """Make these sums those of so many times as many rows."""

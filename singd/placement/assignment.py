@@ -126,7 +126,7 @@ class Assignment:
         if place == "rows":
             numbers = 0
             if matrix in self.parts:  # as many numbers for every rank as for the first
-                statistics -= demand.scattered
+                statistics -= demand.unscattered
                 first = self.splits[matrix.weight].ends[0]
                 scattered = (
                     first

@@ -1,7 +1,8 @@
 """Where the factors of a sharded matrix are worked on, chosen by what each place costs.
 
-With ``P`` numbers in a matrix, ``S`` in its statistics, ``W`` ranks and T steps between updates, a
-rank sends and receives these numbers in a step, and does this share of the work:
+With ``P`` numbers in a matrix, ``S`` in its statistics (half of a symmetric matrix), ``W`` ranks
+and T steps between updates, a rank sends and receives these numbers in a step, and does this share
+of the work:
 
 ==============  =====================  ===============  ===================================
 place           traffic                factors held on  work of a rank
@@ -44,7 +45,7 @@ class Demand:
 
     Attributes:
         numbers: Numbers in the matrix.
-        statistics: Bytes of its statistics.
+        statistics: Bytes of its statistics, as they are sent.
         itemsize: Bytes of a number in its gradient.
         apply: Floating-point operations of a direction.
         update: Those of an update of the factors.
@@ -56,6 +57,7 @@ class Demand:
         separable: How many rows are whole blocks of the output factor, of which ranks may then
             have those of their rows; ``None`` if they must have all.
         scattered: Bytes of the statistics of those blocks.
+        unscattered: Bytes of the same as they are sent where all ranks have them.
         update_grad: Operations of their update.
     """
 
@@ -71,6 +73,7 @@ class Demand:
     has_rows: bool = False
     separable: int | None = None
     scattered: int = 0
+    unscattered: int = 0
     update_grad: float = 0.0
 
 
@@ -104,7 +107,7 @@ def seconds(place: str, demand: Demand, ranks: int, count: int, machine: Machine
     if place == "everywhere":
         sent, work = whole + 2 * d.statistics / T, d.apply + d.update / T
     elif place == "rows":
-        sent = (2 * d.statistics - d.scattered) / T
+        sent = (2 * (d.statistics - d.unscattered) + d.scattered) / T
         update = d.update - d.update_grad * (1 - 1 / ranks)
         work = d.apply / ranks + update / T
     elif place == "columns":

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from singd.capture.statistics import KroneckerStatistics
+from singd.capture.statistics import KroneckerStatistics, Summand
 from singd.capture.weight_matrix import WeightMatrix
 from singd.placement.base import Placement, Statistics
 
@@ -93,13 +93,7 @@ class DataParallel(Placement):
         """The sums over all ranks, in place, of matrices of which some rank saw rows."""
         if not statistics:
             return statistics
-        tensors = [
-            t
-            for one in statistics.values()
-            for side in (one.input, one.grad)
-            for t in side.tensors()
-        ]
-        sum_packed_(tensors, self.groups)
+        sum_packed_([s for one in statistics.values() for s in one.summands()], self.groups)
         return self.count(statistics)
 
     def count(self, statistics: Statistics) -> Statistics:
@@ -135,37 +129,37 @@ def sum_(t: Tensor, groups: Iterable[Any]) -> Tensor:
 
 
 def sum_packed_(
-    tensors: Sequence[Tensor], groups: Sequence[Any], size: int = 1 << 24, to: int | None = None
+    summands: Sequence[Summand], groups: Sequence[Any], size: int = 1 << 24, to: int | None = None
 ) -> None:
-    """:func:`sum_` of many tensors, in few reductions.
+    """:func:`sum_` of many tensors, in few reductions; of symmetric matrices one half is sent.
 
     Args:
-        tensors: Tensors, changed in place.
+        summands: Tensors, changed in place.
         groups: Process groups of a mesh; one, if the sum is for one rank.
         size: Numbers from which no more are reduced at a time: they are copied for it.
         to: The rank that needs the sum, if not all do.
     """
-    for pack in _packs(tensors, size) if groups else ():
-        flat = torch.cat([t.flatten() for t in pack])
+    for pack in _packs(summands, size) if groups else ():
+        flat = torch.cat([s.sent() for s in pack])
         if to is None:
             sum_(flat, groups)
         else:
             dist.reduce(flat, group=groups[0], group_dst=to)
         if to is None or to == dist.get_rank(groups[0]):
-            pieces = zip(flat.split([t.numel() for t in pack]), pack, strict=True)
-            torch._foreach_copy_(pack, [piece.view(t.shape) for piece, t in pieces])
+            for s, piece in zip(pack, flat.split([s.numel() for s in pack]), strict=True):
+                s.receive_(piece)
 
 
-def _packs(tensors: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:
+def _packs(summands: Iterable[Summand], size: int) -> Iterator[list[Summand]]:
     """Tensors of one data type and device, together ``size`` numbers or little more."""
-    alike: dict[Any, list[Tensor]] = {}
-    for t in tensors:
-        alike.setdefault((t.dtype, t.device), []).append(t)
+    alike: dict[Any, list[Summand]] = {}
+    for s in summands:
+        alike.setdefault((s.tensor.dtype, s.tensor.device), []).append(s)
     for same in alike.values():
-        pack: list[Tensor] = []
-        for t in same:
-            pack.append(t)
-            if sum(u.numel() for u in pack) >= size:
+        pack: list[Summand] = []
+        for s in same:
+            pack.append(s)
+            if sum(each.numel() for each in pack) >= size:
                 yield pack
                 pack = []
         if pack:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from singd.capture.statistics import KroneckerStatistics, Statistic
+from singd.capture.statistics import KroneckerStatistics, Statistic, Summand
 from singd.capture.weight_matrix import WeightMatrix
 from singd.ops.parts import Part, within
 from singd.placement.base import Statistics
@@ -30,10 +30,12 @@ def reduce_owned_(
         groups: Process groups of all ranks that see different samples.
     """
     left = {m: one for m, one in statistics.items() if not one.is_summed}
-    tensors = {m: [*one.input.tensors(), *one.grad.tensors()] for m, one in left.items()}
-    sum_packed_([t for ts in tensors.values() for t in ts], [g for g in groups if g is not group])
+    summands = {m: one.summands() for m, one in left.items()}
+    sum_packed_(
+        [s for own in summands.values() for s in own], [g for g in groups if g is not group]
+    )
     for rank in range(dist.get_world_size(group)):
-        own = [t for m, ts in tensors.items() if owners[m] == rank for t in ts]
+        own = [s for m, each in summands.items() if owners[m] == rank for s in each]
         sum_packed_(own, [group], to=rank)
 
 
@@ -49,12 +51,12 @@ def sent_to(
         groups: Process groups of all ranks that see different samples.
     """
     sides = (one.input, one.grad)
-    tensors = [t for side in sides for t in side.tensors()]
-    for t in tensors:
+    summands = one.summands()
+    for t, _ in summands:
         if t.is_cuda:  # this may be called on another stream than their own
             t.record_stream(torch.cuda.current_stream())
-    sum_packed_(tensors, [each for each in groups if each is not group])
-    sum_packed_(tensors, [group], to=owner)
+    sum_packed_(summands, [each for each in groups if each is not group])
+    sum_packed_(summands, [group], to=owner)
     if dist.get_rank(group) == owner:
         return replace(one, is_summed=True)
     gone = [s.with_tensors([t.new_zeros(()).expand(t.shape) for t in s.tensors()]) for s in sides]
@@ -75,7 +77,7 @@ def scatter(
         splits: How rows are split.
         groups: Process groups of all ranks that see different samples.
     """
-    sum_packed_([t for one in statistics.values() for t in one.input.tensors()], groups)
+    sum_packed_([s for one in statistics.values() for s in one.input.summands()], groups)
     traces = torch.cat([one.grad.value.trace().flatten().double() for one in statistics.values()])
     sums = iter(sum_(traces, groups))
     found, summed = {}, {}
@@ -97,7 +99,7 @@ def scatter(
         longest = max(map(len, rows))  # of the first rank, which has most
         sent = torch.cat([torch.nn.functional.pad(row, (0, longest - len(row))) for row in rows])
         own = reduce_scatter(sent, longest, group)
-        sum_packed_([own], others)
+        sum_packed_([Summand(own, is_symmetric=False)], others)
         for matrix, value in zip(some, values, strict=True):
             part = parts[matrix]
             like = within(value, part.rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from singd.capture.statistics import Side
+from singd.capture.statistics import Side, Statistic
 from singd.capture.weight_matrix import WeightMatrix
 from singd.methods.base import Factors, Method
 from singd.ops.parts import Part
@@ -25,12 +25,13 @@ def demand_of(method: Method, matrix: WeightMatrix, factors: Factors, group: Gro
     """
     sides = list(factors.members().values())[:2]
     counts = [sum(t.numel() for t in side.tensors()) for side in sides]
+    sent = [sum(s.numel() for s in Statistic(side).summands()) for side in sides]
     P, item = math.prod(matrix.shape), matrix.weight.element_size()
     pairs = list(zip(counts, sides, strict=True))
     separable = _separable(method, factors, group, "grad", whole=True)
     return Demand(
         numbers=P,
-        statistics=sum(counts) * max(item, 4) if method.needs_activations else 0,
+        statistics=sum(sent) * max(item, 4) if method.needs_activations else 0,
         itemsize=item,
         apply=sum(2.0 * count * P / max(side.n, 1) for count, side in pairs),
         update=sum(6.0 * count * side.n for count, side in pairs),
@@ -40,6 +41,7 @@ def demand_of(method: Method, matrix: WeightMatrix, factors: Factors, group: Gro
         mixed_rows=method.mixed_rows(factors),
         separable=separable,
         scattered=counts[1] * max(item, 4) if separable else 0,
+        unscattered=sent[1] * max(item, 4) if separable else 0,
         update_grad=6.0 * counts[1] * sides[1].n if separable else 0.0,
     )
 

@@ -164,10 +164,8 @@ class FactorStore:
         if count is None:
             factors = factors.map(lambda t: t[None])
         for name, member in factors.members().items():
-            form = names.get(name)
-            forms[name] = [form_of(form, t[0], member.n) for t in member.tensors()]
-        keys = [""] * (count or 1)
-        stored = Encoded(factors, forms, encode(factors, forms, keys=keys))
+            forms[name] = [form_of(names.get(name), t[0], member.n) for t in member.tensors()]
+        stored = Encoded(factors, forms, encode(factors, forms, keys=[""] * (count or 1)))
         return stored.map(lambda t: t[0]) if count is None else stored
 
     def template(self, matrix: WeightMatrix, group: Mapping[str, Any]) -> Factors:
