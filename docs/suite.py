@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Collection
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from typing import NamedTuple
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "suite.csv"
 PARTS = {"development": "Development", "held out": "Held out"}
 
 Row = dict[str, str]
+Runs = dict[str, Row]  # by seed
 
 
 class Result(NamedTuple):
@@ -23,6 +25,7 @@ class Result(NamedTuple):
     adamw: float
     singd: float
     bytes: float  # of SINGD's state over those of AdamW's
+    error: float  # standard error of the ratio, from those of single seeds
 
     @property
     def ratio(self) -> float:
@@ -30,42 +33,51 @@ class Result(NamedTuple):
         return self.singd / self.adamw
 
 
-def read(path: Path = RESULTS, options: str = "") -> list[Result]:
+def read(
+    path: Path = RESULTS, options: str = "", seeds: Collection[str] | None = None
+) -> list[Result]:
     """Tasks with runs of AdamW and of SINGD, worst first; what diverged is infinite.
 
     Args:
         path: File of results.
         options: Options of SINGD, as in the file; none are those of ``SINGD(model)``.
+        seeds: Seeds to look at; all by default, of those that both methods have.
     """
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    found: dict[str, dict[str, list[Row]]] = {}
-    own: dict[str, list[Row]] = {}
+        rows = [row for row in csv.DictReader(file) if seeds is None or row["seed"] in seeds]
+    found: dict[str, dict[str, Runs]] = {}
+    own: dict[str, Runs] = {}
     for row in rows:
         if row["method"] == "adamw":
             rate = row["options"].removeprefix("lr=")
-            found.setdefault(row["task"], {}).setdefault(rate, []).append(row)
+            found.setdefault(row["task"], {}).setdefault(rate, {})[row["seed"]] = row
         elif row["method"] == "singd" and row["options"] == options:
-            own.setdefault(row["task"], []).append(row)
+            own.setdefault(row["task"], {})[row["seed"]] = row
     results = []
     for task, runs in found.items():
-        if task in own:
-            rate = min(runs, key=lambda rate: loss(runs[rate]))
-            ratio = size(own[task]) / size(runs[rate])
-            losses = loss(runs[rate]), loss(own[task])
-            results.append(Result(own[task][0]["part"], task, rate, *losses, ratio))
+        mine = own.get(task, {})
+        both = [seed for seed in mine if all(seed in rate for rate in runs.values())]
+        if both:
+            losses = {rate: [loss(of[seed]) for seed in both] for rate, of in runs.items()}
+            singd = [loss(mine[seed]) for seed in both]
+            rate = min(losses, key=lambda rate: fmean(losses[rate]))
+            ratios = [a / b for a, b in zip(singd, losses[rate], strict=True)]
+            error = stdev(ratios) / len(both) ** 0.5 if len(both) > 1 else math.nan
+            bytes_ = size(mine[both[0]]) / size(runs[rate][both[0]])
+            means = fmean(losses[rate]), fmean(singd)
+            results.append(Result(mine[both[0]]["part"], task, rate, *means, bytes_, error))
     return sorted(results, key=lambda result: -result.ratio)
 
 
-def loss(rows: list[Row]) -> float:
-    """The mean test loss over seeds."""
-    mean = fmean(float(row["test loss"]) for row in rows)
-    return mean if math.isfinite(mean) else math.inf
+def loss(row: Row) -> float:
+    """The test loss; infinite if it is not finite."""
+    found = float(row["test loss"])
+    return found if math.isfinite(found) else math.inf
 
 
-def size(rows: list[Row]) -> float:
+def size(row: Row) -> float:
     """Bytes of the state."""
-    return float(rows[0]["state bytes"] or "nan")
+    return float(row["state bytes"] or "nan")
 
 
 def table(results: list[Result]) -> str:
@@ -79,8 +91,13 @@ def table(results: list[Result]) -> str:
         for r in results:
             if r.part == part:
                 losses = f"{r.singd:.4g} | {r.adamw:.4g} | {r.rate}"
-                lines.append(f"| {r.task} | {r.ratio:.3f} | {losses} | {r.bytes:.2f} |")
+                lines.append(f"| {r.task} | {ratio(r)} | {losses} | {r.bytes:.2f} |")
     return "\n".join(lines)
+
+
+def ratio(r: Result) -> str:
+    """The ratio with its standard error, if there is one."""
+    return f"{r.ratio:.3f}" if math.isnan(r.error) else f"{r.ratio:.3f} ± {r.error:.3f}"
 
 
 def where_not(results: list[Result]) -> str:
@@ -90,7 +107,7 @@ def where_not(results: list[Result]) -> str:
         own = [r for r in results if r.part == part]
         if not own:
             continue
-        worse = [f"{r.task} ({r.ratio:.3f})" for r in own if r.ratio > 1]
+        worse = [f"{r.task} ({ratio(r)})" for r in own if r.ratio > 1]
         name = f"**{title}**, {len(own)} tasks"
         said = (
             f"AdamW is ahead on {len(worse)}: {', '.join(worse)}"
@@ -109,8 +126,12 @@ def variants(path: Path = RESULTS) -> str:
         "| option | at most AdamW's loss | median ratio | worst |",
         "| --- | --: | --: | --: |",
     ]
-    for options in dict.fromkeys(["", *sorted(row["options"] for row in rows)]):
-        own = [r for r in read(path, options) if r.part == "development"]
+    seeds: dict[str, set[str]] = {}
+    for row in rows:
+        seeds.setdefault(row["options"], set()).add(row["seed"])
+    common = set.intersection(*seeds.values())
+    for options in dict.fromkeys(["", *sorted(seeds)]):
+        own = [r for r in read(path, options, common) if r.part == "development"]
         if own:
             name = f"`{options.replace(',', ', ')}`" if options else "none"
             good, worst = sum(r.ratio <= 1 for r in own), f"{own[0].ratio:.2f} ({own[0].task})"

@@ -19,7 +19,8 @@ def results(tmp_path: Path) -> list[suite.Result]:
         *("A,held out,adamw,lr=1,0,9,1,4.0,1,200", "A,held out,adamw,lr=2,0,9,1,2.0,1,200"),
         *("A,held out,singd,,0,9,1,1.0,1,240", "A,held out,singd,lr=5,0,9,1,0.1,1,240"),
         *("B,held out,adamw,lr=1,0,9,1,2.0,1,200", "B,held out,singd,,0,9,1,3.0,1,100"),
-        "B,held out,singd,,1,9,1,5.0,1,100",
+        *("B,held out,adamw,lr=1,1,9,1,2.0,1,200", "B,held out,singd,,1,9,1,5.0,1,100"),
+        "B,held out,singd,,2,9,1,99.0,1,100",  # a seed that AdamW has not
         *("C,development,adamw,lr=1,0,9,1,1.0,1,200", "C,development,singd,,0,9,1,nan,,"),
         *("D,held out,singd,,0,9,1,1.0,1,100", "E,held out,adamw,lr=1,0,9,1,1.0,1,100"),
         "A,held out,soap,lr=3,0,9,1,0.5,1,900",
@@ -46,12 +47,15 @@ def test_the_worst_comes_first_and_rates_are_the_best(results: list[suite.Result
         ("A", "2", 0.5),
     ]
     assert [r.bytes for r in results[1:]] == [0.5, 1.2]
+    assert results[1].error == 0.5  # of 1.5 and 2.5
+    assert math.isnan(results[2].error)
 
 
 def test_what_is_said(results: list[suite.Result]) -> None:
     text = suite.evidence(results)
     assert (
-        "**Held out**, 2 tasks: AdamW is ahead on 1: B (2.000); the median ratio is 1.250." in text
+        "**Held out**, 2 tasks: AdamW is ahead on 1: B (2.000 ± 0.500); the median ratio is 1.250."
+        in text
     )
     assert "**Development**, 1 tasks: AdamW is ahead on 1: C (inf)" in text
     assert "| A | 0.500 | 1 | 2 | 2 | 1.20 |" in text
