@@ -97,15 +97,15 @@ class KroneckerOptimizer(Passes, Optimizer):
         groups = as_groups(params, model)
         check_group(options)
         method.check(options)
-        self.model, self.telemetry = model, telemetry
+        self.model, self.telemetry, self._sharding = model, telemetry, (data, places)
         fallback = Fallback(adamw, options["lr"], self.adamw_ratio)
-        self._sharding = data, places
         placement = find_placement(model, process_group, data, places, wrapper)
         self._connect(method, placement, SkippedSteps(), fallback, max_skipped, types)
-        self._parts.parameters.expected.update(
-            parameter_of(p) for group in groups for p in group["params"]
-        )
+        given = (parameter_of(p) for group in groups for p in group["params"])
+        self._parts.parameters.expected.update(given)
         super().__init__(groups, options)
+        if places is not None:
+            place(self._parts)  # a place that does not fit is an error here
 
     def _connect(
         self,

@@ -129,7 +129,8 @@ class SINGD(KroneckerOptimizer):
             model with tensor parallelism; ``()`` if they do not. FSDP2 and HSDP need no such name.
         places: Where factors of a sharded model are worked on: ``"everywhere"``, ``"rows"``,
             ``"columns"`` or ``"owned"``, or a mapping from patterns of parameter names to these;
-            the cheapest if ``None``, or where there can be no such one. With ``"rows"``, for a C
+            the cheapest if ``None``, or where there can be no such one; ``"shards"``, of what
+            tensor parallelism splits, is an error where blocks do not fit. With ``"rows"``, for a C
             that is diagonal or of blocks within the rows of ranks, no gradient is communicated.
 
         warn_unsupported: *Compatibility.* Accepted for scripts written for PyPI ``singd``; nothing

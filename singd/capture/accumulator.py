@@ -16,6 +16,7 @@ from singd.capture.samples import Call
 from singd.capture.statistics import KroneckerStatistics
 from singd.capture.verification import Probes, Verification
 from singd.capture.weight_matrix import WeightMatrix
+from singd.ops.parts import Part
 
 
 @dataclass
@@ -91,11 +92,12 @@ class Accumulator:
         self._interrupted: set[int] = set()  # passes that others began in, or that failed
         self._counted: dict[int, tuple[int, int]] = {}  # samples and loss terms by root pass
 
-    def begin(self, root: int, *, verify: bool) -> Pass:
+    def begin(self, root: int, part: Part | None, *, verify: bool) -> Pass:
         """The pass under way, which may be new; one that does not count, if it was interrupted.
 
         Args:
             root: The pass that started this one, or itself.
+            part: The inputs or output gradients that this rank sees, if not all.
             verify: Whether the pass may be verified.
         """
         current = torch._C._current_graph_task_id()
@@ -110,7 +112,8 @@ class Accumulator:
             if self.total is not None and self.matrix.weight.grad is None:
                 self._sum = None  # of gradients that were reset by other means than zero_grad
             weight = self.matrix.weight if self.met is None else self.met
-            probes = Probes(self.matrix, weight) if verify and self.verification.is_due() else None
+            is_due = verify and self.verification.is_due()
+            probes = Probes(self.matrix, weight, part) if is_due else None
             self._pending[current] = known = Pass(root, probes)
         return known
 

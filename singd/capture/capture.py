@@ -16,7 +16,7 @@ from singd.capture.hooks import AttentionHook, LayerHook, Listener
 from singd.capture.loss_count import LossCount
 from singd.capture.loss_terms import LossTerms
 from singd.capture.observer import Observer
-from singd.capture.reading import statistics_of, use_of
+from singd.capture.reading import seen, seen_shape, statistics_of, use_of
 from singd.capture.samples import Call, Calls, is_dense
 from singd.capture.statistics import (
     KroneckerStatistics,
@@ -28,7 +28,7 @@ from singd.capture.statistics import (
 from singd.capture.weight_matrix import WeightMatrix
 from singd.layers.convolution import Convolution
 from singd.ops import cuda_graph
-from singd.ops.dtensor import is_distributed, whole
+from singd.ops.dtensor import is_distributed
 
 
 class Capture:
@@ -160,17 +160,18 @@ class Capture:
         root: int,
     ) -> None:
         accumulator = self.accumulators[matrix]
-        x, g = whole(x), whole(g)
         observer.prepare(matrix)
+        part = observer.part(matrix)
+        x, g = seen(x, part, "input"), seen(g, part, "grad")
         accumulator.keeps_last, is_read = observer.keeps_last(matrix), observer.reads(matrix)
         verify = is_read and not cuda_graph.is_capturing()
-        current = accumulator.begin(root, verify=verify)
+        current = accumulator.begin(root, part, verify=verify)
         self.count.begin_pass()
         try:
             if is_read:
                 current.add(module, x, g, *statistics_of(observer, matrix, module, x, g, call))
             else:
-                current.uses.append(use_of(matrix, module, x, g, call))
+                current.uses.append(use_of(observer, matrix, module, x, g, call))
         except UnreadableError as error:
             accumulator.verification.refuse(str(error))
 
@@ -215,9 +216,10 @@ class Capture:
 
     def empty(self, matrix: WeightMatrix) -> KroneckerStatistics:
         """Statistics of no rows, for a rank that did not use a layer."""
-        observer, weight, (*batch, d_out, d_in) = self._observer(), matrix.weight, matrix.shape
+        observer, weight = self._observer(), matrix.weight
         if observer is None:
             raise RuntimeError("the optimizer is gone")
+        *batch, d_out, d_in = seen_shape(observer, matrix)
         sides: list[Statistic] = []
         for side, n in (("input", d_in), ("grad", d_out)):
             nothing = torch.zeros(*batch, n, 0, dtype=weight.dtype, device=weight.device)

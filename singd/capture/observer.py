@@ -6,6 +6,7 @@ from typing import Protocol
 
 from singd.capture.statistics import Columns, KroneckerStatistics, Side, Statistic
 from singd.capture.weight_matrix import WeightMatrix
+from singd.ops.parts import Part
 
 
 class Observer(Protocol):
@@ -22,6 +23,9 @@ class Observer(Protocol):
 
     def sampling(self, matrix: WeightMatrix) -> tuple[int, float]:
         """How many rows each row that is read stands for, and where to begin, in [0, 1)."""
+
+    def part(self, matrix: WeightMatrix) -> Part | None:
+        """The inputs or output gradients that this rank sums up, if not all."""
 
     def keeps_last(self, matrix: WeightMatrix) -> bool:
         """Whether statistics are those of the last pass before a step, in place of all."""

@@ -8,9 +8,26 @@ from singd.capture.accumulator import Use
 from singd.capture.observer import Observer
 from singd.capture.samples import Call
 from singd.capture.share import take
-from singd.capture.statistics import Columns, KroneckerStatistics, UnreadableError, read
+from singd.capture.statistics import Columns, KroneckerStatistics, Side, UnreadableError, read
 from singd.capture.weight_matrix import WeightMatrix
 from singd.layers.base import piece_size
+from singd.ops.dtensor import columns_of, whole
+from singd.ops.parts import Part
+
+
+def seen(t: Tensor, part: Part | None, side: Side) -> Tensor:
+    """What this rank sums up of an input or an output gradient, which may be a DTensor."""
+    if part is None or part.side != side:
+        return whole(t)
+    return columns_of(t, part.group, slice(part.rows.start, min(part.rows.stop, t.shape[-1])))
+
+
+def seen_shape(observer: Observer, matrix: WeightMatrix) -> tuple[int, ...]:
+    """The shape of a matrix, as far as this rank sums up inputs and output gradients."""
+    part, (*batch, d_out, d_in) = observer.part(matrix), matrix.shape
+    if part is None:
+        return matrix.shape
+    return (*batch, part.size, d_in) if part.side == "grad" else (*batch, d_out, part.size)
 
 
 def statistics_of(
@@ -56,9 +73,11 @@ def statistics_of(
     return total, use
 
 
-def use_of(matrix: WeightMatrix, module: nn.Module, x: Tensor, g: Tensor, call: Call) -> Use:
+def use_of(
+    observer: Observer, matrix: WeightMatrix, module: nn.Module, x: Tensor, g: Tensor, call: Call
+) -> Use:
     """The counts of one use; no product is made. Arguments are those of :func:`statistics_of`."""
-    layer, (*batch, d_out, _) = matrix.layer, matrix.shape
+    layer, (*batch, d_out, _) = matrix.layer, seen_shape(observer, matrix)
     first = read(layer, layer.samples_first, module, g, call.samples)
     columns = Columns(layer, module, "grad", first, "expand", False, (*batch, d_out))
     samples, positions = columns.counts
@@ -69,7 +88,7 @@ def _sum(
     observer: Observer, matrix: WeightMatrix, module: nn.Module, x: Tensor, g: Tensor, use: Use
 ) -> KroneckerStatistics:
     layer, approximation = matrix.layer, observer.approximation(matrix)
-    ones, (*batch, d_out, d_in) = matrix.bias is not None, matrix.shape
+    ones, (*batch, d_out, d_in) = matrix.bias is not None, seen_shape(observer, matrix)
     inputs = Columns(layer, module, "input", x, approximation, ones, (*batch, d_in))
     grads = Columns(layer, module, "grad", g, approximation, False, (*batch, d_out))
     of_inputs = observer.summarize(matrix, "input", inputs)

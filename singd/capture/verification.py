@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from singd.capture.statistics import read
 from singd.capture.weight_matrix import WeightMatrix
-from singd.ops.dtensor import whole
+from singd.ops.dtensor import local, whole
+from singd.ops.parts import Part
 
 _PROBES = 8
 _NOISE = 100.0  # what rounding may do, in units in the last place
@@ -59,12 +60,19 @@ class Probes:
     Args:
         matrix: Weight that is verified.
         weight: Parameter whose gradient it is.
+        part: The inputs or output gradients that this rank sees, if not all; and of the gradient.
     """
 
-    def __init__(self, matrix: WeightMatrix, weight: nn.Parameter) -> None:
-        self.matrix, self.weight = matrix, weight
+    def __init__(
+        self, matrix: WeightMatrix, weight: nn.Parameter, part: Part | None = None
+    ) -> None:
+        self.matrix, self.weight, self.is_part = matrix, weight, part is not None
         *_, d_out, d_in = matrix.layer.shape(matrix.module)
         self.u, self.v = (_directions(d, matrix.weight.device) for d in (d_in, d_out))
+        if part is not None and part.side == "input":
+            self.u = self.u[part.rows]
+        elif part is not None:
+            self.v = self.v[part.rows]
         self.before = self._of_gradient()
         self.sums = torch.zeros_like(self.before)
         self.scale = self.sums.new_zeros(())  # of what was summed
@@ -112,7 +120,11 @@ class Probes:
         if grad is None:
             *batch, _, _ = matrix.layer.shape(matrix.module)
             return torch.zeros(*batch, _PROBES, device=matrix.weight.device)
-        G = matrix.to_matrix(matrix.part(whole(grad)))
+        if self.is_part:
+            weight: Any = self.weight
+            G = local(grad.redistribute(placements=weight.placements))
+        else:
+            G = matrix.to_matrix(matrix.part(whole(grad)))
         return ((G.to(self.u) @ self.u) * self.v).sum(-2)
 
 

@@ -26,6 +26,26 @@ def local(t: Any) -> Tensor:
     return held
 
 
+def columns_of(t: Any, group: Any, columns: slice) -> Tensor:
+    """This rank's columns of ``t [..., n]``, which are not gathered if it holds just these.
+
+    Args:
+        t: Tensor.
+        group: Process group of the ranks that have the others.
+        columns: Those of this rank.
+    """
+    mesh = t.device_mesh if is_distributed(t) else None
+    names = [] if mesh is None else [mesh.get_group(i).group_name for i in range(mesh.ndim)]
+    if group.group_name not in names:
+        return whole(t)[..., columns]
+    from torch.distributed.tensor import Replicate, Shard  # takes time to import
+
+    wanted = [Shard(t.ndim - 1) if name == group.group_name else Replicate() for name in names]
+    with torch.no_grad():
+        held: Tensor = t.redistribute(placements=wanted).to_local()
+    return held
+
+
 def whole(t: Any) -> Tensor:
     """All numbers of ``t``, gathered over the ranks of its mesh; ``t`` itself if it is whole."""
     if is_distributed(t):

@@ -16,7 +16,8 @@ from singd.ops.dtensor import local
 from singd.ops.parts import Part
 from singd.placement.columns import has_rows
 from singd.placement.exchange import box_of
-from singd.placement.places import Demand, choose, owners
+from singd.placement.places import Demand, choose, owners, wanted_place
+from singd.placement.shards import Shard, shard_of
 from singd.placement.splits import Split, ends_of, split_of
 
 
@@ -34,6 +35,7 @@ class Assignment:
             splits it.
         splits: How parameters are split, of those that are over one process group.
         parts: What this rank has of factors that ranks share.
+        shards: Of matrices that tensor parallelism splits, and whose factors are split likewise.
     """
 
     def __init__(self, data: Sequence[Any], given: Any) -> None:
@@ -42,6 +44,7 @@ class Assignment:
         self.owners: dict[WeightMatrix, int] = {}
         self.splits: dict[Tensor, Split] = {}
         self.parts: dict[WeightMatrix, Part] = {}
+        self.shards: dict[WeightMatrix, Shard] = {}
         self._known: set[Tensor] = set()
         self._demands: dict[WeightMatrix, Demand] = {}
         self._places: dict[WeightMatrix, str] = {}
@@ -51,21 +54,27 @@ class Assignment:
     ) -> None:
         """Choose the place of every matrix that has none yet, and the owners among ranks."""
         new = [m for m, layout in layouts.items() if self.layouts.get(m) != layout]
-        self.layouts = dict(layouts)
         if not new:
+            self.layouts = dict(layouts)
             return
+        needs = {matrix: demand(matrix) for matrix in new}
+        shards = {m: found for m in new if (found := self._shard(m, needs[m])) is not None}
+        self.layouts = dict(layouts)
         for matrix in new:
             self.owners.pop(matrix, None)
             self.parts.pop(matrix, None)
+            self.shards.pop(matrix, None)
         for matrix in new:
-            needed = demand(matrix)
+            needed = needs[matrix]
             fits = has_rows(matrix, [self.split(p) for p in matrix.parameters])
             self._demands[matrix] = replace(
                 needed,
                 is_split=needed.is_split and fits,
                 has_rows=fits and self._ends_blocks(matrix, needed.mixed_rows),
             )
-        self._places |= dict.fromkeys(new, "everywhere")
+        self._places |= dict.fromkeys(new, "everywhere") | dict.fromkeys(shards, "shards")
+        self.shards |= shards
+        self.parts |= {matrix: shard.part for matrix, shard in shards.items()}
         groups = {matrix: self.group_of(matrix) for matrix in self._demands}
         shared = next((group for group in groups.values() if group is not None), None)
         if shared is not None:
@@ -79,6 +88,22 @@ class Assignment:
             is_separable = self._places[matrix] == "rows" and self._demands[matrix].separable
             if by_rows is not None and is_separable:
                 self.parts[matrix] = _part(by_rows)
+
+    def _shard(self, matrix: WeightMatrix, needed: Demand) -> Shard | None:
+        """The shard of this rank, if its factors may be split as tensor parallelism splits it.
+
+        Raises:
+            ValueError: If that was asked for, and the structure does not fit.
+        """
+        wanted = wanted_place(self.given, matrix.name)
+        if wanted not in (None, "shards"):
+            return None
+        found = shard_of(matrix, self.data, needed.blocks)
+        if isinstance(found, str):
+            if wanted == "shards":
+                raise ValueError(f"{matrix.name}: places='shards' expects {found}")
+            return None
+        return found
 
     def _ends_blocks(self, matrix: WeightMatrix, size: int | None) -> bool:
         """Whether the rows of every rank are blocks of a size, or the last ones."""
@@ -117,8 +142,10 @@ class Assignment:
     def traffic(self, matrix: WeightMatrix) -> float:
         """Bytes that this rank sends in a step: gradients, directions, and statistics every T."""
         demand, place = self._demands[matrix], self.place_of(matrix)
+        if place == "shards":
+            return self._traffic_of_shard(matrix, demand)
         group = self.group_of(matrix)
-        me, W = dist.get_rank(group), dist.get_world_size(group)
+        me, W = (0, 0) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         sizes = [dist.get_world_size(g) for g in self.data if place != "owned" or g is not group]
         shares = [2 * (n - 1) / n for n in sizes]
         held = [self._part_sizes(matrix, rank) for rank in range(W)]
@@ -149,6 +176,18 @@ class Assignment:
             numbers = sum(p.numel() - local(p).numel() for p in matrix.parameters)
         sums = sum(shares) * statistics + scattered
         return numbers * demand.itemsize + sums / demand.interval
+
+    def _traffic_of_shard(self, matrix: WeightMatrix, demand: Demand) -> float:
+        """Gradients of the shard are gathered over ranks by which it is split once more."""
+        shard, part = self.shards[matrix], self.parts[matrix]
+        numbers = 0
+        if shard.rest is not None:
+            numbers = (dist.get_world_size(shard.rest.group) - 1) * shard.rest.ends[0] * shard.width
+        of = {"input": 0, "grad": 1}[part.side]
+        k = demand.blocks[of] or 1
+        held = (part.size // k * k * k + (part.size % k) ** 2) * max(demand.itemsize, 4)
+        sums = sum(2 * (n - 1) / n for _, n in self._others(None))
+        return numbers * demand.itemsize + sums * (demand.sides[1 - of] + held) / demand.interval
 
     def _others(self, group: Any) -> list[tuple[Any, int]]:
         """Other process groups than one of ranks that see different samples, and their sizes."""

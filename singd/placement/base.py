@@ -131,6 +131,9 @@ class Placement(ABC):
     size = 1
     """Number of ranks that share the data."""
 
+    has_others = False
+    """Whether other ranks must do the same in a step."""
+
     def __init__(self) -> None:
         self._holdings: dict[tuple[WeightMatrix, ...], Holding] = {}
 

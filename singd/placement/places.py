@@ -11,12 +11,14 @@ place           traffic                factors held on  work of a rank
 ``rows``        ``2 S_K + S_C / T``    K on all ranks   updates of K, and 1 / W of the rest
 ``columns``     ``2 P / W + 2 S / T``  all ranks        updates, and 1 / W of directions
 ``owned``       ``2 P / W + S / T``    one rank         that of its own matrices
+``shards``      that of a shard        a shard          that of a shard
 ==============  =====================  ===============  ===================================
 
 ``everywhere`` gathers gradients. ``rows`` leaves them where they are: it is for a C that is
 diagonal, or of blocks that end where the rows of ranks do; a rank has the blocks of its rows.
 ``columns`` multiplies rows of a gradient with K, exchanges rows for columns, and multiplies those
 with C. ``owned`` sends every gradient to the one rank that has its factors, and directions back.
+``shards`` is for a side that tensor parallelism splits, see :mod:`singd.placement.shards`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,10 @@ from typing import Any
 
 from singd.capture.weight_matrix import WeightMatrix
 
-PLACES = ("everywhere", "rows", "columns", "owned")
+PLACES = ("everywhere", "rows", "columns", "owned", "shards")
+
+COMPARED = PLACES[:-1]
+"""Those that are compared by what they cost: the other is for tensor parallelism."""
 
 INSTEAD = {
     "everywhere": ("everywhere",),
@@ -59,6 +64,9 @@ class Demand:
         scattered: Bytes of the statistics of those blocks.
         unscattered: Bytes of the same as they are sent where all ranks have them.
         update_grad: Operations of their update.
+        blocks: How many neighbouring inputs, and outputs, are whole blocks of their factor where
+            statistics are of some of them alone; ``None`` if there are no such blocks.
+        sides: Bytes of the statistics of inputs and of output gradients.
     """
 
     numbers: int
@@ -75,6 +83,8 @@ class Demand:
     scattered: int = 0
     unscattered: int = 0
     update_grad: float = 0.0
+    blocks: tuple[int | None, int | None] = (None, None)
+    sides: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -135,13 +145,13 @@ def choose(
     found: dict[WeightMatrix, str] = {}
     free = {}
     for matrix, demand in demands.items():
-        wanted = _wanted(given, matrix.name)
-        if wanted is None:
+        wanted = wanted_place(given, matrix.name)
+        if wanted in (None, "shards"):
             free[matrix] = demand
         else:
             found[matrix] = _fitting(wanted, demand)
     for matrix, demand in [(m, d) for m, d in free.items() if d.has_rows]:
-        times = {p: seconds(p, demand, ranks, len(free), machine) for p in PLACES}
+        times = {p: seconds(p, demand, ranks, len(free), machine) for p in COMPARED}
         if times["rows"] <= min(t for p, t in times.items() if _may_have(p, demand)):
             found[matrix] = "rows"  # which has no latency in most steps
     free = {matrix: demand for matrix, demand in free.items() if matrix not in found}
@@ -162,7 +172,8 @@ def choose(
     return found
 
 
-def _wanted(given: Any, name: str) -> str | None:
+def wanted_place(given: Any, name: str) -> str | None:
+    """The place that was given for a parameter; ``None`` if none was."""
     if not isinstance(given, Mapping):
         return given
     return next((place for pattern, place in given.items() if fnmatch(name, pattern)), None)

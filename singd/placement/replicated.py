@@ -59,6 +59,7 @@ class DataParallel(Placement):
         self.groups, self.averages_gradients = list(groups), averages_gradients
         self._is_checked = False
         self.size = math.prod(dist.get_world_size(group) for group in self.groups)
+        self.has_others = self.size > 1
 
     def check_same(self, names: Callable[[], Sequence[str]], device: torch.device) -> None:
         """Raise unless all ranks have the same parameters; they are compared once."""

@@ -8,7 +8,6 @@ part of the direction.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,19 +22,19 @@ from singd.capture.weight_matrix import WeightMatrix, stack_gradients, stack_par
 from singd.ops.dtensor import is_distributed, local, whole
 from singd.ops.parts import Part
 from singd.placement.assignment import Assignment
-from singd.placement.base import Made, Slot, Statistics, Work
-from singd.placement.columns import direction_rows
+from singd.placement.base import Made, Statistics, Work
 from singd.placement.exchange import Exchange
 from singd.placement.local import LocalHolding, group_places
 from singd.placement.mesh import largest_mesh
+from singd.placement.own import OwnDirections
 from singd.placement.places import Demand
 from singd.placement.replicated import DataParallel, sum_
 from singd.placement.splits import Split, gathered
 from singd.placement.storage import Item, spread
-from singd.placement.sums import reduce_owned_, scatter, sent_to
+from singd.placement.sums import complete_traces, reduce_owned_, scatter, sent_to
 
 
-class Sharded(DataParallel):
+class Sharded(OwnDirections, DataParallel):
     """Every rank holds a part of each parameter.
 
     Args:
@@ -55,6 +54,9 @@ class Sharded(DataParallel):
         mesh = largest_mesh(model)
         by_name = {group.group_name: group for group in [*mesh.get_all_groups(), *data]}
         self.all_groups = list(by_name.values())
+        names = {group.group_name for group in data}
+        self.same_samples = [g for g in self.all_groups if g.group_name not in names]
+        self.has_others = self.has_others or bool(self.same_samples)
         self.device = torch.device(mesh.device_type)
         self._assigned = Assignment(data, places)
         self._modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
@@ -110,9 +112,10 @@ class Sharded(DataParallel):
         """
         assigned, groups = self._assigned, self.groups
         owned = {m: one for m, one in statistics.items() if m in assigned.owners}
-        parts = {m: one for m, one in statistics.items() if m in assigned.parts}
+        scattered = {m for m, part in assigned.parts.items() if part.is_scattered}
+        parts = {m: one for m, one in statistics.items() if m in scattered}
         shared = {m: s for m, s in statistics.items() if m not in owned and m not in parts}
-        found = dict(super().reduce(shared))
+        found = complete_traces(super().reduce(shared), assigned.parts)
         if parts:
             found |= self.count(scatter(parts, assigned.parts, assigned.splits, groups))
         if owned:
@@ -164,12 +167,6 @@ class Sharded(DataParallel):
             self._exchanges[key] = Exchange(matrices, self._assigned.owners, self._assigned.splits)
         return self._exchanges[key]
 
-    def _held_gradient(self, matrix: WeightMatrix, p: Tensor) -> Tensor:
-        """What this rank holds of a gradient; zero where there is none."""
-        slots = self.holding([matrix]).slots[0]
-        slot = next(slot for slot in slots if slot.parameter is p)
-        return torch.zeros_like(slot.of(p)) if p.grad is None else slot.of(p.grad)
-
     def directions(
         self,
         works: Iterable[Work],
@@ -180,6 +177,7 @@ class Sharded(DataParallel):
         """What this rank holds of all directions; those of owners come back by one exchange."""
         whole: dict[WeightMatrix, list[Tensor]] = {}
         by_columns: list[Work] = []
+        of_shards: list[Work] = []
         for work in works:
             if work.matrices[0] in self._assigned.owners:
                 values = work.apply(self.gradients(work.matrices))
@@ -188,9 +186,12 @@ class Sharded(DataParallel):
                 yield self._of_rows(work)
             elif self._assigned.place_of(work.matrices[0]) == "columns":
                 by_columns.append(work)
+            elif self._assigned.place_of(work.matrices[0]) == "shards":
+                of_shards.append(work)
             else:
                 yield from super().directions([work], (), with_gradients=with_gradients)
         yield from self._of_columns(by_columns)
+        yield from self._of_shards(of_shards)
         same = [[m for m in matrices if m in self._assigned.owners] for matrices in alike]
         held: dict[tuple[WeightMatrix, Tensor], Tensor] = {}
         for matrices, like in self._by_dtype(self._travelling):
@@ -228,53 +229,12 @@ class Sharded(DataParallel):
         """Tensors of owners, and parts of factors that ranks share, as DTensors along rows."""
         return spread(items, self._assigned.owners, self._assigned.parts, self._assigned.group_of)
 
-    def _of_columns(self, works: Sequence[Work]) -> Iterator[Made]:
-        """What this rank holds of directions whose halves ranks make by turns."""
-        if not works:
-            return
-        rows = [torch.stack([self._rows(matrix) for matrix in work.matrices]) for work in works]
-        splits = [self._split(work.matrices[0]) for work in works]
-        for work, own, made in zip(works, rows, direction_rows(works, rows, splits), strict=True):
-            yield self._made(work, own, made)
-
-    def _of_rows(self, work: Work) -> Made:
-        """What this rank holds of directions that it makes of its rows alone."""
-        rows = torch.stack([self._rows(matrix) for matrix in work.matrices])
-        split = self._split(work.matrices[0])
-        if work.matrices[0] in self._assigned.parts:
-            made = work.apply(rows)
-        else:
-            made = work.apply_rows(rows, split.side(dist.get_rank(split.group))).to(rows.dtype)
-        return self._made(work, rows, made)
-
-    def _split(self, matrix: WeightMatrix) -> Split:
-        split = self._assigned.split(matrix.weight)
-        if split is None:
-            raise RuntimeError(f"{matrix.name} has lost its rows")
-        return split
-
-    def _made(self, work: Work, rows: Tensor, made: Tensor) -> Made:
-        """What is held of the rows of gradients and directions, with the bias as last column."""
-        *_, d_in = work.matrices[0].shape
-        own: dict[WeightMatrix, tuple[Tensor, Tensor]] = dict(
-            zip(work.matrices, zip(rows, made, strict=True), strict=True)
-        )
-        holding = self.make_holding(work.matrices)
-
-        def part(slot: Slot, which: int) -> Tensor:
-            t = own[slot.matrix][which]
-            is_bias = slot.parameter is slot.matrix.bias
-            return t[:, -1] if is_bias else t[:, : d_in - (slot.matrix.bias is not None)]
-
-        gradient, direction = (
-            holding.joined(functools.partial(part, which=which)) for which in (0, 1)
-        )
-        return Made(work.matrices, holding, gradient, direction)
-
-    def _rows(self, matrix: WeightMatrix) -> Tensor:
-        """This rank's rows of a gradient, with those of the bias as the last column."""
-        parts = [self._held_gradient(matrix, p) for p in matrix.parameters]
-        return torch.cat([parts[0].flatten(1), *(bias[:, None] for bias in parts[1:])], dim=1)
+    def agree(self, numbers: Sequence[float | Tensor], like: Tensor) -> list[float]:
+        """The sums over ranks that see different samples, and the most of those that do not."""
+        found = torch.tensor(super().agree(numbers, like), dtype=torch.float64, device=self.device)
+        for group in self.same_samples:
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+        return [float(n) for n in found.tolist()]
 
     def complete(self, sums: Tensor) -> Tensor:
         """The sums over all ranks."""

@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from singd.capture.weight_matrix import WeightMatrix
 from singd.ops.parts import Part
 from singd.placement.exchange import all_to_all
-from singd.placement.splits import ends_of
+from singd.placement.shards import gather_rows
+from singd.placement.splits import Split, ends_of
 
 Item = tuple[WeightMatrix, Tensor, Tensor | None]
 """A matrix, a tensor of the shape of one of its factors', and that of the rank that has it."""
@@ -39,8 +40,10 @@ def spread(
     found: dict[int, Tensor] = {}
     sent: dict[Any, list[tuple[int, int]]] = {}  # by group: the place of an item, and its owner
     for i, (matrix, like, held) in enumerate(items):
-        if matrix in parts and like.ndim != 2 and held is not None:  # split just so
-            found[i] = _stored(held, matrix.weight, like.shape, parts[matrix].group)
+        if matrix in parts and like.ndim != 2 and held is not None:
+            part, k = parts[matrix], like.shape[-1] if like.ndim > 1 else 1
+            rows = _evened(held[: part.own // k], [end // k for end in part.ends], part.group)
+            found[i] = _stored(rows, matrix.weight, like.shape, part.group)
         elif matrix in parts:  # the last block, which the rank with the last rows has
             part = parts[matrix]
             sent.setdefault(part.group, []).append((i, part.last))
@@ -51,6 +54,16 @@ def spread(
         pieces = _spread(own, [owner for _, owner in some], group)
         found |= zip([i for i, _ in some], pieces, strict=True)
     return [found[i] for i in range(len(items))]
+
+
+def _evened(held: Tensor, ends: Sequence[int], group: Any) -> Tensor:
+    """The rows of a rank as DTensors are split, from those that it has; ends are of all ranks."""
+    me, ranks = dist.get_rank(group), dist.get_world_size(group)
+    if tuple(ends) == ends_of(ends[-1], ranks):
+        return held
+    columns = held[None].flatten(2) if held.ndim > 1 else held[None, :, None]
+    (every,) = gather_rows([columns], [Split(group, 0, tuple(ends))])
+    return _rows(every.view(ends[-1], *held.shape[1:]), me, ranks)
 
 
 def _spread(items: Sequence[Item], owners: Sequence[int], group: Any) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from singd.capture.statistics import KroneckerStatistics, Statistic, Summand
 from singd.capture.weight_matrix import WeightMatrix
-from singd.ops.parts import Part, within
+from singd.ops.parts import Part, completed, within
 from singd.placement.base import Statistics
 from singd.placement.replicated import sum_, sum_packed_
 from singd.placement.splits import Split
@@ -114,6 +114,26 @@ def scatter(
         grad = Statistic(value, kind, next(sums).to(value.dtype), parts[matrix])
         summed[matrix] = replace(one, grad=grad)
     return summed
+
+
+def complete_traces(
+    statistics: Statistics, parts: Mapping[WeightMatrix, Part]
+) -> dict[WeightMatrix, KroneckerStatistics]:
+    """Statistics with the traces of whole sides, where a rank has summed a part of one."""
+    found = dict(statistics)
+    some = [m for m in statistics if m in parts]
+    sides = [statistics[m].input if parts[m].side == "input" else statistics[m].grad for m in some]
+    own = [
+        parts[m].counted(one.value).trace() if one.trace is None else one.trace
+        for m, one in zip(some, sides, strict=True)
+    ]
+    for m, side, trace in zip(some, sides, completed(own, [parts[m] for m in some]), strict=True):
+        whole = Statistic(side.value, side.kind, trace, parts[m])
+        if parts[m].side == "input":
+            found[m] = replace(found[m], input=whole)
+        else:
+            found[m] = replace(found[m], grad=whole)
+    return found
 
 
 def reduce_scatter(sent: Tensor, count: int, group: Any) -> Tensor:

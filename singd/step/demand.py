@@ -43,6 +43,11 @@ def demand_of(method: Method, matrix: WeightMatrix, factors: Factors, group: Gro
         scattered=counts[1] * max(item, 4) if separable else 0,
         unscattered=sent[1] * max(item, 4) if separable else 0,
         update_grad=6.0 * counts[1] * sides[1].n if separable else 0.0,
+        blocks=(
+            _separable(method, factors, group, "input", whole=matrix.bias is not None),
+            _separable(method, factors, group, "grad", whole=False),
+        ),
+        sides=(counts[0] * max(item, 4), counts[1] * max(item, 4)),
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from singd.capture.statistics import Columns, KroneckerStatistics, Side, Statistic
 from singd.capture.weight_matrix import WeightMatrix
+from singd.ops.parts import Part
 from singd.step.groups import is_due
 from singd.step.pipeline import Parts
 from structured import Diagonal
@@ -52,6 +53,11 @@ class StepObserver:
         if every in (1, "last"):
             return 1, 0.0
         return every, random.Random(f"{group['seed']} {group['step']}").random()
+
+    def part(self, matrix: WeightMatrix) -> Part | None:
+        """What tensor parallelism leaves on this rank, if its factors are split likewise."""
+        part = self.parts.placement.part_of(matrix)
+        return None if part is None or part.is_scattered else part
 
     def keeps_last(self, matrix: WeightMatrix) -> bool:
         """Whether the option ``sample`` is ``"last"``."""

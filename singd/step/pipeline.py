@@ -234,7 +234,7 @@ def agree(parts: Parts, state: State) -> None:
         matrices = []  # nothing is seen of layers that could be refused
     verified = [capture.accumulators[matrix].verification for matrix in matrices]
     refused = [v.explained is False for v in verified]
-    if placement.size > 1:
+    if placement.has_others:
         used = [p.grad is not None for p in everything]
         placement.check_same(
             lambda: [f"{parameters.name(p)} {list(p.shape)}" for p in everything],

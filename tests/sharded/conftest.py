@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from singd.testing.sharded.world import Ended, load, run
-from tests.sharded import checkpoints, frozen, kit, parallel, scenarios, stages, structures, traffic
+from tests.sharded import (
+    checkpoints,
+    frozen,
+    kit,
+    parallel,
+    scenarios,
+    shards,
+    stages,
+    structures,
+    traffic,
+)
 from tests.sharded.layouts import begin
 
 LIMIT = 900  # seconds
@@ -30,7 +40,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> list[Ended]:
             assert time.monotonic() < deadline, "the ranks were not done in time"
             time.sleep(0.5)
         return load(folder)
-    modules = frozen, scenarios, structures, traffic, checkpoints, parallel, stages, kit
+    modules = frozen, scenarios, structures, traffic, checkpoints, parallel, shards, stages, kit
     cases = {name: case for module in modules for name, case in module.cases().items()}
     cases |= kit.faults()
     only = os.environ.get("SHARDED_CASES", "")  # to work on some

@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from singd import SINGD
+from singd.state.plan import nbytes
 from singd.testing.sharded.rows import snapshot
 from singd.testing.sharded.setting import Ends, Setting
 from tests.sharded.layouts import Context
@@ -126,10 +127,17 @@ def run(setting: Setting, option: str, **data: Any) -> Ends:
     options = RUNS[option]
     model = setting.shard(Net())
     optimizer = SINGD(model, **OPTIONS | {"loss_average": "batch"} | options | data)
-    for X, y in batches(STEPS, ROWS, POSITIONS, 4):
+    for step, (X, y) in enumerate(batches(STEPS, ROWS, POSITIONS, 4)):
         optimizer.zero_grad()
+        if option == NOT_FINITE and step == 1 and setting.is_first:
+            X[0] = float("nan")
         setting.backward(model, X, y)
         optimizer.step()
+    if setting.layout is not None and options.get("places") == "shards":
+        found = {row.parameter: row.place for row in optimizer.plan().rows}
+        split = [n for n in found if n.endswith(("up.weight", "down.weight"))]
+        assert {found[name] for name in split} == {"shards"}
+        assert optimizer.plan().state_bytes == sum(nbytes(s) for s in optimizer.state.values())
     return snapshot(model, optimizer)
 
 
@@ -141,11 +149,29 @@ KINDS: dict[str, tuple[str, bool, bool]] = {
     "sequence parallelism over 4": ("1 by 4", True, False),
     "sequence parallelism over 2, fully sharded over 2": ("2 by 2", True, True),
 }
+SHARDS = {"*.up.*": ("dense", "block_diagonal(2)"), "*.down.*": ("block_diagonal(2)", "dense"),
+          "*": ("dense", "dense")}  # fmt: skip
+NOT_FINITE = "shards, a number that is not finite"
 RUNS: dict[str, dict[str, Any]] = {
     "dense": {"structures": ("dense", "dense")},
     "structures": {"structures": ("block_diagonal(2)", "hierarchical(2, 1)")},
     "diagonal, all layers": {"structures": ("diagonal", "diagonal"), "layers": "all"},
     "every step": {"T": 1, "structures": ("lower_toeplitz", "dense")},
+    "shards": {"structures": SHARDS, "places": "shards"},
+    "shards, fused": {"structures": SHARDS, "places": "shards", "alpha1": 0.0, "T": 1},
+    "shards of numbers": {
+        "structures": {"*.up.*": ("dense", "diagonal"), "*": ("diagonal", "dense")},
+        "places": "shards",
+        "alpha1": 0.0,
+    },
+    "shards, grafted": {
+        "structures": ("block_diagonal(2)", "block_diagonal(2)"),
+        "places": "shards",
+        "graft": "adamw",
+        "kl_clip": None,
+        "lr": 0.02,
+    },
+    "shards, a number that is not finite": {"structures": SHARDS, "places": "shards"},
     "grafted": {"graft": "adamw", "kl_clip": None, "lr": 0.02, "layers": "all"},
 }
 
@@ -170,7 +196,11 @@ def places(context: Context, name: str, option: str) -> Ends:
 
 
 def cases() -> dict[str, Any]:
-    chosen = [(name, option) for name in KINDS for option in RUNS]
-    return {f"{name}, {option}": (parallel, name, option) for name, option in chosen[::2]} | {
-        f"{name}, places": (places, name, "") for name in KINDS
-    }
+    shards = [option for option in RUNS if option.startswith("shards")]
+    chosen = [(name, option) for name in KINDS for option in RUNS if option not in shards][::2]
+    names = list(KINDS)
+    chosen += [(name, option) for name in names[:3] for option in shards[:3]]
+    chosen += [(name, option) for name in names[3:] for option in shards[1:2]]
+    chosen += [(names[0], shards[3]), (names[2], shards[3]), (names[1], NOT_FINITE)]
+    found = {f"{name}, {option}": (parallel, name, option) for name, option in chosen}
+    return found | {f"{name}, places": (places, name, "") for name in KINDS}

@@ -14,12 +14,22 @@ from singd.testing import check_sharded
 from singd.testing.sharded import compare
 from singd.testing.sharded.rows import TOLERANCES
 from singd.testing.sharded.world import Ended
-from tests.sharded import checkpoints, frozen, kit, parallel, scenarios, stages, structures, traffic
+from tests.sharded import (
+    checkpoints,
+    frozen,
+    kit,
+    parallel,
+    scenarios,
+    shards,
+    stages,
+    structures,
+    traffic,
+)
 
 FROZEN, SCENARIOS = frozen.cases(), scenarios.cases()
 STRUCTURES, TRAFFIC, STAGES = structures.cases(), traffic.cases(), stages.cases()
 CHECKPOINTS, PARALLEL = checkpoints.cases(), parallel.cases()
-KIT, FAULTS = kit.cases(), kit.faults()
+KIT, FAULTS, SHARDS = kit.cases(), kit.faults(), shards.cases()
 BOUNDS = {row.__name__: bound for row, bound in TOLERANCES.items()}
 
 
@@ -72,6 +82,11 @@ def test_a_checkpoint(name: str, ended: list[Ended]) -> None:
 @pytest.mark.parametrize("name", PARALLEL)
 def test_tensor_parallelism(name: str, ended: list[Ended]) -> None:
     check(name, ended, parallel.alone(*PARALLEL[name][1:]))
+
+
+@pytest.mark.parametrize("name", SHARDS)
+def test_factors_of_shards(name: str, ended: list[Ended]) -> None:
+    check(name, ended, shards.alone(*SHARDS[name]))
 
 
 @pytest.mark.parametrize("name", STAGES)
