@@ -213,5 +213,5 @@ class Automatic(InverseFree):
 
 def measures(options: Options) -> bool:
     """Whether structures are yet to be chosen."""
-    given = options["structures"]
+    given = options.get("structures")
     return isinstance(given, str) and given == AUTO

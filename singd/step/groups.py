@@ -70,8 +70,11 @@ def check_group(group: Mapping[str, Any]) -> None:
         in_range(name, group[name], 0.0, float("inf"))
     in_range("momentum", group["momentum"], 0.0, 1.0, open_end=True)
     integer("T", group["T"], 1)
-    if group["sample"] != "last":
-        integer("sample", group["sample"], 1)
+    sample = group["sample"]
+    if isinstance(sample, str) and sample != "last":
+        raise ValueError(f"sample: expected an integer >= 1 or 'last', got {sample!r}")
+    if sample != "last":
+        integer("sample", sample, 1)
     integer("seed", group["seed"])
     choice("loss_average", group["loss_average"], LOSS_AVERAGES)
     choice("kfac_approx", group["kfac_approx"], ("expand", "reduce"))

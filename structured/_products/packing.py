@@ -34,9 +34,9 @@ def pack_symmetric(S: Tensor) -> Tensor:
     Raises:
         ValueError: If ``S`` is not square.
     """
-    *batch, n, columns = S.shape
-    if n != columns:
+    if S.ndim < 2 or S.shape[-1] != S.shape[-2]:
         raise ValueError(f"pack_symmetric: expected square matrices, got {list(S.shape)}")
+    *batch, n, _ = S.shape
     h, shift = (n + 1) // 2, 1 - n % 2
     R = S.new_empty(*batch, n + shift, h)
     R[..., shift:, :] = S[..., :, :h]
@@ -55,7 +55,7 @@ def unpack_symmetric(R: Tensor, out: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: If ``R`` is no such rectangle.
     """
-    *batch, rows, h = R.shape
+    *batch, rows, h = R.shape if R.ndim > 1 else (0, 0)
     n = min(rows, 2 * h)
     if rows != n + 1 - n % 2 or h != (n + 1) // 2:
         raise ValueError(

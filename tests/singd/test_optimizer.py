@@ -371,6 +371,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("weight_decay", -0.1, r"weight_decay: expected .* got -0.1"),
     ("T", 0, r"T: expected an integer >= 1, got 0"),
     ("T", 2.5, r"T: expected an integer >= 1, got 2.5"),
+    ("sample", "first", r"sample: expected an integer >= 1 or 'last', got 'first'"),
+    ("sample", 0, r"sample: expected an integer >= 1, got 0"),
     ("loss_average", "mean", r"loss_average: expected one of None, 'batch', .* got 'mean'"),
     ("kfac_approx", "both", r"kfac_approx: expected one of 'expand', 'reduce', got 'both'"),
     ("kl_clip", -1e-3, r"kl_clip: expected .* got -0.001"),

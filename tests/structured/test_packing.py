@@ -75,6 +75,8 @@ def test_what_is_not_finite_stays_in_its_place(n: int, bad: float) -> None:
 def test_other_shapes_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"expected square matrices, got \[3, 2\]"):
         pack_symmetric(torch.zeros(3, 2))
-    for shape in ((3, 3), (4, 2), (1, 2)):
+    with pytest.raises(ValueError, match=r"expected square matrices, got \[3\]"):
+        pack_symmetric(torch.zeros(3))
+    for shape in ((3, 3), (4, 2), (1, 2), (5,), ()):
         with pytest.raises(ValueError, match=r"expected \[..., n \+ 1 - n % 2, \(n \+ 1\) // 2\]"):
             unpack_symmetric(torch.zeros(shape))

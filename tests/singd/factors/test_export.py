@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from singd import KFAC, SINGD, KLShampoo, export
+from singd import KFAC, SINGD, SOAP, KLShampoo, export
 from singd.factors import KroneckerFactors, calibrate
 from structured import Diagonal, parse
 from tests.singd.factors.networks import convolutions, data, network, trained
@@ -58,6 +58,8 @@ def test_what_cannot_be_exported_says_why(monkeypatch: pytest.MonkeyPatch) -> No
         ValueError, match=r"roots of the inverse curvature.* got Modes of KLShampoo"
     ):
         export(stepped(KLShampoo(model, T=1), model))
+    with pytest.raises(ValueError, match=r"roots of the inverse curvature.* got .* of SOAP"):
+        export(stepped(SOAP(model, T=1), model))
     with pytest.raises(ValueError, match=r"that has chosen its structures, .* take more steps"):
         export(stepped(SINGD(model, structures="auto"), model))
     optimizer = stepped(SINGD(model), model)
