@@ -140,16 +140,25 @@ def share(results: Results) -> str:
     size, full = results.size, SIZES["full"]
     pairs = [(t, m) for t in results.tasks for m in protocol.METHODS if (t, m) in results.done]
     ends = [end for method in protocol.METHODS for end in results.ends(method)]
+    parts = [
+        f"{len(results.tasks)} of {len(full.tasks)} tasks, and {len(pairs)} of "
+        f"{len(full.tasks) * len(protocol.METHODS)} pairs of a task and a method",
+        f"a {full.stretch / size.stretch:.0f}th of the steps",
+        f"{size.points} of {full.points} points in a round of the search",
+    ]
+    if size.wider != full.wider:
+        parts.append(f"{len(size.wider)} of up to {len(full.wider)} rounds")
+    if size.seeds != full.seeds:
+        parts.append(f"{size.seeds} of {full.seeds} seeds")
+    lowest, highest = ends.count("lowest"), ends.count("highest")
+    ranges = (
+        f"The tuned rate is the lowest of those tried in {lowest} of {len(pairs)} searches, "
+        f"and the highest in {highest}"
+    )
+    more = "; there wider ranges may be better" if lowest + highest else ""
     return (
-        f"Of the full protocol this is a part: {len(results.tasks)} of {len(full.tasks)} tasks, "
-        f"and {len(pairs)} of {len(full.tasks) * len(protocol.METHODS)} pairs of a task and a "
-        f"method; a {full.stretch / size.stretch:.0f}th of the steps; {size.points} of "
-        f"{full.points} points in the first round of the search, and {len(size.wider) - 1} of up "
-        f"to {len(full.wider) - 1} further rounds; {size.seeds} of {full.seeds} seeds. Cells that "
-        f"are empty were not run.\n\n"
-        f"The tuned rate is the lowest of those tried in {ends.count('lowest')} of {len(pairs)} "
-        f"searches, and the highest in {ends.count('highest')}; these ranges are to be widened, "
-        "for all methods, as the full protocol does by itself."
+        f"Of the full protocol this is a part: {'; '.join(parts)}. Cells that are empty were not "
+        f"run.\n\n{ranges}{more}."
     )
 
 
