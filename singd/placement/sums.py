@@ -139,7 +139,9 @@ def complete_traces(
 def reduce_scatter(sent: Tensor, count: int, group: Any) -> Tensor:
     """The sum over all ranks of the ``count`` numbers that each has for this rank."""
     own = sent.new_empty(count)
-    dist.reduce_scatter_tensor(own, sent, group=group)
+    # named reduce_scatter_single since PyTorch 2.13
+    function = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    function(own, sent, group=group)
     return own
 
 
