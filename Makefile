@@ -24,7 +24,7 @@ evidence: $(INSTALLED) ## tables and figures from the committed runs (rerun a ro
 	$(PY) -m benchmarks.evidence $(or $(ARGS),--report)
 
 test: $(INSTALLED) ## run the tests
-	$(PY) -m pytest -n 2 tests
+	$(PY) -m pytest -n 2 --dist worksteal tests
 
 lint: $(INSTALLED) ## check format, style and types
 	$(BIN)/ruff format --check .

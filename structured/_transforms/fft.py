@@ -11,10 +11,15 @@ from torch import Tensor
 from structured._core.matrix import at_least_float32
 
 
+def _complex(dtype: torch.dtype) -> torch.dtype:
+    """The complex type of a spectrum; torch.compile does not read ``dtype.to_complex()``."""
+    return torch.promote_types(dtype, torch.complex64)
+
+
 def fft(t: Tensor) -> Tensor:
     """Discrete Fourier transform of ``t [..., n]``."""
     t = t.to(at_least_float32(t.dtype))
-    return torch.fft.fft(t) if t.numel() else t.to(t.dtype.to_complex())
+    return torch.fft.fft(t) if t.numel() else t.to(_complex(t.dtype))
 
 
 def rfft(t: Tensor, length: int) -> Tensor:
@@ -22,7 +27,7 @@ def rfft(t: Tensor, length: int) -> Tensor:
     t = t.to(at_least_float32(t.dtype))
     if t.numel():
         return torch.fft.rfft(t, length)
-    return t.new_zeros((*t.shape[:-1], length // 2 + 1), dtype=t.dtype.to_complex())
+    return t.new_zeros((*t.shape[:-1], length // 2 + 1), dtype=_complex(t.dtype))
 
 
 def irfft(F: Tensor, length: int) -> Tensor:

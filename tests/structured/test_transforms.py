@@ -109,6 +109,16 @@ def test_products_compile_for_any_size(spec):
         torch.testing.assert_close(project(A, X).trace(), A.project_gram(X).trace())
 
 
+@pytest.mark.parametrize("spec", ["lower_toeplitz", "circulant", "block_circulant(2)"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_of_empty_batches_compile(spec, dtype):
+    torch.compiler.reset()
+    A = parse(spec)(64, batch_shape=(0,), dtype=dtype)
+    product = torch.compile(lambda A, B: A.matmul(B), fullgraph=True, backend="eager")(A, A)
+    assert product.dtype == dtype
+    assert [t.shape for t in product.tensors()] == [t.shape for t in A.tensors()]
+
+
 def test_a_table_is_made_once_for_each_size_and_dtype():
     calls = []
 
