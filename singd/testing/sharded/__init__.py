@@ -28,7 +28,7 @@ def check_sharded(
     ranks: int = 2,
     rows: Iterable[str] = SHARDED_ROWS,
     tolerance: float = 1e-9,
-    limit: int = 300,
+    limit: int = 600,
 ) -> None:
     """Raise unless an optimizer ends on sharded parameters where it ends in one process.
 

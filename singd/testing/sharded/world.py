@@ -68,7 +68,7 @@ def run(
     begin: Callable[[Path], Any],
     cases: Mapping[str, Any],
     ranks: int = 4,
-    limit: int = 300,
+    limit: int = 600,
 ) -> list[Ended]:
     """What all cases end with, on every rank.
 
