@@ -99,7 +99,7 @@ def _check(
         deadline=None,
         database=None,
         print_blob=False,
-        max_examples=_profile().max_examples if examples is None else examples,
+        max_examples=examples or _profile().max_examples,
         suppress_health_check=list(HealthCheck),
         phases=(Phase.generate, *((Phase.shrink,) if shrink else ())),
     )
