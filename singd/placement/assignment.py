@@ -185,7 +185,8 @@ class Assignment:
             numbers = (dist.get_world_size(shard.rest.group) - 1) * shard.rest.ends[0] * shard.width
         of = {"input": 0, "grad": 1}[part.side]
         k = demand.blocks[of] or 1
-        held = (part.size // k * k * k + (part.size % k) ** 2) * max(demand.itemsize, 4)
+        count, last = divmod(part.size, k)  # halves of symmetric blocks
+        held = (count * k * (k + 1) + last * (last + 1)) // 2 * max(demand.itemsize, 4)
         sums = sum(2 * (n - 1) / n for _, n in self._others(None))
         return numbers * demand.itemsize + sums * (demand.sides[1 - of] + held) / demand.interval
 

@@ -47,7 +47,7 @@ def demand_of(method: Method, matrix: WeightMatrix, factors: Factors, group: Gro
             _separable(method, factors, group, "input", whole=matrix.bias is not None),
             _separable(method, factors, group, "grad", whole=False),
         ),
-        sides=(counts[0] * max(item, 4), counts[1] * max(item, 4)),
+        sides=(sent[0] * max(item, 4), sent[1] * max(item, 4)),
     )
 
 
