@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,13 +15,13 @@ from singd.methods.budget import STATE, check_budget, choose
 from singd.methods.covariances import CountedCovariances
 from singd.methods.structure_choice import CANDIDATES, StructureChoice
 from singd.optimizer import KroneckerOptimizer
+from singd.singd import SINGD
 
-RULE: Mapping[str, Any] = {
-    **{"kfac_like": False, "relative_damping": True, "scale_init": True, "alpha1": 0.0},
-    **{"lr_cov": None, "factor_clip": 0.5, "normalize_lr_cov": False, "keep_products": True},
-    "preconditioner_dtype": (None, None),
-}
-"""The defaults of SINGD's options by which flops are counted."""
+RULE = (
+    *("kfac_like", "relative_damping", "scale_init", "alpha1", "lr_cov", "factor_clip"),
+    *("normalize_lr_cov", "keep_products", "preconditioner_dtype"),
+)
+"""Options of SINGD whose defaults flops are counted by."""
 
 
 class _Measuring(Automatic):
@@ -102,4 +103,6 @@ def choose_structures(
             "(a generator), got none that reached a weight"
         )
     (group,) = optimizer.param_groups
-    return choose([({**group, **RULE, "T": T}, seen)], candidates, strict=True)
+    given = inspect.signature(SINGD).parameters
+    rule = {name: given[name].default for name in RULE}
+    return choose([({**group, **rule, "T": T}, seen)], candidates, strict=True)

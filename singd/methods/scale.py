@@ -53,12 +53,12 @@ def begun(stack: Stack) -> Stack:
     sides = {"input": "K", "grad": "C"}
     for side, name in sides.items():
         K, U = getattr(factors, name), getattr(averages, side)
-        scale = update.first_scale(K, U.mean(), lambda M: parts.max_abs(M, U.part))  # noqa: B023
+        scale = update.first_scale(K, U.mean(), functools.partial(parts.max_abs, part=U.part))
         if scale.is_cpu and not torch.compiler.is_compiling() and not bool((scale != 1).any()):
             continue
         factors, scales[name] = replace(factors, **{name: (scale * K).to(K.dtype)}), scale
         if U.kind == "whitened":
-            whitened = Statistic(scale.square() * U.value, U.kind, U.trace)
+            whitened = Statistic(scale.square() * U.value, U.kind, U.trace, U.part)
             averages = replace(averages, **{side: whitened})
         P = products.pop(2 * name, None)
         if isinstance(P, StructuredMatrix):  # other products have no part in an update

@@ -123,9 +123,12 @@ class TrackedBasis(Method):
 
 
 def in_mode(i: int, function: Callable[[Tensor], Tensor], G: Tensor) -> Tensor:
-    """``function`` of the unfolding ``[b, d_i, d / d_i]`` of ``G [b, d_1, ..., d_k]`` in mode i."""
+    """``function`` of the unfolding ``[b, d_i, d / d_i]`` of ``G [b, d_1, ..., d_k]`` in mode i.
+
+    It may change ``d_i``.
+    """
     X = G.movedim(i + 1, 1)
-    return function(X.flatten(2)).view(X.shape).movedim(1, i + 1)
+    return function(X.flatten(2)).unflatten(2, X.shape[2:]).movedim(1, i + 1)
 
 
 def unfoldings(G: Tensor) -> list[Tensor]:

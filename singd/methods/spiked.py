@@ -20,7 +20,7 @@ Moments move with their basis, as in SOAP here: ``V`` becomes what is nearest to
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -31,7 +31,7 @@ from torch import Tensor
 from singd.methods.base import Factors, Method, Options, Products
 from singd.methods.covariances import averaged
 from singd.methods.options import in_range, integer
-from singd.methods.soap import unfoldings
+from singd.methods.soap import in_mode, unfoldings
 from structured import Diagonal, Structure, StructuredMatrix, parse
 
 
@@ -110,13 +110,13 @@ class SpikedBasis(Method):
             X, before = X * (n / G[0].numel()) ** 0.5, Q[i]
             spectrum, Q[i] = turned(L[i].diagonal(), before, X, beta, options["damping"])
             L[i] = Diagonal(spectrum)
-            V = _in_mode(i, partial(rebased, old=before, new=Q[i]), V)
+            V = in_mode(i, partial(rebased, old=before, new=Q[i]), V)
         square = G
         for i, Q_i in enumerate(Q):
-            square = _in_mode(i, partial(split, Q=Q_i), square)
+            square = in_mode(i, partial(split, Q=Q_i), square)
         square = square.square()
         for i, Q_i in enumerate(Q):
-            square = _in_mode(i, partial(pooled, Q=Q_i), square)
+            square = in_mode(i, partial(pooled, Q=Q_i), square)
         new = averaged(Diagonal(V.flatten(1)), Diagonal(square.flatten(1)), 1 - beta)
         members = (member.with_tensors([Q_i]) for member, Q_i in zip(factors.Q, Q, strict=True))
         return SpikedMoments(tuple(L), tuple(members), new)
@@ -127,7 +127,7 @@ class SpikedBasis(Method):
         counts = [_counts(Q_i) for Q_i in _columns(factors)]
         mean = V
         for i, count in enumerate(counts):
-            mean = _in_mode(i, partial(torch.matmul, count / count.sum()), mean)
+            mean = in_mode(i, partial(torch.matmul, count / count.sum()), mean)
         added = options["damping"] * mean + torch.finfo(V.dtype).tiny
         return {"root": Diagonal((V + added).rsqrt().flatten(1))}
 
@@ -136,11 +136,11 @@ class SpikedBasis(Method):
         root = products["root"].d.view(_array(factors).shape)
         D = G.to(root.dtype)
         for i, Q_i in enumerate(_columns(factors)):
-            D = _in_mode(i, partial(split, Q=Q_i), D)
-            root = _in_mode(i, partial(expanded, Q=Q_i), root)
+            D = in_mode(i, partial(split, Q=Q_i), D)
+            root = in_mode(i, partial(expanded, Q=Q_i), root)
         D = D * root
         for i, Q_i in enumerate(_columns(factors)):
-            D = _in_mode(i, partial(joined, Q=Q_i), D)
+            D = in_mode(i, partial(joined, Q=Q_i), D)
         return D.to(G.dtype)
 
 
@@ -156,12 +156,6 @@ def _array(factors: SpikedMoments) -> Tensor:
 
 def _first_directions(Q: Tensor) -> Tensor:
     return torch.eye(*Q.shape[-2:], dtype=Q.dtype, device=Q.device).expand_as(Q).clone()
-
-
-def _in_mode(i: int, function: Callable[[Tensor], Tensor], G: Tensor) -> Tensor:
-    """``function`` of the unfolding ``[b, n, ...]`` of ``G`` in mode i, which may change n."""
-    X = G.movedim(i + 1, 1)
-    return function(X.flatten(2)).unflatten(2, X.shape[2:]).movedim(1, i + 1)
 
 
 # Formulas ----------------------------------------------------------------------------------------

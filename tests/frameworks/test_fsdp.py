@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from unittest import mock
 
@@ -15,17 +14,15 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from tests.frameworks.data import by_hand, classifier, loader
+from tests.one_rank import one_rank
 from tests.singd.paper import SINGD
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Models may be sharded here, over a mesh of one."""
-    meeting = tmp_path_factory.mktemp("one") / "meet"
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-    yield
-    gc.collect()  # what waits for the group goes before it
-    dist.destroy_process_group()
+    with one_rank(tmp_path_factory.mktemp("one")):
+        yield
 
 
 def mesh() -> DeviceMesh:

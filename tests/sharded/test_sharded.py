@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from singd.testing import check_sharded
 from singd.testing.sharded import compare
 from singd.testing.sharded.rows import TOLERANCES
 from singd.testing.sharded.world import Ended
+from tests.one_rank import one_rank
 from tests.sharded import (
     checkpoints,
     frozen,
@@ -36,11 +35,8 @@ BOUNDS = {row.__name__: bound for row, bound in TOLERANCES.items()}
 @pytest.fixture(scope="module", autouse=True)
 def _one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Models may be sharded here, over a mesh of one."""
-    meeting = tmp_path_factory.mktemp("one") / "meet"
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-    yield
-    gc.collect()  # what waits for the group goes before it
-    dist.destroy_process_group()
+    with one_rank(tmp_path_factory.mktemp("one")):
+        yield
 
 
 def check(name: str, ended: list[Ended], expected: Any, tolerance: float = 1e-10) -> None:
