@@ -19,9 +19,9 @@ from singd.singd import SINGD
 
 RULE = (
     *("kfac_like", "relative_damping", "scale_init", "alpha1", "lr_cov", "factor_clip"),
-    *("normalize_lr_cov", "keep_products", "preconditioner_dtype"),
+    *("normalize_lr_cov", "keep_products", "preconditioner_dtype", "wide_structure"),
 )
-"""Options of SINGD whose defaults flops are counted by."""
+"""Options of SINGD whose defaults flops, and bytes sent, are counted by."""
 
 
 class _Measuring(Automatic):
@@ -30,6 +30,7 @@ class _Measuring(Automatic):
     def __init__(self, candidates: Sequence[str]) -> None:
         super().__init__(candidates)
         self.averages: Mapping[WeightMatrix, CountedCovariances] = {}
+        self.told: Any = ()
 
     def check(self, options: Options) -> None:
         check_budget(options["budget"])
@@ -37,8 +38,8 @@ class _Measuring(Automatic):
     def layout(self, options: Options) -> tuple[Any, ...]:
         return ()
 
-    def revise(self, groups: Any, agree: Any) -> Any:
-        ((_, self.averages),) = groups
+    def revise(self, groups: Any, *told: Any) -> Any:
+        ((_, self.averages),), self.told = groups, told
         return {}
 
 
@@ -105,4 +106,4 @@ def choose_structures(
     (group,) = optimizer.param_groups
     given = inspect.signature(SINGD).parameters
     rule = {name: given[name].default for name in RULE}
-    return choose([({**group, **rule, "T": T}, seen)], candidates, strict=True)
+    return choose([({**group, **rule, "T": T}, seen)], candidates, *method.told, strict=True)

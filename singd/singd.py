@@ -68,7 +68,9 @@ class SINGD(KroneckerOptimizer):
         budget: State under ``structures="auto"``: a multiple of AdamW's (a float) or bytes (an
             integer), of all groups that have the same. Or a mapping of limits, ``{"state": 1.5,
             "flops": 0.2}``: ``state`` as before, and ``flops`` of a step's updates and directions,
-            as a multiple of those of the forward and backward passes of the weights on a rank.
+            as a multiple of those of the forward and backward passes of the weights on a rank; and
+            ``sent``, bytes that a rank sends in a step for statistics, factors and directions, on
+            average over steps and ranks, as a multiple of the bytes of the weights' gradients.
         damping: Damping lambda of the curvature. What is smaller than its rounding counts as that.
         relative_damping: Damping is in units of the mean eigenvalue of the curvature,
             ``mean(S_K) mean(S_C)``; otherwise in those of the curvature.

@@ -11,7 +11,7 @@ from torch import Tensor
 from singd.capture.statistics import Columns, Side, Statistic
 from singd.capture.warning import warn_user
 from singd.capture.weight_matrix import WeightMatrix
-from singd.methods.base import Averages, Options, Products, Stack
+from singd.methods.base import Averages, Options, Products, Sent, Stack
 from singd.methods.budget import check_budget, choose, limits_of
 from singd.methods.covariances import CountedCovariances, inverse_diagonal, projected
 from singd.methods.inverse_free import MAX_DIM, InverseFree
@@ -162,6 +162,7 @@ class Automatic(InverseFree):
         self,
         groups: Sequence[tuple[dict[str, Any], Mapping[WeightMatrix, Any]]],
         agree: Callable[[Sequence[float]], Sequence[float]],
+        sent: Sent,
     ) -> dict[WeightMatrix, Any]:
         """Choose structures once the curvature of enough batches was averaged.
 
@@ -188,7 +189,7 @@ class Automatic(InverseFree):
                     f"{', '.join(dict.fromkeys(unseen))}: without gradients when structures were "
                     "chosen, so factors are diagonal"
                 )
-            choice = choose(some, self.candidates, agree)
+            choice = choose(some, self.candidates, agree, sent)
             for options, factors in some:
                 names = [*dict.fromkeys(matrix.name for matrix in factors)]
                 options["structures"] = {name: choice[name] for name in names}

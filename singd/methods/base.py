@@ -18,6 +18,8 @@ from structured import Operator, Structure, StructuredMatrix
 Options = Mapping[str, Any]
 """The options of a parameter group."""
 
+Sent = Callable[[Mapping[WeightMatrix, Options]], Mapping[WeightMatrix, float]]
+
 Products = dict[str, Any]
 """Operators made of factors, by name, that are cached until the next update."""
 
@@ -268,12 +270,14 @@ class Method(ABC):
         self,
         groups: Sequence[tuple[dict[str, Any], Mapping[WeightMatrix, Any]]],
         agree: Callable[[Sequence[float]], Sequence[float]],
+        sent: Sent,
     ) -> Mapping[WeightMatrix, Any]:
         """Change options of groups in view of their factors.
 
         Args:
             groups: Options of every group, which may be changed, with factors of its matrices.
             agree: Means of numbers over all ranks, which are to change them alike.
+            sent: Bytes that this rank would send in a step for matrices that had other options.
 
         Returns:
             Factors to go on with, where structures were changed.

@@ -11,12 +11,15 @@ from typing import Any
 
 from singd.capture.warning import warn_user
 from singd.capture.weight_matrix import WeightMatrix
-from singd.methods.base import Options
+from singd.methods.base import Options, Sent
 from singd.methods.covariances import CountedCovariances
 from singd.methods.flops import flops_of
 from singd.methods.inverse_free import InverseFree
+from singd.methods.sent import Asked, Groups, sending
 from singd.methods.structure_choice import (
+    Chosen,
     Option,
+    Sides,
     StructureChoice,
     cheapest,
     fewest_nats,
@@ -33,20 +36,25 @@ STATE = 1.5
 """State as a multiple of AdamW's, unless it is given."""
 
 
+SHARES = {
+    "flops": "those of the passes of the weights",
+    "sent": "the bytes of the gradients of the weights",
+}
+"""Limits beside the state, and what they are multiples of."""
+
+
 def check_budget(budget: Any) -> None:
     """Raise ``ValueError`` unless it is a multiple or a number of bytes, or a mapping of limits."""
     if isinstance(budget, Mapping):
-        if not budget or set(budget) - {"state", "flops"}:
+        if not budget or set(budget) - {"state", *SHARES}:
             raise ValueError(
-                f"budget: expected limits of 'state', 'flops' or both, got {dict(budget)!r}"
+                f"budget: expected limits of 'state', 'flops' or 'sent', got {dict(budget)!r}"
             )
         check_budget(budget.get("state", STATE))
-        share = budget.get("flops", 1.0)
-        if not _is_positive(share):
-            raise ValueError(
-                "budget: expected flops as a multiple of those of the passes of the weights, "
-                f"got {share!r}"
-            )
+        for name, whole in SHARES.items():
+            share = budget.get(name, 1.0)
+            if not _is_positive(share):
+                raise ValueError(f"budget: expected {name} as a multiple of {whole}, got {share!r}")
     elif not _is_positive(budget) or (isinstance(budget, int) and budget < 1000):
         raise ValueError(
             "budget: expected a multiple of AdamW's state (a float) or bytes (an integer of 1000 "
@@ -64,10 +72,8 @@ def limits_of(budget: Any) -> dict[str, float]:
     return {"state": STATE, **budget} if isinstance(budget, Mapping) else {"state": budget}
 
 
-def limits_within(
-    groups: Sequence[tuple[Options, Mapping[WeightMatrix, CountedCovariances]]],
-) -> dict[str, float]:
-    """How many numbers, and operations in a step, the factors of weights may have.
+def limits_within(groups: Groups) -> dict[str, float]:
+    """How many numbers, operations in a step and bytes sent in it the factors of weights may have.
 
     Args:
         groups: Options of groups of the same budget, with the averages of their weights.
@@ -83,13 +89,17 @@ def limits_within(
     if "flops" in limits:
         passes = sum(PASSES * math.prod(m.shape) * both.mean_rows() for m, both, _ in matrices)
         found["flops"] = limits["flops"] * passes
+    if "sent" in limits:
+        sizes = (math.prod(m.shape) * m.weight.element_size() for m, _, _ in matrices)
+        found["sent"] = limits["sent"] * sum(sizes)
     return found
 
 
 def choose(
-    groups: Sequence[tuple[Options, Mapping[WeightMatrix, CountedCovariances]]],
+    groups: Groups,
     candidates: Sequence[str],
-    agree: Callable[[Sequence[float]], Sequence[float]] = list,
+    agree: Callable[[Sequence[float]], Sequence[float]],
+    sent: Sent,
     *,
     strict: bool = False,
 ) -> StructureChoice:
@@ -99,6 +109,7 @@ def choose(
         groups: Options of groups of the same budget, with the averages of their weights.
         candidates: Specs that are compared on every side.
         agree: Means of numbers over ranks, so that all choose alike.
+        sent: Bytes that this rank would send in a step for weights with given options.
         strict: Raise where a budget is too small, otherwise warn.
     """
     of_name: dict[str, dict[WeightMatrix, tuple[CountedCovariances, Options]]] = {}
@@ -106,24 +117,34 @@ def choose(
         for matrix, both in factors.items():
             of_name.setdefault(matrix.name, {})[matrix] = both, options
     limits = limits_within(groups)
+    most = limits.pop("sent", math.inf)
     count = _Counted() if "flops" in limits else _nothing
     sides = {
         (name, side): _table(matrices, side, candidates, agree, count)
         for name, matrices in of_name.items()
         for side in (0, 1)
     }
+    chosen, limits = _within(sides, limits, strict=strict)
+    if most < math.inf:
+        asked = Asked(groups, agree, sent)
+        chosen = sending(chosen, asked, most, sides, limits, strict=strict)
+    return StructureChoice({n: (chosen[n, 0], chosen[n, 1]) for n in of_name}, limits)
+
+
+def _within(
+    sides: Sides, limits: dict[str, float], *, strict: bool
+) -> tuple[Chosen, dict[str, float]]:
+    """What is chosen within limits, or the cheapest; and the limits, or what the cheapest needs."""
     least = needed(cheapest(sides, limits), limits)
     short = [cost for cost, top in limits.items() if top < least[cost]]
-    if short and not strict:
-        warn_user(
-            f"budget: expected at least {listed(least, short)} for the factors, got "
-            f"{listed(limits, short)}: all take their cheapest structures"
-        )
-        limits = limits | {cost: least[cost] for cost in short}
-        chosen = cheapest(sides, limits)
-    else:
-        chosen = fewest_nats(sides, limits)
-    return StructureChoice({n: (chosen[n, 0], chosen[n, 1]) for n in of_name}, limits)
+    if not short or strict:
+        return fewest_nats(sides, limits), limits
+    warn_user(
+        f"budget: expected at least {listed(least, short)} for the factors, got "
+        f"{listed(limits, short)}: all take their cheapest structures"
+    )
+    limits = limits | {cost: least[cost] for cost in short}
+    return cheapest(sides, limits), limits
 
 
 def _table(

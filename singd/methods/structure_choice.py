@@ -41,16 +41,18 @@ class Option:
         numbers: How many numbers it stores.
         nats: ``KL`` of the Gaussian with the factor to that with the whole curvature of this side.
         flops: Floating-point operations that it takes in a step.
+        sent: Bytes that a rank sends for it in a step, where they are limited.
     """
 
     spec: str
     numbers: int
     nats: float
     flops: float = 0.0
+    sent: float = 0.0
 
     def __add__(self, other: Option) -> Option:
         """What both take together, with the structure of the first."""
-        sums = (getattr(self, f) + getattr(other, f) for f in ("numbers", "nats", "flops"))
+        sums = (getattr(self, f) + getattr(other, f) for f in ("numbers", "nats", "flops", "sent"))
         return Option(self.spec, *sums)
 
 
@@ -60,7 +62,8 @@ class StructureChoice(Mapping[str, tuple[str, str]]):
 
     Attributes:
         sides: What was chosen for K and C of each weight.
-        limits: What might be used of ``numbers``, and of ``flops`` if they are limited.
+        limits: What might be used of ``numbers``, and of ``flops`` if they are limited. Bytes sent
+            are shown by :meth:`singd.SINGD.plan`: they depend on all structures together.
     """
 
     sides: Mapping[str, tuple[Option, Option]]

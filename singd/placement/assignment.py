@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -88,6 +89,14 @@ class Assignment:
             is_separable = self._places[matrix] == "rows" and self._demands[matrix].separable
             if by_rows is not None and is_separable:
                 self.parts[matrix] = _part(by_rows)
+
+    def foresee(self, demands: Mapping[WeightMatrix, Demand]) -> dict[WeightMatrix, float]:
+        """Bytes that this rank would send in a step for matrices whose factors needed this."""
+        trial = copy.copy(self)
+        for name in ("owners", "parts", "shards", "_demands", "_places"):
+            setattr(trial, name, dict(getattr(self, name)))
+        trial.place(self.layouts | {m: object() for m in demands}, demands.__getitem__)
+        return {matrix: trial.traffic(matrix) for matrix in demands}
 
     def _shard(self, matrix: WeightMatrix, needed: Demand) -> Shard | None:
         """The shard of this rank, if its factors may be split as tensor parallelism splits it.

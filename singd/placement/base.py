@@ -190,6 +190,10 @@ class Placement(ABC):
         """Bytes that this rank sends in a step for a matrix, on average over steps."""
         return 0.0
 
+    def foresee(self, demands: Mapping[WeightMatrix, Demand]) -> dict[WeightMatrix, float]:
+        """Bytes that this rank would send in a step for matrices whose factors needed this."""
+        return dict.fromkeys(demands, 0.0)
+
     def check_same(self, names: Callable[[], Sequence[str]], device: torch.device) -> None:
         """Raise ``ValueError``, at the first step, unless all ranks have the same parameters.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from singd.capture.statistics import KroneckerStatistics, Summand
 from singd.capture.weight_matrix import WeightMatrix
 from singd.placement.base import Placement, Statistics
+from singd.placement.places import Demand
 
 
 class OneProcess(Placement):
@@ -58,8 +59,26 @@ class DataParallel(Placement):
         self._wrapper = (lambda: None) if wrapper is None else weakref.ref(wrapper)
         self.groups, self.averages_gradients = list(groups), averages_gradients
         self._is_checked = False
+        self._demand: Callable[[WeightMatrix], Demand] | None = None
         self.size = math.prod(dist.get_world_size(group) for group in self.groups)
         self.has_others = self.size > 1
+
+    def place(
+        self, layouts: Mapping[WeightMatrix, Any], demand: Callable[[WeightMatrix], Demand]
+    ) -> None:
+        """Factors are everywhere."""
+        self._demand = demand
+
+    def traffic(self, matrix: WeightMatrix) -> float:
+        """Bytes of statistics that this rank sends in a step, on average over steps."""
+        assert self._demand is not None
+        return self.foresee({matrix: self._demand(matrix)})[matrix]
+
+    def foresee(self, demands: Mapping[WeightMatrix, Demand]) -> dict[WeightMatrix, float]:
+        """Bytes that this rank would send in a step for matrices whose factors needed this."""
+        sizes = [dist.get_world_size(group) for group in self.groups]
+        share = sum(2 * (n - 1) / n for n in sizes)
+        return {m: share * d.statistics / d.interval for m, d in demands.items()}
 
     def check_same(self, names: Callable[[], Sequence[str]], device: torch.device) -> None:
         """Raise unless all ranks have the same parameters; they are compared once."""

@@ -89,6 +89,10 @@ class Sharded(OwnDirections, DataParallel):
         """Bytes that this rank sends in a step: gradients, directions, and statistics every T."""
         return self._assigned.traffic(matrix)
 
+    def foresee(self, demands: Mapping[WeightMatrix, Demand]) -> dict[WeightMatrix, float]:
+        """Bytes that this rank would send in a step for matrices whose factors needed this."""
+        return self._assigned.foresee(demands)
+
     def prepare(self) -> None:
         """Let modules have their sharded parameters, which a pass without a backward leaves whole.
 

@@ -48,7 +48,10 @@ class Plan:
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that this rank sends in a step, on average; FSDP2's own are not counted."""
+        """Bytes that this rank sends in a step, on average, for statistics, factors and directions.
+
+        Those that any optimizer needs, such as FSDP2's own, are not counted.
+        """
         return sum(row.sent_bytes for row in self.rows)
 
     @property
@@ -125,7 +128,8 @@ def make_plan(rule: str, parts: Parts) -> Plan:
                     if own.get("structures") == "auto":
                         structures = f"auto, averages: {structures}"
                     lost = own.get("nats_lost", {}).get(matrix.name) if p is matrix.weight else None
-                    if p is matrix.weight and is_distributed(p):
+                    is_shared = is_distributed(p) or parts.placement.has_others
+                    if p is matrix.weight and is_shared:
                         place = _place(parts, matrix)
                         sent += parts.placement.traffic(matrix)
                     if p is matrix.weight and parts.placement.holds(matrix):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from singd.capture import requests
+from singd.capture.weight_matrix import WeightMatrix
+from singd.methods.base import Options
 from singd.ops import cuda_graph
 from singd.step.entries import State, state_key
 from singd.step.gradient_scaler import calling_scale
@@ -96,10 +98,13 @@ def revise(parts: Parts, groups: Sequence[Group], state: State) -> None:
         *sums, count = placement.agree([*numbers, 1.0], like)
         return [number / count for number in sums]
 
+    def sent(matrices: Mapping[WeightMatrix, Options]) -> Mapping[WeightMatrix, float]:
+        return placement.foresee({m: store.demand(m, options) for m, options in matrices.items()})
+
     group_of = parts.parameters.preconditioned()
     before = {matrix: store.factors(matrix) for matrix in group_of}
     held = [(g, {m: f for m, f in before.items() if group_of[m] is g}) for g in groups]
-    revised = parts.method.revise(held, agree)
+    revised = parts.method.revise(held, agree, sent)
     for matrix, new in revised.items():
         entry = state[matrix.weight]
         for name in before[matrix].members():

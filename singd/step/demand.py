@@ -6,22 +6,21 @@ import math
 
 from singd.capture.statistics import Side, Statistic
 from singd.capture.weight_matrix import WeightMatrix
-from singd.methods.base import Factors, Method
+from singd.methods.base import Factors, Method, Options
 from singd.ops.parts import Part
 from singd.ops.reference import Indices
 from singd.ops.storage import FORMS
 from singd.placement import Demand
-from singd.step.groups import Group
 
 
-def demand_of(method: Method, matrix: WeightMatrix, factors: Factors, group: Group) -> Demand:
+def demand_of(method: Method, matrix: WeightMatrix, factors: Factors, group: Options) -> Demand:
     """What the factors of a matrix need, in numbers and operations.
 
     Args:
         method: Method that makes and updates them.
         matrix: Matrix.
         factors: Factors of it, whose numbers do not matter.
-        group: Group of its weight.
+        group: Options of the group of its weight.
     """
     sides = list(factors.members().values())[:2]
     counts = [sum(t.numel() for t in side.tensors()) for side in sides]
@@ -52,7 +51,7 @@ def demand_of(method: Method, matrix: WeightMatrix, factors: Factors, group: Gro
 
 
 def _separable(
-    method: Method, factors: Factors, group: Group, side: Side, *, whole: bool
+    method: Method, factors: Factors, group: Options, side: Side, *, whole: bool
 ) -> int | None:
     """How many rows of a factor are blocks of it, if they are updated and stored alone."""
     forms = method.storage(factors, group)

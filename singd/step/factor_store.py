@@ -89,14 +89,13 @@ class FactorStore:
             if id(group) not in choices:
                 choices[id(group)] = self.method.layout(group)
         layouts = {m: self._layout(m, g, choices[id(g)]) for m, g in groups.items()}
-
-        def demand(matrix: WeightMatrix) -> Demand:
-            factors = self.template(matrix, groups[matrix])
-            return demand_of(self.method, matrix, factors, groups[matrix])
-
-        placement.place(layouts, demand)
+        placement.place(layouts, lambda matrix: self.demand(matrix, groups[matrix]))
         self._parts = {m: part for m in groups if (part := placement.part_of(m)) is not None}
         return layouts
+
+    def demand(self, matrix: WeightMatrix, group: Mapping[str, Any]) -> Demand:
+        """What the factors of a matrix need, by the options of its group."""
+        return demand_of(self.method, matrix, self.template(matrix, group), group)
 
     def factors(self, matrix: WeightMatrix) -> Factors:
         """The factors of one matrix; where another rank has them, :meth:`template`."""

@@ -31,6 +31,59 @@ def traffic(setting: Setting, place: str, **options: Any) -> Ends:
     return {"sent": torch.tensor(0.0 if abs(planned * 4 / sent.bytes - 1) < 1e-9 else sent.bytes)}
 
 
+def of_statistics(setting: Setting) -> Ends:
+    """The same where every rank has the whole model."""
+    data = setting.layout.mesh.get_group()
+    optimizer = SINGD(model := net(), process_group=data, **OPTIONS)
+    planned = optimizer.plan().sent_bytes
+    with Counting() as sent:
+        for X, y in batches(4):
+            optimizer.zero_grad()
+            setting.backward(model, X, y)
+            optimizer.step()
+    return {"sent": torch.tensor(0.0 if abs(planned * 4 / sent.bytes - 1) < 1e-9 else sent.bytes)}
+
+
+def limited(setting: Setting, *, is_sharded: bool = True, **options: Any) -> Ends:
+    """Zeros where structures within a limit send no more, the same are chosen on all ranks.
+
+    A limit that is not reached changes nothing.
+    """
+    data = setting.layout.mesh.get_group()
+
+    def chosen(limits: dict[str, float]) -> tuple[Any, float, float]:
+        """Structures, bytes sent over those of gradients, and nats lost."""
+        model = setting.shard(net()) if is_sharded else net()
+        optimizer = SINGD(
+            model,
+            structures="auto",
+            budget={"state": 9.0, **limits},
+            process_group=None if is_sharded else data,
+            T=1,
+            **options,
+        )
+        for X, y in batches(3):
+            optimizer.zero_grad()
+            setting.backward(model, X, y)
+            optimizer.step()
+        weights = [p for n, p in model.named_parameters() if "norm" not in n]
+        sent = torch.tensor(optimizer.plan().sent_bytes, dtype=torch.float64)
+        dist.all_reduce(sent, group=data)
+        (own,) = optimizer.param_groups
+        lost = sum(own["nats_lost"].values())
+        return own["structures"], float(sent / setting.ranks / sum(p.nbytes for p in weights)), lost
+
+    free = chosen({})
+    ends = {"loose": float(chosen({"sent": 1.001 * free[1]}) != free)}
+    for share in (0.75, 0.5, 0.45):
+        structures, sent, lost = chosen({"sent": share * free[1]})
+        others = [None] * setting.ranks
+        dist.all_gather_object(others, structures, group=data)
+        fits = sent <= share * free[1] and lost >= free[2] and structures != free[0]
+        ends[f"{share}"] = float(not fits or others != [structures] * setting.ranks)
+    return {name: torch.tensor(fault) for name, fault in ends.items()}
+
+
 def work(setting: Setting) -> Ends:
     """Zero where ranks plan to share directions, and owners updates, of those of one process."""
     model = setting.shard(net())
@@ -145,14 +198,22 @@ PLACES: dict[str, Any] = {
     "columns": partial(traffic, place="columns"),
     "rows": partial(traffic, place="rows", structures=("dense", "diagonal")),
     "rows of blocks": partial(traffic, place="rows", structures=ROWS),
+    "statistics alone": of_statistics,
+    "limited": limited,
+    "limited, owned": partial(limited, places="owned"),
+    "limited statistics": partial(limited, is_sharded=False),
     "work": work,
     "rows, between updates": quiet,
     "columns, in one": exchanges,
     "rows of C": shared,
     "one block at a time": buffers,
 }
-LAYOUTS = {"owned": NAMES[3], "rows": NAMES[3], "work": NAMES[0]}
+LAYOUTS = {"owned": NAMES[3], "rows": NAMES[3], "work": NAMES[0], "limited statistics": NAMES[2]}
+WITHIN = {name: torch.zeros(()) for name in ("loose", "0.75", "0.5", "0.45")}
 EXPECTED = {
+    "limited": WITHIN,
+    "limited, owned": WITHIN,
+    "limited statistics": WITHIN,
     "work": dict.fromkeys(("owned", "columns", "rows"), torch.zeros(())),
     "rows, between updates": {f"{step}": torch.tensor(float(not step)) for step in range(3)},
     "columns, in one": {f"{step}": torch.tensor(2.0) for step in range(3)},

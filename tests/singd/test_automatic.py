@@ -271,7 +271,12 @@ def test_a_budget_that_is_too_small_is_said() -> None:
         ({"structures": "auto", "budget": 2}, "budget: .* bytes .* of 1000 or more.*, got 2"),
         ({"structures": "auto", "budget": {"state": 0}}, "budget: expected a multiple .*, got 0"),
         ({"structures": "auto", "budget": {"flops": -1}}, "budget: expected flops as .*, got -1"),
-        ({"structures": "auto", "budget": {"time": 1}}, "budget: .* 'flops' or both, got .*time"),
+        ({"structures": "auto", "budget": {"time": 1}}, "budget: .* 'flops' or 'sent', got .*time"),
+        ({"structures": "auto", "budget": {"sent": 0}}, "budget: expected sent as a .*, got 0"),
+        (
+            {"structures": "auto", "budget": {"sent": True}},
+            "budget: .* bytes of the gradients .*True",
+        ),
         ({"structures": "auto", "budget": {}}, "budget: expected limits of .*, got {}"),
         ({"structures": "auto", "budget": "2 GB"}, "budget: .*, got '2 GB'"),
         ({"structures": "auto", "T": 0}, "T: expected an integer >= 1, got 0"),

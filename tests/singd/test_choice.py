@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from singd import SINGD, choose_structures
-from singd.methods.structure_choice import Option, fewest_nats
+from singd.capture.weight_matrix import WeightMatrix
+from singd.methods.structure_choice import Option, StructureChoice, fewest_nats
+from singd.placement import Demand
+from singd.placement.replicated import OneProcess
 from structured import divergence, inverse_root
 
 
@@ -146,6 +151,50 @@ def test_fewer_operations_lose_more_nats() -> None:
         assert SINGD(model, structures=choice, T=5).plan().flops <= choice.used("flops")
         assert choice.used("flops") <= share * passes
         assert f"of {share * passes:,.0f} flops" in str(choice)
+
+
+def foreseen(self: OneProcess, demands: Mapping[WeightMatrix, Demand]) -> dict[WeightMatrix, float]:
+    """Bytes that grow with statistics, and by a jump where C mixes rows."""
+    return {
+        m: d.statistics / d.interval + d.numbers * d.itemsize * (d.mixed_rows != 1)
+        for m, d in demands.items()
+    }
+
+
+@settings(max_examples=6, deadline=None)
+@given(share=st.floats(0.01, 3.0), T=st.sampled_from([1, 20]))
+def test_no_more_is_sent_than_a_limit(share: float, T: int) -> None:
+    """Whatever is sent by structures, which is no sum over sides here."""
+    model = network()
+    weights = 8 * sum(p.numel() for i in (0, 3, 5) for p in model[i].parameters())
+
+    def sent(choice: StructureChoice) -> float:
+        parts = SINGD(model, structures=choice, T=T)._parts
+        groups = parts.parameters.preconditioned()
+        demands = {m: parts.store.demand(m, group) for m, group in groups.items()}
+        return sum(parts.placement.foresee(demands).values())
+
+    with mock.patch.object(OneProcess, "foresee", foreseen):
+        free = choose_structures(model, losses(model), budget=9.0, T=T)
+        budget = {"state": 9.0, "sent": share}
+        try:
+            choice = choose_structures(model, losses(model), budget=budget, T=T)
+        except ValueError as error:
+            short = rf"at least [\d,]+ bytes sent in a step, got {share * weights:,.0f}$"
+            assert re.search(short, str(error))  # noqa: PT017 - may be raised
+            plain = dict.fromkeys(free, ("diagonal", "diagonal"))
+            assert sent(plain) > share * weights
+            return
+        assert sent(choice) <= share * weights
+        assert choice.nats >= free.nats - 1e-9
+        assert (dict(choice) == dict(free)) == (sent(free) <= share * weights)
+
+
+def test_one_process_sends_nothing() -> None:
+    model = network()
+    free = choose_structures(model, losses(model), budget=1.0)
+    limited = choose_structures(model, losses(model), budget={"state": 1.0, "sent": 1e-9})
+    assert limited == free
 
 
 def test_wide_sides_are_diagonal() -> None:
