@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import math
+import operator
 import re
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
+from typing import NamedTuple
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
@@ -21,7 +23,16 @@ NAMES = {
     "singd": "`SINGD`",
     "singd one-sided": '`SINGD(structures=("dense", "scaled_identity"))`',
 }
-Runs = dict[str, dict[str, tuple[float, float]]]  # by options, then by task: loss and bytes
+Runs = dict[str, dict[str, dict[str, tuple[float, float]]]]
+"""By options, then by task, then by seed: loss and bytes of state."""
+
+
+class Ratio(NamedTuple):
+    """A task: test loss over AdamW's at its best rate, of means over seeds and of every seed."""
+
+    mean: float
+    of_seeds: list[float]
+    bytes: float  # of state over AdamW's
 
 
 def read(path: Path) -> dict[str, Runs]:
@@ -35,55 +46,83 @@ def read(path: Path) -> dict[str, Runs]:
             variants = {"scaled_identity": " one-sided", "rank=16": " rank"}
             method = row["method"] + "".join(v for k, v in variants.items() if k in row["options"])
             of_task = found.setdefault(method, {}).setdefault(row["options"], {})
-            size = float(row["state bytes"] or "nan")
-            of_task[row["task"]] = loss if math.isfinite(loss) else math.inf, size
+            one = loss if math.isfinite(loss) else math.inf, float(row["state bytes"] or "nan")
+            of_task.setdefault(row["task"], {})[row["seed"]] = one
     return found
 
 
-def best(runs: Runs) -> dict[str, tuple[float, float]]:
-    """The lowest loss of every task, over options."""
-    tasks = {task for of_task in runs.values() for task in of_task}
-    return {task: min(of[task] for of in runs.values() if task in of) for task in tasks}
+def best(runs: Runs, task: str, seeds: list[str]) -> dict[str, tuple[float, float]]:
+    """The runs of a task with the options whose mean loss over seeds is lowest."""
+    tried = (of_task[task] for of_task in runs.values() if task in of_task)
+    return min(tried, key=lambda of_seed: fmean(of_seed[seed][0] for seed in seeds))
 
 
-def summary(values: dict[str, float]) -> str:
-    """How many are at most 1, the median and the worst."""
-    worst = max(values, key=lambda task: values[task])
-    good = sum(value <= 1 for value in values.values())
-    middle = median(values.values())
-    return f"{good} of {len(values)} | {middle:.3f} | {values[worst]:.2f} ({worst})"
+def ratios(runs: Runs, baseline: Runs) -> dict[str, Ratio]:
+    """Every task at the best of the options, with the seeds that all runs have."""
+    cells = [cell for each in (runs, baseline) for of in each.values() for cell in of.values()]
+    seeds = sorted(set.intersection(*(set(cell) for cell in cells)))
+    found = {}
+    for task in {task: None for of_task in runs.values() for task in of_task}:
+        ours, theirs = (best(each, task, seeds) for each in (runs, baseline))
+        means = (fmean(of[seed][0] for seed in seeds) for of in (ours, theirs))
+        single = [ours[seed][0] / theirs[seed][0] for seed in seeds]
+        size = ours[seeds[0]][1] / theirs[seeds[0]][1]
+        found[task] = Ratio(operator.truediv(*means), single, size)
+    return found
 
 
-def ratios(
-    of_task: dict[str, tuple[float, float]], baseline: dict[str, tuple[float, float]]
-) -> dict[str, float]:
-    """Losses over those of the baseline."""
-    return {task: loss / baseline[task][0] for task, (loss, _) in of_task.items()}
+def with_error(value: float, of_seeds: list[float], digits: int) -> str:
+    """A number with its standard error, where there are several seeds and all are finite."""
+    if len(of_seeds) < 2 or not all(map(math.isfinite, of_seeds)):
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}f} ± {stdev(of_seeds) / len(of_seeds) ** 0.5:.{digits}f}"
+
+
+def middle(of_tasks: dict[str, Ratio]) -> float:
+    """The median over tasks."""
+    return median(ratio.mean for ratio in of_tasks.values())
+
+
+def summary(of_tasks: dict[str, Ratio]) -> str:
+    """How many are at most 1, the median and the worst, with standard errors over seeds."""
+    worst = max(of_tasks, key=lambda task: of_tasks[task].mean)
+    good = sum(ratio.mean <= 1 for ratio in of_tasks.values())
+    by_seed = zip(*(ratio.of_seeds for ratio in of_tasks.values()), strict=True)
+    typical = with_error(middle(of_tasks), [median(each) for each in by_seed], 3)
+    most = with_error(of_tasks[worst].mean, of_tasks[worst].of_seeds, 2)
+    return f"{good} of {len(of_tasks)} | {typical} | {most} ({worst})"
+
+
+def state(of_tasks: dict[str, Ratio]) -> str:
+    """The median over tasks of bytes of state over AdamW's."""
+    return f"{median(ratio.bytes for ratio in of_tasks.values()):.2f}"
 
 
 def methods(path: Path = RESULTS / "methods.csv") -> str:
     """Every method at its best of the rates, and at the rate that is its default."""
     found = read(path)
-    baseline = best(found.pop("adamw"))
+    baseline = found.pop("adamw")
     lines = [
-        "| method | rates | at most AdamW's | median | worst | state |",
-        "| --- | --- | --: | --: | --: | --: |",
+        "| method | rates | seeds | at most AdamW's | median | worst | state |",
+        "| --- | --- | --: | --: | --: | --: | --: |",
     ]
-    order = {name: median(ratios(best(runs), baseline).values()) for name, runs in found.items()}
-    for name in sorted(order, key=lambda name: order[name]):
-        state = median(size / baseline[task][1] for task, (_, size) in best(found[name]).items())
-        of_all = summary(ratios(best(found[name]), baseline))
-        lines.append(f"| {NAMES[name]} | best of {len(found[name])} | {of_all} | {state:.2f} |")
-        for options, of_task in found[name].items():
+    tables = {name: ratios(runs, baseline) for name, runs in found.items()}
+    for name in sorted(tables, key=lambda name: middle(tables[name])):
+        own, table = found[name], tables[name]
+        seeds = len(next(iter(table.values())).of_seeds)
+        said = f"{summary(table)} | {state(table)} |"
+        lines.append(f"| {NAMES[name]} | best of {len(own)} | {seeds} | {said}")
+        for options, of_task in own.items():
             if re.match(r"lr=(0\.003|3e-3)\b", options):
-                lines.append(f"| | 3e-3 | {summary(ratios(of_task, baseline))} | |")
+                at_default = summary(ratios({options: of_task}, baseline))
+                lines.append(f"| | 3e-3 | | {at_default} | |")
     return "\n".join(lines)
 
 
 def equal_bytes(path: Path = RESULTS / "equal_bytes.csv") -> str:
     """Structures that were chosen within the bytes of a fixed one, beside it."""
     found = read(path)
-    baseline = best(found["adamw"])
+    baseline = found["adamw"]
     fixed = {
         re.findall(r"'(.*?)'", options)[0]: runs
         for options, runs in found["singd"].items()
@@ -96,12 +135,11 @@ def equal_bytes(path: Path = RESULTS / "equal_bytes.csv") -> str:
     for options, chosen in found["automatic"].items():
         (structure,) = re.findall(r"'(.*?)'", options)
         for name, runs in ((f"`{structure}` on both sides", fixed[structure]), ("chosen", chosen)):
-            state = median(size / baseline[task][1] for task, (_, size) in runs.items())
-            lines.append(f"| {name} | {summary(ratios(runs, baseline))} | {state:.2f} |")
+            table = ratios({"": runs}, baseline)
+            lines.append(f"| {name} | {summary(table)} | {state(table)} |")
     for options, name in (("", "the default's"), ("structures='auto'", "chosen, `budget=1.5`")):
-        runs = found["singd"][options]
-        state = median(size / baseline[task][1] for task, (_, size) in runs.items())
-        lines.append(f"| {name} | {summary(ratios(runs, baseline))} | {state:.2f} |")
+        table = ratios({"": found["singd"][options]}, baseline)
+        lines.append(f"| {name} | {summary(table)} | {state(table)} |")
     return "\n".join(lines)
 
 

@@ -25,13 +25,32 @@ def test_methods_at_the_best_of_their_rates(tmp_path: Path) -> None:
     ]
     table = rivals.methods(written(tmp_path / "methods.csv", rows)).splitlines()[2:]
     assert table == [
-        "| `SOAP` | best of 2 | 1 of 2 | 1.750 | 3.00 (B) | 2.00 |",
-        "| | 3e-3 | 0 of 2 | inf | inf (A) | |",
+        "| `SOAP` | best of 2 | 1 | 1 of 2 | 1.750 | 3.00 (B) | 2.00 |",
+        "| | 3e-3 | | 0 of 2 | inf | inf (A) | |",
         '| `SINGD(structures=("dense", "scaled_identity"))` | best of 1 '
-        "| 0 of 1 | 2.000 | 2.00 (A) | 2.00 |",
-        "| | 3e-3 | 0 of 1 | 2.000 | 2.00 (A) | |",
-        "| `SOAP(rank=16)` | best of 1 | 0 of 1 | 2.500 | 2.50 (A) | 0.50 |",
+        "| 1 | 0 of 1 | 2.000 | 2.00 (A) | 2.00 |",
+        "| | 3e-3 | | 0 of 1 | 2.000 | 2.00 (A) | |",
+        "| `SOAP(rank=16)` | best of 1 | 1 | 0 of 1 | 2.500 | 2.50 (A) | 0.50 |",
     ]
+
+
+def test_the_standard_error_is_that_over_the_seeds_of_all_runs(tmp_path: Path) -> None:
+    rows = [
+        f"{task},held out,{method},lr=3e-3,{seed},9,1,{loss},1,100"
+        for task, method, losses in (
+            *(("A", "adamw", (2.0, 2.0, 2.0)), ("A", "muon", (1.0, 3.0))),
+            *(("B", "adamw", (1.0, 3.0, 9.0)), ("B", "muon", (2.0, 3.0, 1.0))),
+        )
+        for seed, loss in enumerate(losses)
+    ]
+    table = rivals.methods(written(tmp_path / "methods.csv", rows)).splitlines()[2:]
+    # of seeds A has 0.5 and 1.5, B has 2 and 1: medians are 1.25 and 1.25
+    said = "1 of 2 | 1.125 ± 0.000 | 1.25 ± 0.50 (B)"
+    expected = [
+        f"| Muon (PyTorch's) | best of 1 | 2 | {said} | 1.00 |",
+        f"| | 3e-3 | | {said} | |",
+    ]
+    assert table == expected
 
 
 def test_structures_beside_those_chosen_within_their_bytes(tmp_path: Path) -> None:
