@@ -92,22 +92,24 @@ def sending(
         limits: What may be used of other costs.
         strict: Raise where all send more, otherwise warn.
     """
-    sends, within = asked.whole(chosen), most
+    sends = asked.whole(chosen)
     if sends <= most:
         return chosen
     sides = {side: asked.priced(side, options) for side, options in sides.items()}
     first = cheapest(sides, {**limits, "sent": most})
-    least = needed(first, ["sent"])["sent"]
-    while sends > most and within >= least:
-        chosen = fewest_nats(sides, {**limits, "sent": within})
+    least = needed(first, ["sent"])["sent"] * (1 + 1e-9)  # for rounding
+    within, is_last = max(most, least), False
+    while sends > most and not is_last:
+        is_last = within <= least
+        try:
+            chosen = fewest_nats(sides, {**limits, "sent": within})
+        except ValueError:  # none that send so little are within the other limits
+            break
         sends = asked.whole(chosen)
-        within = min(within * most / max(sends, most), 0.9 * within)
-    if sends <= most:
-        return chosen
-    least = asked.whole(first)
-    if least > most:
-        short = f"budget: expected at least {least:,.0f} bytes sent in a step, got {most:,.0f}"
+        within = max(min(within * most / max(sends, most), 0.9 * within), least)
+    if sends > most:
+        short = f"budget: expected at least {sends:,.0f} bytes sent in a step, got {most:,.0f}"
         if strict:
             raise ValueError(short)
-        warn_user(f"{short}: all take their cheapest structures")
-    return first
+        warn_user(f"{short}: all take structures that send the least")
+    return chosen

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from singd import SINGD, choose_structures
+from singd.capture.weight_matrix import WeightMatrix
 from singd.methods.automatic import UPDATES
 from singd.methods.structure_choice import DAMPING
+from singd.placement.replicated import OneProcess
 
 
 class Attention(nn.Module):
@@ -250,6 +253,23 @@ def test_they_are_asked_for_where_the_optimizer_is_made() -> None:
     model = nn.Linear(3, 2)
     with pytest.raises(ValueError, match="not made with structures='auto', got 'auto'"):
         SINGD(model, [{"params": model.parameters(), "structures": "auto"}])
+
+
+def test_what_is_sent_whatever_is_chosen_changes_nothing() -> None:
+    def chosen(budget: Any) -> Any:
+        optimizer = SINGD(model := network(), structures="auto", T=1, budget=budget)
+        train(model, optimizer, UPDATES)
+        return optimizer.param_groups[0]["structures"]
+
+    def foreseen(
+        self: OneProcess, demands: Mapping[WeightMatrix, Any]
+    ) -> dict[WeightMatrix, float]:
+        return dict.fromkeys(demands, 1e6)
+
+    short = r"at least 6,000,000 bytes sent in a step, got [\d,]+: all take .* that send the least"
+    with mock.patch.object(OneProcess, "foresee", foreseen), pytest.warns(UserWarning, match=short):
+        limited = chosen({"state": 1.1, "sent": 0.5})
+    assert limited == chosen(1.1)
 
 
 def test_a_budget_that_is_too_small_is_said() -> None:
