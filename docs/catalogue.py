@@ -29,6 +29,7 @@ EXAMPLES = {
     "strided": "strided(3, dense)",
     "tied": "tied(3, dense)",
     "transposed": "transposed(hierarchical(2, 3))",
+    "up_to": "up_to(8192, dense, diagonal)",
 }
 
 

@@ -47,6 +47,7 @@ SPECS = {
     "block_upper": "block_upper(diagonal, dense, -30)",
     "direct_sum": "direct_sum(dense, diagonal, 30)",
     "transposed": "transposed(hierarchical(15, 15))",
+    "up_to": "up_to(8192, block_diagonal(30), diagonal)",
 }
 
 OPERATIONS: dict[str, Operation] = {

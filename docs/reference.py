@@ -29,7 +29,7 @@ STRUCTURED: Groups = {
     ),
     "Compositions": (
         *("BlockLower", "BlockUpper", "low_rank_lower", "low_rank_upper", "DirectSum", "Tied"),
-        *("Strided", "Rotated", "Transposed", "Kron"),
+        *("Strided", "Rotated", "Transposed", "Kron", "up_to"),
     ),
     "Operators": ("Operator", "Kronecker", "Sum", "Product", "Outer"),
     "Roots of matrices": ("inverse_root", "divergence"),

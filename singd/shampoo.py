@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from singd.methods.inverse_free import MAX_DIM
+from singd.methods.options import MAX_DIM, warn_of_limits
 from singd.methods.shampoo import GradientCovariance
 from singd.optimizer import KroneckerOptimizer
 from structured import StructureLike
@@ -31,15 +31,16 @@ class KLShampoo(KroneckerOptimizer):
         params: Parameters or parameter groups; all trainable parameters of ``model`` if ``None``.
         lr: Learning rate; directions have a root mean square of 0.2.
         structures: Structure of all factors, or a tuple for the first, second, ... dimension, the
-            last for all that follow.
+            last for all that follow: ``up_to(8192, dense, diagonal)`` unless given.
         power: 0.5 for KL-Shampoo, in structures that are closed under transposition; 1 for
             root-free Shampoo (Lin et al., arXiv 2402.03496), in any.
         damping: Damping in units of the mean square of the gradient.
         lr_cov: Step size of the factors, in [0, 1], or a function of the step number; by default
             0.03 T, at most 0.3.
         T: Number of steps between two updates of the factors.
-        max_dim: Size from which a factor takes ``wide_structure`` instead.
-        wide_structure: Structure of wide factors.
+        max_dim: *Compatibility.* Size beyond which a factor takes ``wide_structure`` instead; write
+            ``up_to`` in ``structures``.
+        wide_structure: Structure of wide factors, likewise.
 
     Raises:
         TypeError: If ``model`` or ``params`` is of the wrong kind.
@@ -52,15 +53,15 @@ class KLShampoo(KroneckerOptimizer):
         params: Iterable[Any] | None = None,
         lr: float = 3e-3,
         *,
-        structures: StructureLike | tuple[StructureLike, ...] = "dense",
+        structures: StructureLike | tuple[StructureLike, ...] = (
+            f"up_to({MAX_DIM}, dense, diagonal)"
+        ),
         power: float = 0.5,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         damping: float = 1e-4,
         lr_cov: float | Callable[[int], float] | None = None,
         T: int = 10,
-        max_dim: int = MAX_DIM,
-        wide_structure: StructureLike = "diagonal",
         kl_clip: float | None = None,
         graft: str | None = "auto",
         max_skipped: int | None = 10,
@@ -70,7 +71,10 @@ class KLShampoo(KroneckerOptimizer):
         process_group: Any = None,
         data: Any = None,
         places: Any = None,
+        max_dim: int | None = None,
+        wide_structure: StructureLike | None = None,
     ) -> None:
+        warn_of_limits(max_dim, wide_structure)
         defaults = {
             "lr": lr,
             "structures": structures,

@@ -11,7 +11,8 @@ from torch import nn
 
 from singd.methods.automatic import UPDATES, Automatic
 from singd.methods.budget import STATE, check_budget
-from singd.methods.inverse_free import MAX_DIM, InverseFree
+from singd.methods.inverse_free import InverseFree
+from singd.methods.options import warn_of_limits
 from singd.optimizer import KroneckerOptimizer
 from structured import StructureLike
 
@@ -58,10 +59,13 @@ class SINGD(KroneckerOptimizer):
             ``weight_decay W`` is added to the direction.
 
         structures: *Curvature.* Structures of K (input side) and C (output side): specs, classes or
-            callables, see :func:`structured.parse`. Or a mapping from patterns of parameter names,
-            as for :mod:`fnmatch`, to such pairs: the first that matches counts. By default, dense
-            on the smaller side of a weight and blocks of that size on the other, so that K and C
-            have at most as many numbers as the weight, and the state is at most 1.5 times AdamW's.
+            callables, see :func:`structured.parse`; ``"up_to(8192, dense, diagonal)"`` is diagonal
+            on wide sides. Or a mapping from patterns of parameter names, as for :mod:`fnmatch`, to
+            such pairs: the first that matches counts. By default, dense on the smaller side of a
+            weight and blocks of that size on the other, so that K and C have at most as many
+            numbers as the weight, and the state is at most 1.5 times AdamW's; diagonal on sides
+            beyond 8192. Where the smaller side is below 16, blocks are up to twice as large (and of
+            16 in grouped convolutions), and the state is up to 1.75 times AdamW's.
             ``"auto"`` averages the whole curvature of the first three updates (a dense S for every
             side of up to 2048, for that time), and then takes for every weight the structures that
             lose the fewest nats within ``budget``; :meth:`plan` shows them.
@@ -93,9 +97,6 @@ class SINGD(KroneckerOptimizer):
         preconditioner_dtype: Data types of K and of C; ``None`` for that of the weight. Below
             float32, updates are rounded stochastically. ``"bfloat16+8"`` stores float32 numbers in
             24 bits, ``"int8"`` in 8 with a scale for each 64, except tensors of at most n numbers.
-        max_dim: Width from which a factor takes ``wide_structure`` instead; ``None`` for no limit.
-            Or a mapping from patterns of parameter names to such limits, 8192 if none matches.
-        wide_structure: Structure of wide factors.
         keep_products: Cache ``K K^T`` and ``C C^T`` between updates of the factors where their
             structure allows: half the work of a step, for the memory of K and C once more. Never of
             factors stored as ``"bfloat16+8"`` or ``"int8"``.
@@ -139,6 +140,9 @@ class SINGD(KroneckerOptimizer):
             is left untrained, so there is nothing to warn of.
         init_grad_scale: Accepted likewise; statistics are summed in float32 at least, so no guess
             of a GradScaler's first scale is needed.
+        max_dim: Width beyond which a factor takes ``wide_structure``, or a mapping from patterns of
+            parameter names to widths; write ``up_to(8192, dense, diagonal)`` in ``structures``.
+        wide_structure: Structure of wide factors, likewise; diagonal unless given.
 
     Raises:
         TypeError: If ``model`` or ``params`` is of the wrong kind.
@@ -170,8 +174,6 @@ class SINGD(KroneckerOptimizer):
             None,
             None,
         ),
-        max_dim: int | Mapping[str, int | None] | None = MAX_DIM,
-        wide_structure: StructureLike = "diagonal",
         keep_products: bool = True,
         kl_clip: float | None = None,
         factor_clip: float | None = 0.5,
@@ -187,6 +189,8 @@ class SINGD(KroneckerOptimizer):
         places: Any = None,
         warn_unsupported: bool | None = None,
         init_grad_scale: float | None = None,
+        max_dim: int | Mapping[str, int | None] | None = None,
+        wide_structure: StructureLike | None = None,
     ) -> None:
         for name, value in (
             ("warn_unsupported", warn_unsupported),
@@ -195,6 +199,7 @@ class SINGD(KroneckerOptimizer):
             if value is not None:
                 message = f"{name} has no effect: leave it out"
                 warnings.warn(message, DeprecationWarning, stacklevel=2)
+        warn_of_limits(max_dim, wide_structure)
         check_budget(budget)
         defaults = {
             "lr": lr,

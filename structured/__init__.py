@@ -40,6 +40,7 @@ from structured.tied import Tied
 from structured.toeplitz import LowerToeplitz, UpperToeplitz
 from structured.transposed import Transposed
 from structured.triangular import LowerTriangular, UpperTriangular
+from structured.up_to import up_to
 
 __version__ = version()
 
@@ -90,4 +91,5 @@ __all__ = [
     "quaternions",
     "static",
     "unpack_symmetric",
+    "up_to",
 ]

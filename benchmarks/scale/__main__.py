@@ -38,7 +38,7 @@ def of_singd(*structures: str, places: str | None = None, **changes: Any) -> Mak
     The outputs of a head are as many as tokens: a diagonal there.
     """
     pairs = {"head": (*structures[:1], "diagonal"), "*": structures}
-    options: dict[str, Any] = {"structures": pairs, "max_dim": None} if structures else {}
+    options: dict[str, Any] = {"structures": pairs} if structures else {}
 
     def make(matrices: Sequence[Matrix], ranks: int, rows: float, given: Assumptions) -> Estimate:
         return singd(matrices, ranks, rows, replace(given, **changes), options, places)

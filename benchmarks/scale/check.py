@@ -69,7 +69,7 @@ def measured(_: Any, K: str, C: str, place: str) -> list[float]:
     """Bytes of state, of statistics, and sent; multiply-adds of a step; on this rank."""
     model = sharded()
     structures = (K, C)
-    optimizer = SINGD(model, T=INTERVAL, structures=structures, max_dim=None, places=place)
+    optimizer = SINGD(model, T=INTERVAL, structures=structures, places=place)
     for _step in range(WARM):
         passes(model, optimizer)
         optimizer.step()
@@ -134,7 +134,7 @@ def of_others(_: Any, name: str) -> list[float]:
 
 def predicted(K: str, C: str, place: str) -> Estimate:
     """By the cost model."""
-    options = {"structures": (K, C), "max_dim": None}
+    options = {"structures": (K, C)}
     given = Assumptions(interval=INTERVAL)
     return singd(MODEL.matrices(), RANKS, TOKENS, given, options, place)
 

@@ -14,7 +14,7 @@ from singd.capture.weight_matrix import WeightMatrix
 from singd.methods.base import Averages, Options, Products, Sent, Stack
 from singd.methods.budget import check_budget, choose, limits_of
 from singd.methods.covariances import CountedCovariances, inverse_diagonal, projected
-from singd.methods.inverse_free import MAX_DIM, InverseFree
+from singd.methods.inverse_free import InverseFree
 from singd.methods.options import by_name
 from singd.methods.structure_choice import CANDIDATES
 from structured import Structure, StructuredMatrix, parse
@@ -63,7 +63,7 @@ class Automatic(InverseFree):
         """Those of the averages at first, dense unless a side is wide; then those chosen."""
         if not measures(options):
             return super().structures(name, shape, input_structure, options)
-        limit = by_name(options["max_dim"], name, MAX_DIM)
+        limit = by_name(options["max_dim"], name, None)
         limit = MEASURED if limit is None else min(limit, MEASURED)
         *_, d_out, d_in = shape
         whole = (d_in <= limit and input_structure is None, d_out <= limit)

@@ -25,6 +25,7 @@ from singd.methods.options import (
     lr_cov,
     stored_as,
     structure_pairs,
+    within_limit,
     working_dtype,
 )
 from singd.methods.single import stepped
@@ -40,8 +41,6 @@ from structured import (
     add_symmetric_product_,
     parse,
 )
-
-MAX_DIM = 8192
 
 
 @dataclass(frozen=True)
@@ -90,21 +89,20 @@ class InverseFree(Method):
             )
         pairs = structure_pairs(given)
         for spec in (options["wide_structure"], *(spec for each in pairs for spec in each)):
-            parse(spec)
+            if spec is not None:
+                parse(spec)
 
     # What is stored -----------------------------------------------------------------------------
 
     def structures(
         self, name: str, shape: Sequence[int], input_structure: str | None, options: Options
     ) -> tuple[Structure, ...]:
-        """The structures of K and C: those of ``options``, or the wide one beyond ``max_dim``."""
+        """The structures of K and C, as ``options`` or the defaults say for these sizes."""
         given = by_name(options["structures"], name, None)
         given = default_structures(shape) if given is None else given
-        limit = by_name(options["max_dim"], name, MAX_DIM)
         *_, d_out, d_in = shape
         sides = [(d_in, input_structure or given[0]), (d_out, given[1])]
-        wide = options["wide_structure"]
-        return tuple(parse(wide if limit is not None and n > limit else s) for n, s in sides)
+        return tuple(within_limit(spec, n, name, options) for n, spec in sides)
 
     def layout(self, options: Options) -> tuple[Any, ...]:
         """The options that structures, data types and momenta depend on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any
@@ -10,6 +11,13 @@ import torch
 from torch import Tensor
 
 from singd.ops.storage import FORMS
+from structured import Structure, StructureLike, parse
+
+SMALL = 16
+"""Rows of blocks, by default, where the matrix is thinner."""
+
+MAX_DIM = 8192
+"""Width beyond which a factor is diagonal by default."""
 
 
 def in_range(name: str, value: Any, low: float, high: float, *, open_end: bool = False) -> None:
@@ -79,6 +87,15 @@ def structure_pairs(given: Any) -> list[Any]:
     return pairs
 
 
+def warn_of_limits(max_dim: Any, wide_structure: Any) -> None:
+    """A ``DeprecationWarning`` that says what to write, on the line that made the optimizer."""
+    if max_dim is not None or wide_structure is not None:
+        limit = MAX_DIM if max_dim is None or isinstance(max_dim, Mapping) else max_dim
+        spec = f"up_to({limit}, dense, {parse(wide_structure or 'diagonal')})"
+        message = f"max_dim, wide_structure: write structures, such as {spec!r}, instead"
+        warnings.warn(message, DeprecationWarning, stacklevel=3)
+
+
 # Of one matrix -----------------------------------------------------------------------------------
 
 
@@ -92,11 +109,24 @@ def by_name(given: Any, name: str, default: Any) -> Any:
 def default_structures(shape: Sequence[int]) -> tuple[str, str]:
     """Dense on the smaller side of ``(..., d_out, d_in)``, blocks of that size on the other.
 
-    Each factor then has at most as many numbers as the matrix.
+    Each factor then has at most as many numbers as the matrix. Where that side has less than
+    ``SMALL``, blocks are up to twice its size, and of ``SMALL`` rows where the matrix is one of
+    many small ones, as in a depthwise convolution. Sides beyond ``MAX_DIM`` are diagonal.
     """
-    *_, d_out, d_in = shape
-    blocks = f"block_diagonal({max(min(d_out, d_in), 1)})"
-    return "dense" if d_in <= d_out else blocks, "dense" if d_out <= d_in else blocks
+    *batch, d_out, d_in = shape
+    smaller = min(d_out, d_in)
+    size = max(smaller, SMALL if batch else min(SMALL, 2 * smaller), 1)
+    blocks = f"up_to({MAX_DIM}, block_diagonal({size}), diagonal)"
+    K, C = ("dense" if n <= min(size, MAX_DIM) else blocks for n in (d_in, d_out))
+    return K, C
+
+
+def within_limit(spec: StructureLike, n: int, name: str, options: Mapping[str, Any]) -> Structure:
+    """The structure of a side of ``n``, or ``wide_structure`` beyond ``max_dim`` if that is set."""
+    limit, wide = by_name(options["max_dim"], name, None), options["wide_structure"]
+    if limit is None and wide is not None:
+        limit = MAX_DIM
+    return parse((wide or "diagonal") if limit is not None and n > limit else spec).at(n)
 
 
 def lr_cov(options: Mapping[str, Any], step: int) -> Any:

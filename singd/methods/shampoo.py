@@ -29,13 +29,15 @@ import torch
 from torch import Tensor
 
 from singd.methods.base import Factors, Method, Options, Products
-from singd.methods.options import choice, in_range, lr_cov
+from singd.methods.options import choice, in_range, lr_cov, within_limit
 from singd.update import first_scale
 from structured import Diagonal, Operator, Outer, Structure, StructuredMatrix, parse
 
 GROW = (3.4445, -4.7750, 2.0315)
 CONVERGE = (1.5, -0.5, 0.0)
 """Coefficients of ``a X + b X X^T X + c (X X^T)^2 X``."""
+
+LARGE = 2**40  # a size beyond every limit of a structure
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,10 @@ class GradientCovariance(Method):
         if options["lr_cov"] is not None and not callable(options["lr_cov"]):
             in_range("lr_cov", options["lr_cov"], 0.0, 1.0)
         choice("power", options["power"], (0.5, 1))
-        in_range("max_dim", options["max_dim"], 0, float("inf"))
-        for spec in (options["wide_structure"], *_specs(options["structures"])):
-            structure = parse(spec)
+        if options["max_dim"] is not None:
+            in_range("max_dim", options["max_dim"], 0, float("inf"))
+        specs = [*_specs(options["structures"]), options["wide_structure"] or "diagonal"]
+        for structure in (parse(spec).at(n) for spec in specs for n in (2, LARGE)):
             if options["power"] == 0.5 and not structure(2).closed_under_transpose:
                 raise ValueError(
                     f"structures: expected one that is closed under transposition where power is "
@@ -68,10 +71,10 @@ class GradientCovariance(Method):
     def structures(
         self, name: str, shape: Sequence[int], input_structure: str | None, options: Options
     ) -> tuple[Structure, ...]:
-        """One for each mode, the last one for all that follow; the wide one beyond ``max_dim``."""
-        specs, limit = _specs(options["structures"]), options["max_dim"]
+        """One for each mode, the last one for all that follow."""
+        specs = _specs(options["structures"])
         return tuple(
-            parse(options["wide_structure"] if n > limit else specs[min(i, len(specs) - 1)])
+            within_limit(specs[min(i, len(specs) - 1)], n, name, options)
             for i, n in enumerate(shape)
         )
 

@@ -74,6 +74,11 @@ class Structure:
             raise TypeError(f"{self}: expected a StructuredMatrix, got {type(member).__name__}")
         return member
 
+    def at(self, n: int) -> Structure:
+        """The structure of members of size ``n``: itself, unless that depends on the size."""
+        choose = getattr(self.factory, "choose", None)
+        return choose(n, *self.options) if choose is not None else self
+
     def identity(self, n: int, **kwargs: Any) -> StructuredMatrix:
         """The identity of size ``n``; keywords as for the call."""
         return self(n, **kwargs).add_scaled_identity(1.0)

@@ -16,6 +16,8 @@ from torch import float16, float32, float64, int32, nn
 from singd import KFAC, SINGD
 from tests.singd.runs import mlp
 
+pytestmark = pytest.mark.filterwarnings("ignore:max_dim:DeprecationWarning")
+
 Range = tuple[float, float, bool]  # low, high, whether high is in
 
 NUMBERS: dict[str, Range] = {

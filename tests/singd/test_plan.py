@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from singd import Layer, register_layer
 from singd.layers import LAYERS, OPTIONAL
+from singd.methods.inverse_free import InverseFree
 from tests.singd.paper import KFAC, SINGD
 from tests.singd.runs import F64, batches, mean_loss, mlp, train
 
@@ -54,7 +57,7 @@ METHODS: dict[str, Any] = {
     "no momentum": lambda m: SINGD(m, T=1, momentum=0.0, alpha1=0.0),
     "bfloat16": lambda m: SINGD(m, T=1, preconditioner_dtype=(torch.bfloat16, torch.float64)),
     "all layers": lambda m: SINGD(m, T=1, layers=tuple(OPTIONAL)),
-    "narrow": lambda m: SINGD(m, T=1, max_dim=5),
+    "narrow": lambda m: SINGD(m, T=1, structures=("up_to(5, dense, diagonal)",) * 2),
     "amsgrad": lambda m: SINGD(m, T=1, adamw={"amsgrad": True}),
     "KFAC": lambda m: KFAC(m, T=1),
 }
@@ -230,13 +233,38 @@ def test_a_pass_that_tells_nothing_does_not_settle_it(first: str) -> None:
 # Which structure ----------------------------------------------------------------------------------
 
 
+LIMITED = "up_to({}, dense, diagonal)"
+
+
 @pytest.mark.parametrize(("limit", "wide"), [(0, "KC"), (3, "KC"), (5, "K"), (6, ""), (None, "")])
 def test_a_factor_wider_than_the_limit_is_diagonal(limit: int | None, wide: str) -> None:
     model = nn.Linear(6, 4)
     expected = ", ".join("diagonal" if side in wide else "dense" for side in "KC")
-    assert structures(SINGD(model, max_dim=limit))["weight"] == expected
+    given = ("dense" if limit is None else LIMITED.format(limit),) * 2
+    assert structures(SINGD(model, structures=given))["weight"] == expected
+    with pytest.warns(
+        DeprecationWarning, match=r"max_dim.*: write .*'up_to\(.*, dense, diagonal\)"
+    ):
+        optimizer = SINGD(
+            model, structures=("dense", "dense"), max_dim=99 if limit is None else limit
+        )
+    assert structures(optimizer)["weight"] == expected
 
 
+@given(st.lists(st.integers(1, 40), max_size=1), *[st.integers(1, 40) | st.integers(1, 10_000)] * 2)
+def test_by_default_factors_are_within_a_budget(batch: list[int], d_out: int, d_in: int) -> None:
+    group = SINGD(nn.Linear(2, 2), structures=None).param_groups[0]
+    chosen = InverseFree().structures("weight", (*batch, d_out, d_in), None, group)
+    members = [s(n, device="meta") for s, n in zip(chosen, (d_in, d_out), strict=True)]
+    stored = sum(member.numel() for member in members)
+    smaller, larger = sorted((d_out, d_in))
+    share = 2.0 if smaller >= 16 else 2.5
+    assert stored <= (17 * larger if batch and smaller < 16 else share * smaller * larger)
+    if larger <= 16 and (batch or smaller >= 8):
+        assert stored == d_in**2 + d_out**2
+
+
+@pytest.mark.filterwarnings("ignore:max_dim:DeprecationWarning")
 def test_limits_by_pattern_the_first_match_counts() -> None:
     limits = {"0.*": 4, "2.weight": None, "*": 0}
     got = structures(SINGD(mlp(), max_dim=limits))
@@ -271,7 +299,7 @@ def test_a_head_as_wide_as_the_vocabulary_never_has_its_square(layers: Any) -> N
     vocabulary, width = 20_000, 4
     with Largest() as largest:
         model = nn.Sequential(nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary))
-        optimizer = SINGD(model, T=1, loss_average="batch+sequence", layers=layers)
+        optimizer = SINGD(model, T=1, structures=None, loss_average="batch+sequence", layers=layers)
         for _ in range(2):
             x, y = torch.randint(vocabulary, (2, 3, 5))
             optimizer.zero_grad()
@@ -283,8 +311,12 @@ def test_a_head_as_wide_as_the_vocabulary_never_has_its_square(layers: Any) -> N
 
 
 def test_the_structure_of_wide_factors_is_a_choice() -> None:
-    got = structures(SINGD(nn.Linear(6, 4), max_dim=5, wide_structure="block_diagonal(2)"))
+    spec = "up_to(5, dense, block_diagonal(2))"
+    got = structures(SINGD(nn.Linear(6, 4), structures=(spec, spec)))
     assert got["weight"] == "block_diagonal(2), dense"
+    with pytest.warns(DeprecationWarning, match=r"'up_to\(5, dense, block_diagonal\(2\)\)'"):
+        limits = SINGD(nn.Linear(6, 4), max_dim=5, wide_structure="block_diagonal(2)")
+    assert structures(limits) == got
 
 
 def test_structures_by_pattern_the_first_match_counts() -> None:
@@ -292,9 +324,10 @@ def test_structures_by_pattern_the_first_match_counts() -> None:
     got = structures(SINGD(mlp(), structures=given))
     assert got["0.weight"] == "diagonal, dense"
     assert got["2.weight"] == "dense, diagonal"
-    assert structures(SINGD(mlp(), structures={"x*": ("diagonal",) * 2}))["0.weight"] == (
-        "dense, block_diagonal(4)"
-    )
+    other = {"x*": ("diagonal",) * 2}
+    assert structures(SINGD(mlp(), structures=other))["0.weight"] == "dense, dense"
+    got = structures(SINGD(nn.Linear(80, 20), structures=other))
+    assert got["weight"] == "block_diagonal(20), dense"
 
 
 @pytest.mark.parametrize("layer", OPTIONAL)
@@ -397,9 +430,9 @@ def test_layers_of_other_packages_are_found_by_name() -> None:
         "gcn": (gcn, (x, edges)),
         "gat": (geometric.GATConv(4, 4), (x, edges)),
     }
-    for name, (model, given) in models.items():
+    for name, (model, inputs) in models.items():
         optimizer = SINGD(model, T=1)
-        model(*given).exp().sum().backward()
+        model(*inputs).exp().sum().backward()
         optimizer.step()
         found = rules(optimizer)
         assert found["lin.weight" if name in ("gcn", "gat") else "weight"] == "SINGD", name

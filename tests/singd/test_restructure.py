@@ -101,8 +101,9 @@ def test_in_smaller_structures_they_are_the_nearest():
 
 def test_patterns_and_wide_sides():
     model, optimizer, _ = trained(("dense", "dense"))
-    structures = {"out.*": ("block_diagonal(4)", "dense"), "*": ("dense", "diagonal")}
-    other, new = restructured(model, optimizer, structures, max_dim=15)
+    K = "up_to(15, block_diagonal(4), diagonal)"
+    structures = {"out.*": (K, "dense"), "*": ("dense", "diagonal")}
+    other, new = restructured(model, optimizer, structures)
     K = new.state[other.out.weight]["K"]  # of 16 inputs and a bias: diagonal, as wide sides are
     expected = optimizer.state[model.out.weight]["K"][0].diagonal()
     torch.testing.assert_close(K[0], expected)

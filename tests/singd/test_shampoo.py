@@ -117,5 +117,9 @@ def test_a_root_needs_a_structure_that_is_closed_under_transposition() -> None:
 
 
 def test_wide_dimensions_take_another_structure() -> None:
-    rows = KLShampoo(nn.Embedding(40, 6), max_dim=30).plan().rows
-    assert rows[0].structures == "diagonal, dense"
+    optimizer = KLShampoo(nn.Embedding(40, 6), structures="up_to(30, dense, diagonal)")
+    assert optimizer.plan().rows[0].structures == "diagonal, dense"
+    with torch.device("meta"):
+        assert KLShampoo(nn.Embedding(9000, 6)).plan().rows[0].structures == "diagonal, dense"
+    with pytest.raises(ValueError, match=r"closed under transposition where power is 0\.5"):
+        KLShampoo(nn.Linear(4, 3), structures="up_to(30, dense, lower_triangular)")

@@ -4,6 +4,8 @@ import re
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import Tensor
 
 import structured
@@ -47,11 +49,31 @@ def test_a_factory_gives_a_member():
         ("hierarchical(2, 0)", r"hierarchical\(k1, k2\): expected integers >= 1, got 0"),
         ("hierarchical(1.5, 2)", r"hierarchical\(k1, k2\): expected integers >= 1, got 1\.5"),
         ("direct_sum(dense, dense, 0.5)", r"split: expected an integer .* got 0\.5"),
+        ("up_to(-1, dense, diagonal)", r"up_to\(limit, \.\.\.\): expected an integer >= 0, got -1"),
+        (
+            "up_to(2.0, dense, diagonal)",
+            r"up_to\(limit, \.\.\.\): expected an integer >= 0, got 2\.0",
+        ),
+        ("up_to(2, dense)", r"up_to\(2, dense\)': .* missing 1 required positional"),
     ],
 )
 def test_what_is_no_spec(spec, error):
     with pytest.raises((ValueError, TypeError), match=error):
         parse(spec)
+
+
+@given(st.integers(0, 9), *[st.sampled_from([*SPECS, *FURTHER])] * 2, st.data())
+def test_up_to_a_limit(limit, small, large, data):
+    structure = parse(f"up_to({limit}, up_to({limit}, {small}, dense), {large})")
+    sizes = {**SPECS, **FURTHER}
+    n = data.draw(st.sampled_from([*sizes[small], *sizes[large]]))
+    spec = small if n <= limit else large
+    assume(n in sizes[spec])
+    assert structure.at(n) == parse(spec)
+    assert parse(str(structure)) == structure
+    member, expected = structure(n, batch_shape=(2,)), parse(spec)(n, batch_shape=(2,))
+    assert type(member) is type(expected)
+    assert str(member) == str(expected)
 
 
 def test_a_split_is_no_truth_value():
