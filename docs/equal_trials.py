@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-SUMMARY = Path(__file__).parents[1] / "benchmarks/results/evidence/small/summary.json"
+SUMMARY = Path(__file__).parents[1] / "benchmarks/results/evidence/part/summary.json"
 OTHERS = ("SOAP", "Muon", "KFAC")
 
 
