@@ -65,14 +65,18 @@ class Holding:
         """Whether this rank counts the numbers of a slot."""
         return True
 
-    def norms(self, parts: Sequence[Sequence[Tensor]]) -> Tensor:
+    def norms(self, kept: Tensor) -> Tensor:
         """The norms of matrices, ``[matrices]``, of what this rank counts, in float32 at least.
 
         Parameters without a gradient do not count.
-
-        Args:
-            parts: Tensors shaped like the slots.
         """
+        if any(slot.parameter.grad is None for slots in self.slots for slot in slots):
+            return self.norms_of(self.parts(kept))
+        wide = torch.promote_types(kept.dtype, torch.float32)
+        return torch.linalg.vector_norm(kept.flatten(1), dim=1, dtype=wide)
+
+    def norms_of(self, parts: Sequence[Sequence[Tensor]]) -> Tensor:
+        """:meth:`norms` of tensors shaped like the slots."""
         tensors = [
             t if slot.parameter.grad is not None and self.is_counted(slot) else t.new_zeros(1)
             for slots, both in zip(self.slots, parts, strict=True)

@@ -128,6 +128,10 @@ class LocalHolding(Holding):
         """Whether this rank counts the numbers of a slot."""
         return self._is_counted[slot]
 
+    def norms(self, kept: Tensor) -> Tensor:
+        """The norms of matrices, of what this rank counts of those parameters with a gradient."""
+        return self.norms_of(self.parts(kept))
+
     def scale_(self, kept: Tensor, scale: Tensor) -> None:
         """Multiply what is held of every matrix by a number."""
         for parts, number in zip(self.parts(kept), scale, strict=True):

@@ -40,14 +40,13 @@ class Direction:
     gradient: Tensor | None
     value: Tensor
     scale: Tensor | None = None  # what the step multiplies the value by
+    made_norms: Tensor | None = None  # of directions as they were made, if grafting needed them
     averages: dict[Tensor, dict[str, Tensor]] = field(default_factory=dict)  # of grafting
 
     def norms(self, placement: Placement) -> dict[str, dict[str, Tensor]]:
         """Frobenius norms of gradients and directions, by the key of the matrix."""
         pairs = (("gradient_norm", self.gradient), ("direction_norm", self.value))
-        norms = {
-            name: self.holding.norms(self.holding.parts(t)) for name, t in pairs if t is not None
-        }
+        norms = {name: self.holding.norms(t) for name, t in pairs if t is not None}
         found = {name: placement.complete_norms(own) for name, own in norms.items()}
         return {
             matrix.key: {name: values[i] for name, values in found.items()}
@@ -127,7 +126,9 @@ def graft(
     for d in directions:
         wanted = graft_of(d.group)
         if wanted is not None:
-            d.averages = graft_(d.value, d.gradient, d.holding, placement, wanted, state, adamw)
+            d.made_norms, d.averages = graft_(
+                d.value, d.gradient, d.holding, placement, wanted, state, adamw
+            )
 
 
 def scale_by_kl(directions: Sequence[Direction], placement: Placement) -> Tensor | None:

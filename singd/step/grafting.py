@@ -46,7 +46,7 @@ def graft_(
     graft: str,
     state: Mapping[Any, Mapping[str, Any]],
     adamw: Mapping[str, Any],
-) -> Averages:
+) -> tuple[Tensor, Averages]:
     """Give directions another length, in place.
 
     Args:
@@ -60,11 +60,16 @@ def graft_(
         adamw: Options of AdamW.
 
     Returns:
-        New values for the state, by parameter.
+        The norms that directions had, ``[matrices]``, and new values for the state, by parameter.
     """
     averages: Averages = {}
-    wanted = [] if gradients is None else holding.parts(gradients)
-    if graft == "adamw":
+    norms = placement.complete_norms(holding.norms(directions))
+    if graft == "rms":
+        lengths = _lengths(holding, norms)
+    elif graft == "sgd":
+        assert gradients is not None, "held where they are read"
+        lengths = placement.complete_norms(holding.norms(gradients))
+    else:
         slots = [slot for own in holding.slots for slot in own]
         used = {s.parameter: s.parameter.grad for s in slots if s.parameter.grad is not None}
         averages = {p: _copied(p, state[p]) for p in used}
@@ -76,16 +81,12 @@ def graft_(
                 slot.of(steps[slot.parameter]) if slot.parameter in steps else t
                 for slot, t in zip(own, parts, strict=True)
             ]
-            for own, parts in zip(holding.slots, wanted, strict=True)
+            for own, parts in zip(holding.slots, holding.parts(directions), strict=True)
         ]
-    norms = placement.complete_norms(holding.norms(holding.parts(directions)))
-    if graft == "rms":
-        lengths = _lengths(holding, norms)
-    else:
-        lengths = placement.complete_norms(holding.norms(wanted))
+        lengths = placement.complete_norms(holding.norms_of(wanted))
     scale = lengths / norms.clamp(min=torch.finfo(norms.dtype).tiny ** 0.5)
     holding.scale_(directions, scale.to(directions.dtype))
-    return averages
+    return norms, averages
 
 
 def _copied(p: Tensor, entry: Mapping[str, Any]) -> dict[str, Tensor]:

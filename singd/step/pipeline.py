@@ -145,7 +145,10 @@ def _made(
     """
     made = [t for proposal in proposed if proposal.updated for t in proposal.stored.real()]
     made += [_values(local(p.grad)) for _, some in others for p in some if p.grad is not None]
-    made += [d.value for d in directions] if quadratic is None else [quadratic]
+    if quadratic is None:
+        made += [d.value if d.made_norms is None else d.made_norms for d in directions]
+    else:
+        made.append(quadratic)
     return [t for t in made if t.numel()]
 
 
