@@ -82,7 +82,7 @@ def sending(
     *,
     strict: bool,
 ) -> Chosen:
-    """The structures that lose the fewest nats of those that send at most so many bytes.
+    """Structures that send at most so many bytes, and lose few nats of those that do.
 
     Args:
         chosen: What was chosen without that limit, and stays if it sends no more.
