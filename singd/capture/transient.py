@@ -25,7 +25,10 @@ class Hook:
     @property
     def __name__(self) -> str:
         """Asked for by :func:`torch.jit.script` alone, which cannot compile a hook."""
-        raise AttributeError(CLOSE)
+        raise AttributeError(
+            "torch.jit.script cannot compile a model whose layers are watched by an optimizer of "
+            "singd: call optimizer.close() first"
+        )
 
 
 def attach_after(module: nn.Module, hook: Callable[..., Any], *, first: bool = False) -> Any:

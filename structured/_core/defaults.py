@@ -42,10 +42,13 @@ _WEIGHTS: dict[tuple[Any, ...], tuple[Any, tuple[Tensor, ...]]] = {}
 def shape(member: Member) -> Size:
     """``[*batch_shape, n, n]``, found once per layout by writing out on the meta device."""
     key = member.key(0)
-    if key not in _SHAPES:
-        meta = member.map(lambda t: torch.empty_like(t, device="meta"))
-        _SHAPES[key] = meta.map_static(lambda t: t.to("meta")).to_dense().shape
-    return _SHAPES[key]
+    if key in _SHAPES:
+        return _SHAPES[key]
+    meta = member.map(lambda t: torch.empty_like(t, device="meta"))
+    found = meta.map_static(lambda t: t.to("meta")).to_dense().shape
+    if not torch.compiler.is_compiling():  # a frame may not change what it has guarded
+        _SHAPES[key] = found
+    return found
 
 
 def forget() -> None:

@@ -77,8 +77,10 @@ def test_sums_of_squares(shape, layout, dtype):
     assert_sum(found, X.double().square().sum(-1))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("cut", [None, product.Tiling(16, 16, 4, 2)], ids=["default", "small"])
+@pytest.mark.parametrize(
+    ("cut", "dtype"),
+    [*((None, dtype) for dtype in DTYPES), (product.Tiling(16, 16, 4, 2), torch.bfloat16)],
+)
 @CASES
 def test_symmetric_product(shape, layout, cut, dtype):
     X = matrix(shape, dtype, layout)

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -66,6 +66,7 @@ def stored(optimizer: SINGD) -> int:
     return sum(t.numel() * t.element_size() for each in lists for t in each)
 
 
+@settings(max_examples=8)
 @given(budget=st.one_of(st.floats(0.7, 4.0), st.integers(12_000, 80_000)))
 def test_what_is_stored_fits_the_budget(budget: float) -> None:
     model = network()
@@ -80,6 +81,7 @@ def test_what_is_stored_fits_the_budget(budget: float) -> None:
     assert "nats lost" in str(plan)
 
 
+@settings(max_examples=4)  # operations of every pair are counted by running them
 @given(share=st.floats(0.1, 3.0), T=st.integers(1, 4))
 def test_what_is_computed_fits_a_limit_of_the_passes(share: float, T: int) -> None:
     model = network()
@@ -186,6 +188,7 @@ def test_a_skipped_step_is_no_part_of_the_averages() -> None:
         torch.testing.assert_close(one, other)
 
 
+@settings(max_examples=8)
 @given(
     kinds=st.lists(st.sampled_from(["batch", "nan", "nothing", "zero", "empty"]), max_size=6),
     T=st.sampled_from([1, 10]),

@@ -41,12 +41,12 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """What every rank ends with, for 2 and 4 ranks."""
-    ended: Runs = {}
-    for ranks in (2, 4):
-        folder: Path = tmp_path_factory.mktemp("ranks")
-        spawn_within(240, worker, (ranks, str(folder), CASES), ranks)
-        ended[ranks] = [torch.load(folder / str(rank)) for rank in range(ranks)]
-    return ended
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    spawn_within(480, worker, (str(folder), CASES), 4)
+    return {
+        ranks: [torch.load(folder / f"{rank} of {ranks}") for rank in range(ranks)]
+        for ranks in (2, 4)
+    }
 
 
 @pytest.mark.filterwarnings("ignore:.* AdamW trains it instead")

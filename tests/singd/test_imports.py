@@ -21,7 +21,6 @@ ORDER = (  # the lowest first
 )
 FILES = sorted(Path(singd.__file__).parent.rglob("*.py"))
 PUBLIC = {m.__name__: m.__all__ for m in (structured, structured.kernels)}
-BELOW = sorted(Path(structured.__file__).parent.rglob("*.py"))
 
 
 def names_from(path: Path) -> Iterator[tuple[str, str | None]]:
@@ -61,11 +60,6 @@ def test_singd_uses_public_names_of_structured(path: Path) -> None:
         if module.split(".")[0] == "structured":
             public = PUBLIC.get(module, [])
             assert name in public, f"{path.name} imports {name} from {module}"
-
-
-@pytest.mark.parametrize("path", BELOW, ids=lambda p: p.stem)
-def test_structured_knows_nothing_of_singd(path: Path) -> None:
-    assert all(module.split(".")[0] != "singd" for module, _ in names_from(path))
 
 
 def test_every_public_name_exists() -> None:

@@ -47,6 +47,25 @@ FURTHER = {
     "kron(diagonal, hierarchical(1, 1), 3)": range(0, 13, 3),
 }
 
+# Laws that compile take seconds a structure: they are asked of one spec of each class ...
+COMPILING = ("compiled", "dynamic")
+COMPILED = SPECS.keys() - {
+    "block_diagonal(1)",
+    "low_rank_upper(2)",
+    "low_rank_upper(-2)",
+    "low_rank_lower(2)",
+    "low_rank_lower(-2)",
+    "transposed(hierarchical(2, 3))",
+}
+# ... and one case of these asks every operation, some in every dtype: few of each structure do.
+OF_EVERY_OPERATION = ("fresh", "batches", "precision", "gradients", "meta", "deterministic")
+
+
+def cases(law: str) -> int:
+    """How many cases of a law are drawn for each of many structures."""
+    return 8 if law in OF_EVERY_OPERATION else 12
+
+
 ALIASES = {
     "block30diagonal": "block_diagonal(30)",
     "hierarchical15_15": "hierarchical(15, 15)",

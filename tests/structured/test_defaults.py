@@ -22,11 +22,18 @@ from tests.structured.algebras import (
     TwoDense,
     Wasteful,
 )
+from tests.structured.specs import COMPILING, cases
 
 
 @pytest.mark.parametrize("algebra", ALGEBRAS)
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("law", [law for law in LAWS if law not in COMPILING])
 def test_law(law, algebra):
+    check(algebra, laws=[law], sizes=ALGEBRAS[algebra], examples=cases(law))
+
+
+@pytest.mark.parametrize("algebra", [Complex, Skewed, InBasis])  # without, with groups; with Q
+@pytest.mark.parametrize("law", COMPILING)
+def test_law_of_compiling(law, algebra):
     check(algebra, laws=[law], sizes=ALGEBRAS[algebra])
 
 
@@ -91,8 +98,8 @@ def test_indices_are_no_numbers(dtype):
 
 
 @pytest.mark.parametrize("algebra", [Cyclic, Skewed, InBasis])
-def test_weights_are_found_while_compiling(algebra):
-    defaults._WEIGHTS.clear()
+def test_what_is_known_of_a_structure_is_found_while_compiling(algebra):
+    defaults.forget()
     torch._dynamo.reset()
     A = algebra.zeros(6).map(lambda t: torch.arange(float(t.numel())).reshape(t.shape))
     X = torch.arange(12.0).reshape(6, 2)

@@ -54,7 +54,7 @@ SPECS = [
     in_random_basis,
 ]
 SIZES = [0, 1, 2, 3, 4, 6, 7, 8, 12]
-BATCHES = [(), (3,), (2, 3)]
+BATCHES = [(), (2, 3)]
 
 
 def exists(structure, n):

@@ -19,11 +19,10 @@ from structured import (
     parse,
 )
 from structured.testing import LAWS, assert_close, check
-from tests.structured.specs import FURTHER
+from tests.structured.specs import COMPILING, FURTHER
 from tests.structured.test_costs import LINEAR, LOGARITHMIC, OPERATIONS, measure
 
 EXAMPLES = 3
-SLOW = ("compiled", "dynamic")
 DTYPE = {"dtype": torch.float64}
 
 
@@ -32,7 +31,7 @@ def normal(*shape, seed=0):
 
 
 @pytest.mark.parametrize("spec", FURTHER)
-@pytest.mark.parametrize("law", [law for law in LAWS if law not in SLOW])
+@pytest.mark.parametrize("law", [law for law in LAWS if law not in COMPILING])
 def test_law(law, spec):
     check(spec, laws=[law], sizes=FURTHER[spec], examples=EXAMPLES)
 
@@ -50,7 +49,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way[0])
-@pytest.mark.parametrize("law", [law for law in LAWS if law not in SLOW])
+@pytest.mark.parametrize("law", [law for law in LAWS if law not in COMPILING])
 def test_law_of_large_sizes(law, way, monkeypatch):
     spec, *decision = way
     monkeypatch.setattr(*decision)

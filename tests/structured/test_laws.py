@@ -7,20 +7,40 @@ from structured._products import gram, in_place
 from structured._products import triangular as triangular_products
 from structured._transforms import autocorrelation, cosine, folded, hadamard
 from structured.testing import LAWS, check
-from tests.structured.specs import ALIASES, NESTINGS, SPECS
+from tests.structured.specs import (
+    ALIASES,
+    COMPILED,
+    COMPILING,
+    NESTINGS,
+    OF_EVERY_OPERATION,
+    SPECS,
+    cases,
+)
 
-SLOW = ("compiled", "dynamic")
+RUN = [law for law in LAWS if law not in COMPILING]
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("law", RUN)
 def test_law(law, spec):
+    check(spec, laws=[law], sizes=SPECS[spec], examples=cases(law))
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec in COMPILED])
+@pytest.mark.parametrize("law", COMPILING)
+def test_law_of_compiling(law, spec):
     check(spec, laws=[law], sizes=SPECS[spec])
+
+
+def test_one_of_each_class_is_compiled():
+    classes = {spec: type(parse(spec)(12)) for spec in SPECS}
+    assert {classes[spec] for spec in COMPILED} == {*classes.values()}
 
 
 @pytest.mark.parametrize("law", LAWS)
 def test_law_of_nestings(law):
-    check(NESTINGS, laws=[law], examples=3 if law in SLOW else None)
+    few = 2 if law in COMPILING else 8 if law in OF_EVERY_OPERATION else None
+    check(NESTINGS, laws=[law], examples=few)
 
 
 def never(n, m, dtype):
@@ -64,14 +84,20 @@ OF_PRODUCTS = (
     *("project_gram", "orthogonal_project_gram"),
     *("backward", "forward", "mapped", "autocast"),
 )
+MADE_OF_PRODUCTS = (
+    *OF_PRODUCTS,
+    *("inverse", "division", "powers", "exponential", "congruence", "outer", "stationarity"),
+    *("project_trace", "trace_product", "spectral_norm", "logdet", "stable_solve", "singular"),
+    *("batch_shapes", "fresh", "precision", "gradients", "meta", "deterministic", "large"),
+)
 
 
 @pytest.mark.parametrize("way", BY_FFT, ids=lambda way: way[0])
-@pytest.mark.parametrize("law", [law for law in LAWS if law not in SLOW])
+@pytest.mark.parametrize("law", MADE_OF_PRODUCTS)
 def test_law_by_fft(law, way, monkeypatch):
     spec, *decision = way
     monkeypatch.setattr(*decision)
-    check(spec, laws=[law], sizes=SPECS[spec])
+    check(spec, laws=[law], sizes=SPECS[spec], examples=cases(law))
 
 
 @pytest.mark.parametrize("way", BY_BLOCKS, ids=lambda way: f"{way[0]}-{way[2]}")
@@ -80,15 +106,20 @@ def test_law_by_blocks(law, way, monkeypatch):
     spec, *decision = way
     monkeypatch.setattr(folded, "SMALL", 0)
     monkeypatch.setattr(*decision)
-    check(spec, laws=[law], sizes=range(0, 13, 6) if "tied" in spec else range(13))
+    check(
+        spec,
+        laws=[law],
+        sizes=range(0, 13, 6) if "tied" in spec else range(13),
+        examples=cases(law),
+    )
 
 
 @pytest.mark.parametrize("spec", ["lower_triangular", "upper_triangular"])
-@pytest.mark.parametrize("law", [law for law in LAWS if law not in SLOW])
+@pytest.mark.parametrize("law", MADE_OF_PRODUCTS)
 def test_law_of_large_triangles(law, spec, monkeypatch):
     """Small ones are multiplied as dense matrices."""
     monkeypatch.setattr(folded, "SMALL", 0)
-    check(spec, laws=[law], sizes=SPECS[spec])
+    check(spec, laws=[law], sizes=SPECS[spec], examples=cases(law))
 
 
 @pytest.mark.parametrize("alias", ALIASES)

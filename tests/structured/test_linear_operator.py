@@ -67,10 +67,19 @@ class PositiveDefinite(LinearOperatorTestCase):
         return dense
 
 
+# What a structure does differently without a batch, a few show.
+UNBATCHED = (
+    "dense",
+    "diagonal",
+    "lower_toeplitz",
+    "hierarchical(2, 3)",
+    "rotated(diagonal, cosine)",
+)
+DRAWN = [(spec, (2, 3)) for spec in SPECS] + [(spec, ()) for spec in UNBATCHED]
+
+
 def _cases():
-    for base, spec, batch in itertools.product(
-        (Rectangular, PositiveDefinite), SPECS, [(), (2, 3)]
-    ):
+    for base, (spec, batch) in itertools.product((Rectangular, PositiveDefinite), DRAWN):
         name = f"{base.__name__}[{spec}-{batch}]"
         given = {"spec": spec, "batch": batch, "seed": 0}  # of the operands that the base draws
         yield name, type(name, (base, unittest.TestCase), given)
