@@ -62,11 +62,13 @@ class Structure:
         """The zero member of size ``n``.
 
         Raises:
-            ValueError: If ``n`` is not a non-negative integer.
+            ValueError: If ``n`` is not a non-negative integer, or ``batch_shape`` not several.
             TypeError: If the factory returns anything but a structured matrix.
         """
-        if not isinstance(n, int) or n < 0:
+        if not _is_size(n):
             raise ValueError(f"{self}: expected a size n >= 0, got {n!r}")
+        if not isinstance(batch_shape, Sequence) or not all(map(_is_size, batch_shape)):
+            raise ValueError(f"{self}: expected a batch shape such as (2, 3), got {batch_shape!r}")
         make = getattr(self.factory, "zeros", self.factory)
         dtype = dtype or torch.get_default_dtype()
         member = make(n, *self.options, batch_shape=batch_shape, dtype=dtype, device=device)
@@ -99,6 +101,10 @@ class Structure:
         name = getattr(self.factory, "__name__", type(self.factory).__name__)
         options = f"({', '.join(map(str, self.options))})" if self.options else ""
         return snake_case(name) + options
+
+
+def _is_size(n: Any) -> bool:
+    return isinstance(n, int | torch.SymInt) and not isinstance(n, bool) and n >= 0
 
 
 def parse(spec: StructureLike) -> Structure:

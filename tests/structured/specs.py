@@ -58,7 +58,10 @@ COMPILED = SPECS.keys() - {
     "transposed(hierarchical(2, 3))",
 }
 # ... and one case of these asks every operation, some in every dtype: few of each structure do.
-OF_EVERY_OPERATION = ("fresh", "batches", "precision", "gradients", "meta", "deterministic")
+OF_EVERY_OPERATION = (
+    *("fresh", "batches", "precision", "gradients", "meta", "deterministic"),
+    *("backward", "forward", "mapped", "autocast", "large", "first_use"),
+)
 
 
 def cases(law: str) -> int:

@@ -19,10 +19,16 @@ def test_every_structure_is_tested():
     assert ours <= {word for spec in SPECS | FURTHER for word in re.findall("[a-z_]+", spec)}
 
 
-@pytest.mark.parametrize("n", [-1, 2.0, "3"])
+@pytest.mark.parametrize("n", [-1, 2.0, "3", True])
 def test_a_size_is_a_natural_number(n):
     with pytest.raises(ValueError, match="dense: expected a size n >= 0, got"):
         parse("dense")(n)
+
+
+@pytest.mark.parametrize("batch_shape", [2, None, (-1,), (2.0,), ("a",), "ab", (True,)])
+def test_a_batch_shape_is_several_sizes(batch_shape):
+    with pytest.raises(ValueError, match=r"dense: expected a batch shape such as \(2, 3\), got"):
+        parse("dense").identity(3, batch_shape=batch_shape)
 
 
 def test_a_factory_gives_a_member():
