@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from benchmarks import nets, optimizers, workers
@@ -43,6 +44,7 @@ def worker(name: str, model_name: str, T: int, dtype: str, peer: bool) -> None:
 
     The line also says how many to take before, to have the data in the caches again.
     """
+    torch.set_flush_denormal(True)  # the better a method fits the one batch, the more there were
     model, loss = nets.make(model_name, DTYPES[dtype])
     method = optimizers.make(name, model, T, peer=peer)
 
