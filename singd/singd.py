@@ -136,13 +136,14 @@ class SINGD(KroneckerOptimizer):
             tensor parallelism splits, is an error where blocks do not fit. With ``"rows"``, for a C
             that is diagonal or of blocks within the rows of ranks, no gradient is communicated.
 
-        warn_unsupported: *Compatibility.* Accepted for scripts written for PyPI ``singd``; nothing
-            is left untrained, so there is nothing to warn of.
+        max_dim: *Compatibility.* Width beyond which a factor takes ``wide_structure``, or a mapping
+            from patterns of parameter names to widths; write ``up_to(8192, dense, diagonal)`` in
+            ``structures``.
+        wide_structure: Structure of wide factors, likewise; diagonal unless given.
+        warn_unsupported: Accepted for scripts written for PyPI ``singd``; nothing is left
+            untrained, so there is nothing to warn of.
         init_grad_scale: Accepted likewise; statistics are summed in float32 at least, so no guess
             of a GradScaler's first scale is needed.
-        max_dim: Width beyond which a factor takes ``wide_structure``, or a mapping from patterns of
-            parameter names to widths; write ``up_to(8192, dense, diagonal)`` in ``structures``.
-        wide_structure: Structure of wide factors, likewise; diagonal unless given.
 
     Raises:
         TypeError: If ``model`` or ``params`` is of the wrong kind.
@@ -187,10 +188,10 @@ class SINGD(KroneckerOptimizer):
         process_group: Any = None,
         data: Any = None,
         places: Any = None,
-        warn_unsupported: bool | None = None,
-        init_grad_scale: float | None = None,
         max_dim: int | Mapping[str, int | None] | None = None,
         wide_structure: StructureLike | None = None,
+        warn_unsupported: bool | None = None,
+        init_grad_scale: float | None = None,
     ) -> None:
         for name, value in (
             ("warn_unsupported", warn_unsupported),
