@@ -93,6 +93,11 @@ def summary(of_tasks: dict[str, Ratio]) -> str:
     return f"{good} of {len(of_tasks)} | {typical} | {most} ({worst})"
 
 
+def seeds_of(of_tasks: dict[str, Ratio]) -> int:
+    """How many seeds all runs have."""
+    return len(next(iter(of_tasks.values())).of_seeds)
+
+
 def state(of_tasks: dict[str, Ratio]) -> str:
     """The median over tasks of bytes of state over AdamW's."""
     return f"{median(ratio.bytes for ratio in of_tasks.values()):.2f}"
@@ -109,13 +114,13 @@ def methods(path: Path = RESULTS / "methods.csv") -> str:
     tables = {name: ratios(runs, baseline) for name, runs in found.items()}
     for name in sorted(tables, key=lambda name: middle(tables[name])):
         own, table = found[name], tables[name]
-        seeds = len(next(iter(table.values())).of_seeds)
-        said = f"{summary(table)} | {state(table)} |"
-        lines.append(f"| {NAMES[name]} | best of {len(own)} | {seeds} | {said}")
+        said = f"{seeds_of(table)} | {summary(table)} | {state(table)} |"
+        lines.append(f"| {NAMES[name]} | best of {len(own)} | {said}")
         for options, of_task in own.items():
             if re.match(r"lr=(0\.003|3e-3)\b", options):
-                at_default = summary(ratios({options: of_task}, baseline))
-                lines.append(f"| | 3e-3 | | {at_default} | |")
+                at_default = ratios({options: of_task}, baseline)
+                said = f"{seeds_of(at_default)} | {summary(at_default)}"
+                lines.append(f"| | 3e-3 | {said} | |")
     return "\n".join(lines)
 
 

@@ -26,10 +26,10 @@ def test_methods_at_the_best_of_their_rates(tmp_path: Path) -> None:
     table = rivals.methods(written(tmp_path / "methods.csv", rows)).splitlines()[2:]
     assert table == [
         "| `SOAP` | best of 2 | 1 | 1 of 2 | 1.750 | 3.00 (B) | 2.00 |",
-        "| | 3e-3 | | 0 of 2 | inf | inf (A) | |",
+        "| | 3e-3 | 1 | 0 of 2 | inf | inf (A) | |",
         '| `SINGD(structures=("dense", "scaled_identity"))` | best of 1 '
         "| 1 | 0 of 1 | 2.000 | 2.00 (A) | 2.00 |",
-        "| | 3e-3 | | 0 of 1 | 2.000 | 2.00 (A) | |",
+        "| | 3e-3 | 1 | 0 of 1 | 2.000 | 2.00 (A) | |",
         "| `SOAP(rank=16)` | best of 1 | 1 | 0 of 1 | 2.500 | 2.50 (A) | 0.50 |",
     ]
 
@@ -48,7 +48,7 @@ def test_the_standard_error_is_that_over_the_seeds_of_all_runs(tmp_path: Path) -
     said = "1 of 2 | 1.125 ± 0.000 | 1.25 ± 0.50 (B)"
     expected = [
         f"| Muon (PyTorch's) | best of 1 | 2 | {said} | 1.00 |",
-        f"| | 3e-3 | | {said} | |",
+        f"| | 3e-3 | 2 | {said} | |",
     ]
     assert table == expected
 
