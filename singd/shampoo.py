@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from singd.methods.options import MAX_DIM, warn_of_limits
+from singd.methods.options import warn_of_limits
 from singd.methods.shampoo import GradientCovariance
 from singd.optimizer import KroneckerOptimizer
 from structured import StructureLike
@@ -53,9 +53,7 @@ class KLShampoo(KroneckerOptimizer):
         params: Iterable[Any] | None = None,
         lr: float = 3e-3,
         *,
-        structures: StructureLike | tuple[StructureLike, ...] = (
-            f"up_to({MAX_DIM}, dense, diagonal)"
-        ),
+        structures: StructureLike | tuple[StructureLike, ...] = "up_to(8192, dense, diagonal)",
         power: float = 0.5,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
