@@ -163,7 +163,7 @@ def report(rows: list[Row]) -> list[str]:
     lines, costs = [], []
     for spec, side in product(SPECS, SIDES):
         own = [found[t, spec, side] for t in tasks]
-        cells = [f"{v['loss ratio']:.3f}, {v['nats']:.2g}" for v in own]
+        cells = [f"{v['loss ratio']:.3f}, {round(v['nats'], 6):.2g}" for v in own]
         lines.append([f"`{spec}`, {side}", *cells])
         shares = (fmean(v[f"{name} ratio"] for v in own) for name in ("state", "seconds"))
         costs.append([f"`{spec}`, {side}", *(f"{x:.2f}" for x in shares)])
