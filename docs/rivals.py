@@ -7,8 +7,10 @@ import math
 import operator
 import re
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import NamedTuple
+
+from docs.suite import standard_error, with_error
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
@@ -71,13 +73,6 @@ def ratios(runs: Runs, baseline: Runs) -> dict[str, Ratio]:
     return found
 
 
-def with_error(value: float, of_seeds: list[float], digits: int) -> str:
-    """A number with its standard error, where there are several seeds and all are finite."""
-    if len(of_seeds) < 2 or not all(map(math.isfinite, of_seeds)):
-        return f"{value:.{digits}f}"
-    return f"{value:.{digits}f} ± {stdev(of_seeds) / len(of_seeds) ** 0.5:.{digits}f}"
-
-
 def middle(of_tasks: dict[str, Ratio]) -> float:
     """The median over tasks."""
     return median(ratio.mean for ratio in of_tasks.values())
@@ -88,8 +83,8 @@ def summary(of_tasks: dict[str, Ratio]) -> str:
     worst = max(of_tasks, key=lambda task: of_tasks[task].mean)
     good = sum(ratio.mean <= 1 for ratio in of_tasks.values())
     by_seed = zip(*(ratio.of_seeds for ratio in of_tasks.values()), strict=True)
-    typical = with_error(middle(of_tasks), [median(each) for each in by_seed], 3)
-    most = with_error(of_tasks[worst].mean, of_tasks[worst].of_seeds, 2)
+    typical = with_error(middle(of_tasks), standard_error([median(each) for each in by_seed]))
+    most = with_error(of_tasks[worst].mean, standard_error(of_tasks[worst].of_seeds), 2)
     return f"{good} of {len(of_tasks)} | {typical} | {most} ({worst})"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import NamedTuple
@@ -62,10 +62,11 @@ def read(
             singd = [loss(mine[seed]) for seed in both]
             rate = min(losses, key=lambda rate: fmean(losses[rate]))
             ratios = [a / b for a, b in zip(singd, losses[rate], strict=True)]
-            error = stdev(ratios) / len(both) ** 0.5 if len(both) > 1 else math.nan
             bytes_ = size(mine[both[0]]) / size(runs[rate][both[0]])
             means = fmean(losses[rate]), fmean(singd)
-            results.append(Result(mine[both[0]]["part"], task, rate, *means, bytes_, error))
+            results.append(
+                Result(mine[both[0]]["part"], task, rate, *means, bytes_, standard_error(ratios))
+            )
     return sorted(results, key=lambda result: -result.ratio)
 
 
@@ -95,9 +96,22 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def standard_error(of_seeds: Sequence[float]) -> float:
+    """That of their mean; not a number of one alone, or if not all are finite."""
+    if len(of_seeds) < 2 or not all(map(math.isfinite, of_seeds)):
+        return math.nan
+    return stdev(of_seeds) / len(of_seeds) ** 0.5
+
+
+def with_error(value: float, error: float, digits: int = 3) -> str:
+    """A number with its standard error, if there is one."""
+    said = f"{value:.{digits}f}"
+    return said if math.isnan(error) else f"{said} ± {error:.{digits}f}"
+
+
 def ratio(r: Result) -> str:
     """The ratio with its standard error, if there is one."""
-    return f"{r.ratio:.3f}" if math.isnan(r.error) else f"{r.ratio:.3f} ± {r.error:.3f}"
+    return with_error(r.ratio, r.error)
 
 
 def where_not(results: list[Result]) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from structured._core.matrix import StructuredMatrix
-from structured._core.spec import Structure, StructureLike, composition, parse
+from structured._core.spec import Structure, StructureLike, composition, is_size, parse
 
 
 class _UpTo:
@@ -43,6 +43,6 @@ def up_to(limit: int, structure: StructureLike, beyond: StructureLike) -> Struct
     Raises:
         ValueError: If ``limit`` is not a non-negative integer.
     """
-    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
+    if not is_size(limit):
         raise ValueError(f"up_to(limit, ...): expected an integer >= 0, got {limit!r}")
     return Structure(_FACTORY, (limit, parse(structure), parse(beyond)))

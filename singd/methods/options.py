@@ -116,9 +116,13 @@ def default_structures(shape: Sequence[int]) -> tuple[str, str]:
     *batch, d_out, d_in = shape
     smaller = min(d_out, d_in)
     size = max(smaller, SMALL if batch else min(SMALL, 2 * smaller), 1)
-    blocks = f"up_to({MAX_DIM}, block_diagonal({size}), diagonal)"
-    K, C = ("dense" if n <= min(size, MAX_DIM) else blocks for n in (d_in, d_out))
-    return K, C
+
+    def of_side(n: int) -> str:
+        if n > MAX_DIM:
+            return "diagonal"
+        return "dense" if n <= size else f"block_diagonal({size})"
+
+    return of_side(d_in), of_side(d_out)
 
 
 def within_limit(spec: StructureLike, n: int, name: str, options: Mapping[str, Any]) -> Structure:

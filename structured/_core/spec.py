@@ -65,9 +65,9 @@ class Structure:
             ValueError: If ``n`` is not a non-negative integer, or ``batch_shape`` not several.
             TypeError: If the factory returns anything but a structured matrix.
         """
-        if not _is_size(n):
+        if not is_size(n):
             raise ValueError(f"{self}: expected a size n >= 0, got {n!r}")
-        if not isinstance(batch_shape, Sequence) or not all(map(_is_size, batch_shape)):
+        if not isinstance(batch_shape, Sequence) or not all(map(is_size, batch_shape)):
             raise ValueError(f"{self}: expected a batch shape such as (2, 3), got {batch_shape!r}")
         make = getattr(self.factory, "zeros", self.factory)
         dtype = dtype or torch.get_default_dtype()
@@ -103,7 +103,8 @@ class Structure:
         return snake_case(name) + options
 
 
-def _is_size(n: Any) -> bool:
+def is_size(n: Any) -> bool:
+    """Whether ``n`` is a non-negative integer; truth values are none."""
     return isinstance(n, int | torch.SymInt) and not isinstance(n, bool) and n >= 0
 
 

@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from singd import SINGD
 from singd.ops.dtensor import local
@@ -21,23 +22,20 @@ from tests.sharded.scenarios import OPTIONS
 def traffic(setting: Setting, place: str, **options: Any) -> Ends:
     """Zero if the plan says what is given to collectives, else what was."""
     model = setting.shard(net())
-    optimizer = SINGD(model, places=place, **OPTIONS | options)
-    planned = optimizer.plan().sent_bytes
-    with Counting() as sent:
-        for X, y in batches(4):  # two updates
-            optimizer.zero_grad()
-            setting.backward(model, X, y)
-            optimizer.step()
-    return {"sent": torch.tensor(0.0 if abs(planned * 4 / sent.bytes - 1) < 1e-9 else sent.bytes)}
+    return trained(setting, model, SINGD(model, places=place, **OPTIONS | options))
 
 
 def of_statistics(setting: Setting) -> Ends:
     """The same where every rank has the whole model."""
     data = setting.layout.mesh.get_group()
-    optimizer = SINGD(model := net(), process_group=data, **OPTIONS)
+    return trained(setting, model := net(), SINGD(model, process_group=data, **OPTIONS))
+
+
+def trained(setting: Setting, model: nn.Module, optimizer: SINGD) -> Ends:
+    """Zero if a few steps send what the plan says before."""
     planned = optimizer.plan().sent_bytes
     with Counting() as sent:
-        for X, y in batches(4):
+        for X, y in batches(4):  # two updates
             optimizer.zero_grad()
             setting.backward(model, X, y)
             optimizer.step()
