@@ -58,6 +58,8 @@ class Size:
         seeds: Seeds of the finals.
         wider: Of every round of the search, the factor by which the range of rates is wider.
         tasks: What is trained.
+        searched: Steps of the trials of the search, in those of the task; ``None`` for as many as
+            the finals have.
     """
 
     stretch: float
@@ -65,12 +67,14 @@ class Size:
     seeds: int
     wider: tuple[float, ...]
     tasks: tuple[str, ...]
+    searched: float | None = None
 
 
 SIZES = {
     "tiny": Size(0.02, 1, 2, (1.0,), TASKS[:2]),  # for the tests: seconds
     "small": Size(0.25, 2, 2, (1.0,), TASKS),  # minutes
     "part": Size(1.0, 8, 10, (1.0, 3.0, 9.0), TASKS),  # an hour of two cores
+    "long": Size(20.0, 8, 3, (1.0, 3.0, 9.0), TASKS, 1.0),  # finals as in full, searched as in part
     "full": Size(20.0, 16, 10, (1.0, 3.0, 9.0), TASKS + LONG),  # a minute or more for a run
 }
 

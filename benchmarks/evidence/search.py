@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from benchmarks.evidence import protocol
 from benchmarks.evidence.protocol import SEARCH_SEED, Setting, Size
@@ -18,6 +19,8 @@ def steps(task: str, size: Size) -> int:
 
 def searched(task: str, method: str, size: Size, rounds: int) -> list[Trial]:
     """The one setting, and the points of all rounds so far."""
+    if size.searched is not None:
+        size = replace(size, stretch=size.searched)
     settings = [protocol.FIXED[method]]
     for wider in size.wider[:rounds]:
         settings += protocol.points(method, size.points, wider)
