@@ -94,8 +94,15 @@ class WeightMatrix:
         """``[..., d_out, d_in]`` as views shaped like the parts of :attr:`parameters`."""
         if self.bias is None:
             return [self.from_matrix(matrix)]
-        bias = matrix[..., -1].reshape(self.part_shape(self.bias))
-        return [self.from_matrix(matrix[..., :-1]), bias]
+        return self.shaped(matrix[..., :-1], matrix[..., -1])
+
+    def shaped(self, weight: Tensor, bias: Tensor) -> list[Tensor]:
+        """``[..., d_out, d_in]`` without the bias, and ``[..., d_out]``, shaped likewise."""
+        return [self.from_matrix(weight), bias.reshape(self._bias_shape)]
+
+    @functools.cached_property
+    def _bias_shape(self) -> tuple[int, ...]:
+        return () if self.bias is None else tuple(self.part_shape(self.bias))
 
 
 def stack_gradients(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from singd.capture.statistics import KroneckerStatistics
 from singd.capture.weight_matrix import WeightMatrix, stack_gradients
 from singd.ops.parts import Part
+from singd.ops.reductions import leading
 from singd.ops.stochastic_rounding import WHOLE
 from singd.placement.places import Demand
 
@@ -93,7 +94,19 @@ class Holding:
             kept: What :meth:`keep` gave, changed in place.
             scale: A number for each matrix, ``[matrices]``.
         """
-        kept.mul_(scale.view(-1, *[1] * (kept.ndim - 1)))
+        kept.mul_(leading(scale, kept))
+
+    def scaled(self, kept: Tensor, scale: Tensor) -> list[list[Tensor]]:
+        """:meth:`parts` of what :meth:`scale_` makes; ``kept`` is given up.
+
+        A step reads every part as one piece of memory, and so it is written here.
+        """
+        if self.matrices[0].bias is None:
+            self.scale_(kept, scale)
+            return self.parts(kept)
+        by = leading(scale, kept)
+        pairs = zip((kept[..., :-1] * by).unbind(), (kept[..., -1:] * by).unbind(), strict=True)
+        return [matrix.shaped(*pair) for matrix, pair in zip(self.matrices, pairs, strict=True)]
 
 
 @dataclass

@@ -134,8 +134,14 @@ class LocalHolding(Holding):
 
     def scale_(self, kept: Tensor, scale: Tensor) -> None:
         """Multiply what is held of every matrix by a number."""
-        for parts, number in zip(self.parts(kept), scale, strict=True):
+        self.scaled(kept, scale)
+
+    def scaled(self, kept: Tensor, scale: Tensor) -> list[list[Tensor]]:
+        """The parts, of which each is one piece of memory, after :meth:`scale_`."""
+        found = self.parts(kept)
+        for parts, number in zip(found, scale, strict=True):
             torch._foreach_mul_(parts, number)
+        return found
 
 
 def is_first_copy(p: Tensor, groups: Sequence[Any]) -> bool:

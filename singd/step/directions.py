@@ -19,7 +19,7 @@ from singd.ops.stochastic_rounding import Rounding
 from singd.placement import Holding, Placement, Slot, Work
 from singd.step.batch import Proposal
 from singd.step.entries import State
-from singd.step.grafting import graft_
+from singd.step.grafting import grafting
 from singd.step.groups import Group, graft_of, peak_lr
 from singd.step.parameters import Parameters
 from singd.step.skipping import write_
@@ -32,21 +32,25 @@ class Direction:
 
     Gradients and directions are what this rank holds of them: all, ``[matrices, ..., d_out, d_in]``
     side by side, unless parameters are sharded. Gradients are there if :func:`reads_gradients`.
+    Directions that grafting gave another length are there as ``parts`` alone, parameter by
+    parameter.
     """
 
     matrices: list[WeightMatrix]
     group: Group
     holding: Holding
     gradient: Tensor | None
-    value: Tensor
-    scale: Tensor | None = None  # what the step multiplies the value by
+    value: Tensor | None
+    parts: list[list[Tensor]] = field(default_factory=list)  # of the value, of every matrix
+    scale: Tensor | None = None  # what the step multiplies directions by
     made_norms: Tensor | None = None  # of directions as they were made, if grafting needed them
     averages: dict[Tensor, dict[str, Tensor]] = field(default_factory=dict)  # of grafting
 
     def norms(self, placement: Placement) -> dict[str, dict[str, Tensor]]:
         """Frobenius norms of gradients and directions, by the key of the matrix."""
-        pairs = (("gradient_norm", self.gradient), ("direction_norm", self.value))
-        norms = {name: self.holding.norms(t) for name, t in pairs if t is not None}
+        norms = {"direction_norm": self.holding.norms_of(self.parts)}
+        if self.gradient is not None:
+            norms["gradient_norm"] = self.holding.norms(self.gradient)
         found = {name: placement.complete_norms(own) for name, own in norms.items()}
         return {
             matrix.key: {name: values[i] for name, values in found.items()}
@@ -55,7 +59,7 @@ class Direction:
 
     def moves(self) -> Iterator[tuple[Slot, Tensor]]:
         """Every parameter that has a gradient, with its part of the directions."""
-        for slots, parts in zip(self.holding.slots, self.holding.parts(self.value), strict=True):
+        for slots, parts in zip(self.holding.slots, self.parts, strict=True):
             for slot, part in zip(slots, parts, strict=True):
                 if slot.parameter.grad is not None:
                     yield slot, part
@@ -115,20 +119,27 @@ def _apply(
 def graft(
     directions: Sequence[Direction], placement: Placement, state: State, adamw: Mapping[str, Any]
 ) -> None:
-    """Give directions another length, where the group asks for it.
+    """Give directions another length, where the group asks for it; then all have their parts.
 
     Args:
-        directions: Directions, changed in place.
+        directions: Directions, which are changed.
         placement: Completes norms.
         state: State of the optimizer.
         adamw: Options of AdamW.
     """
     for d in directions:
         wanted = graft_of(d.group)
+        if d.value is None:
+            continue
         if wanted is not None:
-            d.made_norms, d.averages = graft_(
+            d.made_norms, scale, d.averages = grafting(
                 d.value, d.gradient, d.holding, placement, wanted, state, adamw
             )
+            if d.group["kl_clip"] is None:
+                d.parts, d.value = d.holding.scaled(d.value, scale), None
+                continue
+            d.holding.scale_(d.value, scale)
+        d.parts = d.holding.parts(d.value)
 
 
 def scale_by_kl(directions: Sequence[Direction], placement: Placement) -> Tensor | None:
@@ -148,7 +159,7 @@ def scale_by_kl(directions: Sequence[Direction], placement: Placement) -> Tensor
         products = [
             inner_product(d.holding.counted(d.value), d.holding.counted(d.gradient))
             for d in same
-            if d.gradient is not None
+            if d.value is not None and d.gradient is not None
         ]
         sums.append(peak_lr(group) ** 2 * total(products))
     q = placement.complete(total(sums))

@@ -38,7 +38,7 @@ def init(p: Tensor) -> dict[str, Tensor]:
     return {"step": step, **{name: torch.zeros_like(p) for name in state_names("adamw")}}
 
 
-def graft_(
+def grafting(
     directions: Tensor,
     gradients: Tensor | None,
     holding: Holding,
@@ -46,11 +46,11 @@ def graft_(
     graft: str,
     state: Mapping[Any, Mapping[str, Any]],
     adamw: Mapping[str, Any],
-) -> tuple[Tensor, Averages]:
-    """Give directions another length, in place.
+) -> tuple[Tensor, Tensor, Averages]:
+    """What gives directions another length.
 
     Args:
-        directions: Directions of equal matrices, as far as they are held.
+        directions: Directions of equal matrices, as far as they are held; not changed.
         gradients: Their gradients likewise; ``"rms"`` needs none.
         holding: What is held; parameters without a gradient do not count.
         placement: Completes norms.
@@ -60,7 +60,8 @@ def graft_(
         adamw: Options of AdamW.
 
     Returns:
-        The norms that directions had, ``[matrices]``, and new values for the state, by parameter.
+        The norms that directions have and what multiplies them, ``[matrices]`` each, and new values
+        for the state, by parameter.
     """
     averages: Averages = {}
     norms = placement.complete_norms(holding.norms(directions))
@@ -85,8 +86,7 @@ def graft_(
         ]
         lengths = placement.complete_norms(holding.norms_of(wanted))
     scale = lengths / norms.clamp(min=torch.finfo(norms.dtype).tiny ** 0.5)
-    holding.scale_(directions, scale.to(directions.dtype))
-    return norms, averages
+    return norms, scale.to(directions.dtype), averages
 
 
 def _copied(p: Tensor, entry: Mapping[str, Any]) -> dict[str, Tensor]:

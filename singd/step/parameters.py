@@ -44,6 +44,7 @@ class Parameters:
         self.expected: set[Tensor] = set()  # parameters that were given, or will be at once
         self.group_of: dict[Tensor, Group] = {}
         self._preconditioned: dict[WeightMatrix, Group] | None = None
+        self._fallback: list[tuple[Group, list[Tensor]]] = []  # found together with these
         self._order: list[Tensor] = []
         self._names: dict[Tensor, str] = {}
         self._owners: list[tuple[str, nn.Parameter, Any, str, torch.Size]] = []
@@ -147,21 +148,23 @@ class Parameters:
                 for matrix in self.matrices
                 if not self.is_handed_over(matrix)
             }
+            ours = {p for matrix in self._preconditioned for p in matrix.parameters}
+            sorted_: dict[int, tuple[Group, list[Tensor]]] = {}
+            for p in self._order:
+                if p not in ours:
+                    group = self.group_of[p]
+                    sorted_.setdefault(id(group), (group, []))[1].append(p)
+            self._fallback = list(sorted_.values())
         return self._preconditioned
 
     def fallback(self) -> list[tuple[Group, list[Tensor]]]:
         """The parameters that AdamW trains, group by group."""
-        ours = {p for matrix in self.preconditioned() for p in matrix.parameters}
-        sorted_: dict[int, tuple[Group, list[Tensor]]] = {}
-        for p in self._order:
-            if p not in ours:
-                group = self.group_of[p]
-                sorted_.setdefault(id(group), (group, []))[1].append(p)
-        return list(sorted_.values())
+        self.preconditioned()
+        return self._fallback
 
     def refuse_sparse(self, *, all_of_them: bool) -> None:
         """Raise ``RuntimeError`` if a gradient is not dense, of all or of those preconditioned."""
-        ours = {p for matrix in self.preconditioned() for p in matrix.parameters}
+        ours = (p for matrix in self.preconditioned() for p in matrix.parameters)
         for p in self.group_of if all_of_them else ours:
             if p.grad is not None and p.grad.layout is not torch.strided:
                 raise RuntimeError(

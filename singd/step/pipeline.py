@@ -146,7 +146,8 @@ def _made(
     made = [t for proposal in proposed if proposal.updated for t in proposal.stored.real()]
     made += [_values(local(p.grad)) for _, some in others for p in some if p.grad is not None]
     if quadratic is None:
-        made += [d.value if d.made_norms is None else d.made_norms for d in directions]
+        values = (d.value if d.made_norms is None else d.made_norms for d in directions)
+        made += [t for t in values if t is not None]
     else:
         made.append(quadratic)
     return [t for t in made if t.numel()]
@@ -210,7 +211,7 @@ def _find_cause(
                 if place is not None:
                     return f"{proposal.batch.matrices[place].name}: its factor {name} is not finite"
     for d in directions:
-        for matrix, ts in zip(d.matrices, d.holding.parts(d.value), strict=True):
+        for matrix, ts in zip(d.matrices, d.parts, strict=True):
             if not all(bool(t.isfinite().all()) for t in ts):
                 return f"{matrix.name}: its direction is not finite"
     return None
