@@ -119,6 +119,22 @@ def stack_gradients(
     return stack_parts(matrices, [matrix.gradients(whole) for matrix in matrices])
 
 
+def stack_apart(matrices: Sequence[WeightMatrix]) -> list[Tensor]:
+    """Gradients of equal matrices, ``[matrices, ..., d_out, columns]``: weights, and biases apart.
+
+    May share memory with gradients.
+    """
+    *batch, d_out, _ = matrices[0].shape
+    parts = [matrix.gradients({}) for matrix in matrices]
+    weights = _stack([m.to_matrix(part[0]) for m, part in zip(matrices, parts, strict=True)])
+    biases = _stack([part[1] for part in parts]).reshape(-1, *batch, d_out, 1)
+    return [weights, biases.to(weights.dtype)]
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+
+
 def stack_parts(matrices: Sequence[WeightMatrix], parts: Sequence[Sequence[Tensor]]) -> Tensor:
     """Equal matrices ``[matrices, ..., d_out, d_in]`` of their parts, weight and bias.
 
@@ -127,7 +143,7 @@ def stack_parts(matrices: Sequence[WeightMatrix], parts: Sequence[Sequence[Tenso
     first = matrices[0]
     weights = [m.to_matrix(part[0]) for m, part in zip(matrices, parts, strict=True)]
     if first.bias is None:
-        return weights[0][None] if len(weights) == 1 else torch.stack(weights)
+        return _stack(weights)
     *batch, d_out, _ = first.shape
     biases = [part[1].reshape(*batch, d_out, 1) for part in parts]
     out = weights[0].new_empty((len(matrices), *first.shape))

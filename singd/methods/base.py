@@ -2,96 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from singd.capture.statistics import Columns, Side, Statistic
 from singd.capture.weight_matrix import WeightMatrix
+from singd.methods.records import Averages, Factors, Options, Products, Stack
 from structured import Operator, Structure, StructuredMatrix
 
-Options = Mapping[str, Any]
-"""The options of a parameter group."""
-
 Sent = Callable[[Mapping[WeightMatrix, Options]], Mapping[WeightMatrix, float]]
-
-Products = dict[str, Any]
-"""Operators made of factors, by name, that are cached until the next update."""
-
-
-@dataclass(frozen=True)
-class Factors:
-    """What a method stores of a weight matrix. Derive a frozen dataclass of structured members.
-
-    Fields are members, ``None`` for those that the options make unnecessary, or tuples of members
-    (numbered in checkpoints). Equal matrices are stored side by side: members then have a first
-    batch dimension.
-    """
-
-    def members(self) -> dict[str, StructuredMatrix]:
-        """The members by name."""
-        found: dict[str, StructuredMatrix] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, tuple):
-                found |= {f"{field.name}_{i}": member for i, member in enumerate(value)}
-            elif value is not None:
-                found[field.name] = value
-        return found
-
-    def with_members(self, members: Mapping[str, StructuredMatrix]) -> Self:
-        """The same record with other members of these names."""
-        changed: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, tuple):
-                names = [f"{field.name}_{i}" for i in range(len(value))]
-                changed[field.name] = tuple(members[name] for name in names)
-            elif value is not None:
-                changed[field.name] = members[field.name]
-        return replace(self, **changed)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """``function`` of every tensor."""
-        return self.with_members({k: m.map(function) for k, m in self.members().items()})
-
-
-@dataclass
-class Averages:
-    """Statistics averaged over rows, of ``S_K`` and ``S_C``; and rows on a rank, of each matrix."""
-
-    input: Statistic
-    grad: Statistic
-    rows: Sequence[float] = ()
-
-
-@dataclass
-class Stack:
-    """Equal matrices side by side whose factors are due.
-
-    Attributes:
-        factors: Their factors, along the first dimension.
-        statistics: Their :class:`Averages`; or gradients, where a method needs no activations.
-        products: What was cached of the factors.
-    """
-
-    factors: Any
-    statistics: Any
-    products: Products
-    load: Callable[[str], StructuredMatrix] | None = None
-    """Gives a member of the factors anew, where that costs less memory than to hold it."""
-
-    def member(self, name: str) -> Callable[[], StructuredMatrix]:
-        """A function that gives a member of the factors; what it holds is as little as can be."""
-        if self.load is not None:
-            return functools.partial(self.load, name)
-        found = getattr(self.factors, name)
-        return lambda: found
 
 
 class Method(ABC):
@@ -228,23 +151,33 @@ class Method(ABC):
         """The product of the other factor with some columns ``[matrices, d_out, columns]``."""
         raise NotImplementedError(f"{type(self).__name__} is not split")
 
-    def mixed_rows(self, factors: Any) -> int | None:
-        """How many neighbouring rows of a gradient a direction mixes; ``None`` for all of them.
+    def mixed(self, factors: Any) -> tuple[int | None, int | None]:
+        """How many neighbouring rows, and columns, a direction mixes; ``None`` for all of them.
 
-        Then ranks that have such rows make their directions alone, by :meth:`apply_rows`.
+        Those of a part, whole blocks of so many, are then made by :meth:`apply_part`: of the rows
+        that a rank has, and of the last column, a bias, apart from the others.
         """
-        return None
+        return None, None
 
-    def apply_rows(self, factors: Any, G: Tensor, products: Products, rows: slice) -> Tensor:
-        """The direction for some rows of gradients, ``[matrices, rows, d_in]``.
+    def apply_part(
+        self,
+        factors: Any,
+        G: Tensor,
+        products: Products,
+        rows: slice | None = None,
+        columns: slice | None = None,
+    ) -> Tensor:
+        """The direction for some rows or columns of gradients, ``[matrices, ..., rows, columns]``.
 
         Args:
             factors: Factors of equal matrices.
-            G: Rows of their gradients.
+            G: That part of their gradients.
             products: What :meth:`products` made of the factors.
-            rows: Which they are: multiples of :meth:`mixed_rows`, or the last ones.
+            rows: Which rows they are: multiples of what is :meth:`mixed`, or the last ones; all if
+                ``None``.
+            columns: Which columns, likewise.
         """
-        raise NotImplementedError(f"{type(self).__name__} mixes all rows")
+        raise NotImplementedError(f"{type(self).__name__} mixes all rows and columns")
 
     def separable(self, factors: Any, side: Side, options: Options, *, whole: bool) -> int | None:
         """How many neighbours of a side are a block that ranks may share (of ``whole`` columns)."""

@@ -275,14 +275,21 @@ class InverseFree(Method):
         """``C C^T G``."""
         return apply_outer(factors.C, products.get("CC"), G)
 
-    def mixed_rows(self, factors: InverseFreeFactors) -> int | None:
-        """As many as C mixes."""
-        return mixed_rows(factors.C)
+    def mixed(self, factors: InverseFreeFactors) -> tuple[int | None, int | None]:
+        """As many rows as C mixes, and columns as K."""
+        return mixed_rows(factors.C), mixed_rows(factors.K)
 
-    def apply_rows(
-        self, factors: InverseFreeFactors, G: Tensor, products: Products, rows: slice
+    def apply_part(
+        self,
+        factors: InverseFreeFactors,
+        G: Tensor,
+        products: Products,
+        rows: slice | None = None,
+        columns: slice | None = None,
     ) -> Tensor:
-        """``C C^T G K K^T`` with the part of C that is of these rows."""
-        part = replace(factors, C=within(factors.C, rows))
-        kept = products | ({"CC": within(products["CC"], rows)} if "CC" in products else {})
-        return self.apply_grad(part, self.apply_input(part, G, kept), kept)
+        """``C C^T G K K^T`` with the parts of C and K that are of these rows and columns."""
+        sides = {"C": rows, "K": columns}
+        some = {name: side for name, side in sides.items() if side is not None}
+        own = {name: within(getattr(factors, name), side) for name, side in some.items()}
+        kept = {2 * n: within(products[2 * n], s) for n, s in some.items() if 2 * n in products}
+        return self.precondition(replace(factors, **own), G, {**products, **kept})

@@ -124,7 +124,7 @@ def _fused_sgd_(
         some = slice(start, end)
         torch._fused_sgd_(
             list(params[some]),
-            [d.to(p.dtype).contiguous() for d in directions[some]],
+            [_packed(d, p.dtype) for d in directions[some]],
             list(buffers[some]),
             grad_scale=None if scale is None else scale.float().reciprocal(),
             lr=lr,
@@ -136,6 +136,11 @@ def _fused_sgd_(
             is_first_step=False,
         )
         start, count = end, 0
+
+
+def _packed(d: Tensor, dtype: torch.dtype) -> Tensor:
+    """A direction as the kernel reads it; to ask for what is there takes time as well."""
+    return d if d.dtype == dtype and d.is_contiguous() else d.to(dtype).contiguous()
 
 
 def _is_fused(params: Sequence[Tensor], buffers: Sequence[Tensor]) -> bool:
@@ -150,7 +155,6 @@ def _kernels(
     params: Sequence[Tensor], directions: Sequence[Tensor], buffers: Sequence[Tensor]
 ) -> ModuleType | None:
     """Our kernels, where they can take the tensors."""
-    narrow = all(t.dtype != torch.float64 for t in (*params, *directions))
-    if narrow and all(t.is_contiguous() for t in (*params, *buffers)):
-        return dispatch.kernels_for(params[0])
-    return None
+    found = dispatch.kernels_for(params[0])
+    narrow = found and all(t.dtype != torch.float64 for t in (*params, *directions))
+    return found if narrow and all(t.is_contiguous() for t in (*params, *buffers)) else None

@@ -1,7 +1,8 @@
 """Placements: which ranks hold what. Nothing else in the package knows of ranks."""
 
-from singd.placement.base import Holding, Placement, Slot, Work
+from singd.placement.base import Placement, Work
 from singd.placement.find import find_placement, unwrapped
+from singd.placement.holding import Holding, Kept, Slot
 from singd.placement.places import Demand
 from singd.placement.replicated import DataParallel, OneProcess
 
@@ -9,6 +10,7 @@ __all__ = [
     "DataParallel",
     "Demand",
     "Holding",
+    "Kept",
     "OneProcess",
     "Placement",
     "Slot",

@@ -8,105 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from singd.capture.statistics import KroneckerStatistics
-from singd.capture.weight_matrix import WeightMatrix, stack_gradients
+from singd.capture.weight_matrix import WeightMatrix, stack_apart, stack_gradients
 from singd.ops.parts import Part
-from singd.ops.reductions import leading
-from singd.ops.stochastic_rounding import WHOLE
+from singd.placement.holding import Holding, Kept
 from singd.placement.places import Demand
 
 Statistics = Mapping[WeightMatrix, KroneckerStatistics]
-
-
-@dataclass(frozen=True, eq=False)
-class Slot:
-    """The numbers of one parameter of a matrix that this rank holds: here all of them."""
-
-    matrix: WeightMatrix
-    parameter: nn.Parameter
-    indices = WHOLE
-    """The places of these numbers in the parameter's part of the matrix."""
-
-    def of(self, t: Tensor) -> Tensor:
-        """These numbers of the parameter, or of what is stored like it, a view."""
-        return self.matrix.part(t.detach())
-
-
-class Holding:
-    """What this rank holds of equal matrices, in one tensor: here all of them, side by side.
-
-    Args:
-        matrices: Equal matrices.
-    """
-
-    def __init__(self, matrices: Sequence[WeightMatrix]) -> None:
-        self.matrices = list(matrices)
-        self._slots = [[Slot(m, p) for p in m.parameters] for m in self.matrices]
-
-    @property
-    def slots(self) -> Sequence[Sequence[Slot]]:
-        """Of every matrix those of its :attr:`~WeightMatrix.parameters`."""
-        return self._slots
-
-    def keep(self, whole: Tensor) -> Tensor:
-        """What is held of ``whole [matrices, ..., d_out, d_in]``; may share its memory."""
-        return whole
-
-    def parts(self, kept: Tensor) -> list[list[Tensor]]:
-        """What was kept as views, one for each slot and shaped like it."""
-        return [matrix.split(t) for matrix, t in zip(self.matrices, kept.unbind(), strict=True)]
-
-    def counted(self, kept: Tensor) -> Tensor:
-        """What this rank counts in sums over all ranks: every number is counted by one of them."""
-        return kept
-
-    def is_counted(self, slot: Slot) -> bool:
-        """Whether this rank counts the numbers of a slot."""
-        return True
-
-    def norms(self, kept: Tensor) -> Tensor:
-        """The norms of matrices, ``[matrices]``, of what this rank counts, in float32 at least.
-
-        Parameters without a gradient do not count.
-        """
-        if any(slot.parameter.grad is None for slots in self.slots for slot in slots):
-            return self.norms_of(self.parts(kept))
-        wide = torch.promote_types(kept.dtype, torch.float32)
-        return torch.linalg.vector_norm(kept.flatten(1), dim=1, dtype=wide)
-
-    def norms_of(self, parts: Sequence[Sequence[Tensor]]) -> Tensor:
-        """:meth:`norms` of tensors shaped like the slots."""
-        tensors = [
-            t if slot.parameter.grad is not None and self.is_counted(slot) else t.new_zeros(1)
-            for slots, both in zip(self.slots, parts, strict=True)
-            for slot, t in zip(slots, both, strict=True)
-        ]
-        wide = torch.promote_types(tensors[0].dtype, torch.float32)
-        norms = torch.stack(torch._foreach_norm(tensors, 2, wide))
-        return torch.linalg.vector_norm(norms.view(len(self.matrices), -1), dim=1)
-
-    def scale_(self, kept: Tensor, scale: Tensor) -> None:
-        """Multiply what is held of every matrix by a number.
-
-        Args:
-            kept: What :meth:`keep` gave, changed in place.
-            scale: A number for each matrix, ``[matrices]``.
-        """
-        kept.mul_(leading(scale, kept))
-
-    def scaled(self, kept: Tensor, scale: Tensor) -> list[list[Tensor]]:
-        """:meth:`parts` of what :meth:`scale_` makes; ``kept`` is given up.
-
-        A step reads every part as one piece of memory, and so it is written here.
-        """
-        if self.matrices[0].bias is None:
-            self.scale_(kept, scale)
-            return self.parts(kept)
-        by = leading(scale, kept)
-        pairs = zip((kept[..., :-1] * by).unbind(), (kept[..., -1:] * by).unbind(), strict=True)
-        return [matrix.shaped(*pair) for matrix, pair in zip(self.matrices, pairs, strict=True)]
 
 
 @dataclass
@@ -114,18 +24,30 @@ class Work:
     """Equal matrices whose directions this rank can make.
 
     Attributes:
+        is_apart: Whether the direction of the biases, the last column, depends on no others.
         matrices: Matrices with a gradient.
         apply: Makes their directions of gradients ``[matrices, ..., d_out, d_in]``.
         apply_input: The half of it that may be given some rows; what it makes may be wider.
         apply_grad: The other half, which may be given some columns.
-        apply_rows: Makes the directions of some rows, where they depend on no others.
+        apply_part: Makes those of some rows, or columns, where they depend on no others.
     """
 
+    is_apart: bool
     matrices: list[WeightMatrix]
     apply: Callable[[Tensor], Tensor]
     apply_input: Callable[[Tensor], Tensor]
     apply_grad: Callable[[Tensor], Tensor]
-    apply_rows: Callable[[Tensor, slice], Tensor]
+    apply_part: Callable[..., Tensor]
+
+    def apply_joined(self, G: Kept) -> Kept:
+        """Directions of gradients with the biases as their last columns."""
+        return [self.apply(G[0])]
+
+    def apply_apart(self, G: Kept) -> Kept:
+        """Directions of weights, and of biases: to join them would be a copy of both."""
+        d_in = self.matrices[0].shape[-1]
+        sides = slice(0, d_in - 1), slice(d_in - 1, d_in)
+        return [self.apply_part(t, columns=side) for t, side in zip(G, sides, strict=True)]
 
 
 @dataclass
@@ -134,8 +56,8 @@ class Made:
 
     matrices: list[WeightMatrix]
     holding: Holding
-    gradient: Tensor | None
-    direction: Tensor
+    gradient: Kept | None
+    direction: Kept
 
 
 class Placement(ABC):
@@ -150,6 +72,9 @@ class Placement(ABC):
 
     has_others = False
     """Whether other ranks must do the same in a step."""
+
+    has_shards = False
+    """Whether this rank holds a part of some parameters."""
 
     def __init__(self) -> None:
         self._holdings: dict[tuple[WeightMatrix, ...], Holding] = {}
@@ -268,8 +193,12 @@ class Placement(ABC):
             with_gradients: Whether gradients, which may be copies, are given as well.
         """
         for work in works:
-            G, holding = self.gradients(work.matrices), self.holding(work.matrices)
-            D, kept = holding.keep(work.apply(G)), holding.keep(G) if with_gradients else None
+            holding = self.holding(work.matrices)
+            if work.is_apart and not self.has_shards:
+                G, apply = stack_apart(work.matrices), work.apply_apart
+            else:
+                G, apply = [self.gradients(work.matrices)], work.apply_joined
+            D, kept = holding.keep(apply(G)), holding.keep(G) if with_gradients else None
             del G  # the next gradients take its memory
             yield Made(work.matrices, holding, kept, D)
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from singd.capture.weight_matrix import WeightMatrix
 from singd.ops.dtensor import is_distributed, local
 from singd.ops.reference import Indices
-from singd.placement.base import Holding, Slot
+from singd.placement.holding import Holding, Kept, Slot
 
 
 class LocalSlot(Slot):
@@ -100,9 +100,9 @@ class LocalHolding(Holding):
         """Of every matrix those of its parameters."""
         return self._local
 
-    def keep(self, whole: Tensor) -> Tensor:
-        """What is held of ``whole [matrices, ..., d_out, d_in]``, a vector."""
-        split = [m.split(t) for m, t in zip(self.matrices, whole.unbind(), strict=True)]
+    def keep(self, whole: Kept) -> Kept:
+        """What is held of ``[matrices, ..., d_out, d_in]``, a vector."""
+        split = [m.split(t) for m, t in zip(self.matrices, whole[0].unbind(), strict=True)]
         parts = {
             slot: part[slot.box]
             for slots, parts in zip(self._local, split, strict=True)
@@ -110,33 +110,33 @@ class LocalHolding(Holding):
         }
         return self.joined(lambda slot: parts[slot])
 
-    def joined(self, part: Callable[[LocalSlot], Tensor]) -> Tensor:
+    def joined(self, part: Callable[[LocalSlot], Tensor]) -> Kept:
         """The vector of the parts of all slots."""
-        return torch.cat([part(slot).flatten() for slot in self._order])
+        return [torch.cat([part(slot).flatten() for slot in self._order])]
 
-    def parts(self, kept: Tensor) -> list[list[Tensor]]:
+    def parts(self, kept: Kept) -> list[list[Tensor]]:
         """What was kept as views, one for each slot and shaped like it."""
-        pieces = zip(self._order, kept.split(self._sizes), strict=True)
+        pieces = zip(self._order, kept[0].split(self._sizes), strict=True)
         found = {slot: t.view(slot.shape) for slot, t in pieces}
         return [[found[slot] for slot in slots] for slots in self._local]
 
-    def counted(self, kept: Tensor) -> Tensor:
+    def counted(self, kept: Kept) -> Kept:
         """What this rank counts: every number is counted by one rank."""
-        return kept[: self._counts]
+        return [kept[0][: self._counts]]
 
     def is_counted(self, slot: Slot) -> bool:
         """Whether this rank counts the numbers of a slot."""
         return self._is_counted[slot]
 
-    def norms(self, kept: Tensor) -> Tensor:
+    def norms(self, kept: Kept) -> Tensor:
         """The norms of matrices, of what this rank counts of those parameters with a gradient."""
         return self.norms_of(self.parts(kept))
 
-    def scale_(self, kept: Tensor, scale: Tensor) -> None:
+    def scale_(self, kept: Kept, scale: Tensor) -> None:
         """Multiply what is held of every matrix by a number."""
         self.scaled(kept, scale)
 
-    def scaled(self, kept: Tensor, scale: Tensor) -> list[list[Tensor]]:
+    def scaled(self, kept: Kept, scale: Tensor) -> list[list[Tensor]]:
         """The parts, of which each is one piece of memory, after :meth:`scale_`."""
         found = self.parts(kept)
         for parts, number in zip(found, scale, strict=True):

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from singd.capture.weight_matrix import WeightMatrix
 from singd.placement.assignment import Assignment
-from singd.placement.base import Made, Slot, Work
+from singd.placement.base import Made, Work
 from singd.placement.columns import direction_rows
+from singd.placement.holding import Slot
 from singd.placement.shards import gather_rows
 from singd.placement.splits import Split
 
@@ -61,7 +62,7 @@ class OwnDirections:
         if work.matrices[0] in self._assigned.parts:
             made = work.apply(rows)
         else:
-            made = work.apply_rows(rows, split.side(dist.get_rank(split.group))).to(rows.dtype)
+            made = work.apply_part(rows, rows=split.side(dist.get_rank(split.group)))
         return self._made(work, rows, made)
 
     def _split(self, matrix: WeightMatrix) -> Split:

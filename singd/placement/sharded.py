@@ -63,6 +63,8 @@ class Sharded(OwnDirections, DataParallel):
         self._whole: dict[WeightMatrix, list[Tensor]] = {}
         self._exchanges: dict[tuple[WeightMatrix, ...], Exchange] = {}
 
+    has_shards = True
+
     def place(
         self, layouts: Mapping[WeightMatrix, Any], demand: Callable[[WeightMatrix], Demand]
     ) -> None:

@@ -16,6 +16,7 @@ from singd.methods.base import Factors, Products
 from singd.ops.reference import Indices
 from singd.ops.stochastic_rounding import Rounding
 from singd.ops.storage import Form, Plain, decode
+from singd.step.entries import state_key
 from singd.step.groups import Group
 from structured import StructuredMatrix
 
@@ -122,6 +123,8 @@ class Batch:
         one = [stored.map(operator.itemgetter(i)) for i in range(len(self.matrices))]
         self.one = dict(zip(self.matrices, one, strict=True))
         """The factors of every matrix alone, views."""
+        self.keys = {m: {name: state_key(m, name) for name in stored.tensors} for m in matrices}
+        """Where the members of every matrix are in the state of its weight."""
         self.shapes = {
             name: [t.shape[1:] for t in member.tensors()]
             for name, member in stored.like.members().items()

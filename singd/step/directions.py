@@ -16,7 +16,7 @@ from singd.ops.dtensor import is_distributed, local
 from singd.ops.momentum_step import momentum_step_
 from singd.ops.reductions import inner_product, total
 from singd.ops.stochastic_rounding import Rounding
-from singd.placement import Holding, Placement, Slot, Work
+from singd.placement import Holding, Kept, Placement, Slot, Work
 from singd.step.batch import Proposal
 from singd.step.entries import State
 from singd.step.grafting import grafting
@@ -39,8 +39,8 @@ class Direction:
     matrices: list[WeightMatrix]
     group: Group
     holding: Holding
-    gradient: Tensor | None
-    value: Tensor | None
+    gradient: Kept | None
+    value: Kept | None
     parts: list[list[Tensor]] = field(default_factory=list)  # of the value, of every matrix
     scale: Tensor | None = None  # what the step multiplies directions by
     made_norms: Tensor | None = None  # of directions as they were made, if grafting needed them
@@ -91,9 +91,9 @@ def precondition(
     for proposal in proposed:
         some = [matrix for matrix in proposal.batch.matrices if matrix.has_gradient]
         if some:
-            names = ("precondition", "apply_input", "apply_grad", "apply_rows")
+            names = ("precondition", "apply_input", "apply_grad", "apply_part")
             made = [functools.partial(_apply, getattr(method, n), proposal, some) for n in names]
-            works.append(Work(some, *made))
+            works.append(Work(_is_apart(method, proposal), some, *made))
     alike: dict[int, list[WeightMatrix]] = {}
     for matrix, group in groups.items():
         if matrix.has_gradient:
@@ -104,16 +104,23 @@ def precondition(
     ]
 
 
+def _is_apart(method: Method, proposal: Proposal) -> bool:
+    """Whether directions of biases, the last columns, depend on no others."""
+    matrix, stored = proposal.batch.matrices[0], proposal.stored
+    mixed = method.mixed(stored.like)[1] if stored.is_plain else None
+    return matrix.bias is not None and mixed is not None and (matrix.shape[-1] - 1) % mixed == 0
+
+
 def _apply(
     function: Callable[..., Tensor],
     proposal: Proposal,
     some: list[WeightMatrix],
     G: Tensor,
-    *rows: slice,
+    **part: slice,
 ) -> Tensor:
     """A function of the method, of the factors of some matrices of a batch and of gradients."""
     stored, products = proposal.batch.select(some, proposal.stored, proposal.products)
-    return function(stored.factors(), G, products, *rows)
+    return function(stored.factors(), G, products, **part)
 
 
 def graft(
@@ -157,9 +164,10 @@ def scale_by_kl(directions: Sequence[Direction], placement: Placement) -> Tensor
         same = [d for d in bounded if d.group is group]
         bounded = [d for d in bounded if d.group is not group]
         products = [
-            inner_product(d.holding.counted(d.value), d.holding.counted(d.gradient))
+            inner_product(x, y)
             for d in same
             if d.value is not None and d.gradient is not None
+            for x, y in zip(d.holding.counted(d.value), d.holding.counted(d.gradient), strict=True)
         ]
         sums.append(peak_lr(group) ** 2 * total(products))
     q = placement.complete(total(sums))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ def are_same(value: Any, views: Sequence[Tensor]) -> bool:
     return (
         isinstance(value, list)
         and len(value) == len(views)
-        and all(a is b for a, b in zip(value, views, strict=True))
+        and all(map(operator.is_, value, views))
     )
 
 

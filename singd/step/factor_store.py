@@ -22,7 +22,7 @@ from singd.ops.storage import Form, form_of, recode
 from singd.placement import Demand, Placement
 from singd.step.batch import Batch, Encoded, Proposal, encode
 from singd.step.demand import cut, demand_of, indices_of
-from singd.step.entries import State, are_same, drop, drop_unknown, recognized, state_key
+from singd.step.entries import State, are_same, drop, drop_unknown, recognized
 from singd.step.groups import Group
 from singd.step.skipping import write_
 from structured import Structure
@@ -262,10 +262,10 @@ class FactorStore:
         """
         entry = state[matrix.weight]
         views = own.tensors
-        names = {name: state_key(matrix, name) for name in views}
-        given: dict[str, Any] = {name: entry.get(key) for name, key in names.items()}
-        if all(are_same(given[name], views[name]) for name in views):
+        names = batch.keys[matrix]
+        if all(are_same(entry.get(key), views[name]) for name, key in names.items()):
             return False
+        given: dict[str, Any] = {name: entry.get(key) for name, key in names.items()}
         missing = [name for name, value in given.items() if value is None]
         needed = [name for name in missing if not name.startswith("m_")]
         if needed and len(missing) < len(views):

@@ -94,13 +94,15 @@ class Fallback:
             state: State of the optimizer, made where there is none.
             unless: Truth value on the device: if it is true, nothing changes.
         """
-        moved = [p for p in parameters if p.grad is not None]
+        moved, names = [p for p in parameters if p.grad is not None], self.state_names()
         for p in moved:
-            if "exp_avg" not in state[p]:
-                state[p] |= self.init(p)
-            for name in self.state_names():
-                state[p][name] = _like(p, state[p][name])
-            state[p]["step"] = state[p]["step"].to(torch.float32)  # kernels take no other
+            entry = state[p]
+            if "exp_avg" not in entry:
+                entry |= self.init(p)
+            for name in names:
+                entry[name] = _like(p, entry[name])
+            if entry["step"].dtype != torch.float32:  # kernels take no other
+                entry["step"] = entry["step"].to(torch.float32)
         options = self.options
         own = group["adamw"]
         decay = group["weight_decay"] if own["weight_decay"] is None else own["weight_decay"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from singd.ops.dtensor import local
-from singd.placement import Holding, Placement
+from singd.placement import Holding, Kept, Placement
 from singd.step.fallback import adamw_directions
 from singd.step.groups import counter_device
 
@@ -39,8 +39,8 @@ def init(p: Tensor) -> dict[str, Tensor]:
 
 
 def grafting(
-    directions: Tensor,
-    gradients: Tensor | None,
+    directions: Kept,
+    gradients: Kept | None,
     holding: Holding,
     placement: Placement,
     graft: str,
@@ -86,7 +86,7 @@ def grafting(
         ]
         lengths = placement.complete_norms(holding.norms_of(wanted))
     scale = lengths / norms.clamp(min=torch.finfo(norms.dtype).tiny ** 0.5)
-    return norms, scale.to(directions.dtype), averages
+    return norms, scale.to(directions[0].dtype), averages
 
 
 def _copied(p: Tensor, entry: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -103,10 +103,7 @@ def _without_prefix(average: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _lengths(holding: Holding, like: Tensor) -> Tensor:
     """Norms of directions whose numbers have the root mean square :data:`RMS`, ``[matrices]``."""
-    counts = [
-        sum(matrix.part_shape(p).numel() for p in matrix.parameters if p.grad is not None)
-        for matrix in holding.matrices
-    ]
+    counts = holding.counts()
     if len(set(counts)) == 1:  # no copy to the device
         return torch.full_like(like, RMS * counts[0] ** 0.5)
     return like.new_tensor(counts).sqrt() * RMS

@@ -89,16 +89,16 @@ class Parameters:
         Raises:
             ValueError: If a parameter was replaced, resized, added or taken out of its group.
         """
-        placed = [(p, group) for group in groups for p in group["params"]]
-        if len(placed) != len(self._order) or any(p not in self.group_of for p, _ in placed):
+        placed = [p for group in groups for p in group["params"]]
+        if len(placed) != len(self._order) or any(p not in self.group_of for p in placed):
             raise ValueError(
                 "param_groups: expected the parameters that the optimizer was made with, got "
                 "others: use add_param_group, or freeze with requires_grad_(False)"
             )
-        if any(self.group_of[p] is not group for p, group in placed):
+        if any(self.group_of[p] is not group for group in groups for p in group["params"]):
             self.bind(groups)
         if type(state) is dict:  # in the place of PyTorch's, which has a default
-            for p, _ in placed:
+            for p in placed:
                 state.setdefault(p, {})
         for name, p, slots, key, shape in self._owners:
             if slots.get(key, p) is not p and not _is_whole_of(slots[key], p):

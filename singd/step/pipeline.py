@@ -146,8 +146,8 @@ def _made(
     made = [t for proposal in proposed if proposal.updated for t in proposal.stored.real()]
     made += [_values(local(p.grad)) for _, some in others for p in some if p.grad is not None]
     if quadratic is None:
-        values = (d.value if d.made_norms is None else d.made_norms for d in directions)
-        made += [t for t in values if t is not None]
+        for d in directions:
+            made += d.value or [] if d.made_norms is None else [d.made_norms]
     else:
         made.append(quadratic)
     return [t for t in made if t.numel()]
