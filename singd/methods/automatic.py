@@ -148,9 +148,13 @@ class Automatic(InverseFree):
             return super().apply_grad(factors, G, products)
         return (G * products["CC"].d[..., None]).to(G.dtype)
 
-    def mixed(self, factors: Any) -> tuple[int | None, int | None]:
-        """As many as C and K mix; unknown at first."""
-        return (None, None) if isinstance(factors, CountedCovariances) else super().mixed(factors)
+    def mixed_rows(self, factors: Any) -> int | None:
+        """As many as C mixes; unknown at first."""
+        return None if isinstance(factors, CountedCovariances) else super().mixed_rows(factors)
+
+    def is_apart(self, factors: Any, products: Products) -> bool:
+        """As with K and C, once they are there."""
+        return not isinstance(factors, CountedCovariances) and super().is_apart(factors, products)
 
     def roots(self, factors: Any) -> tuple[StructuredMatrix, StructuredMatrix] | None:
         """K and C; none before structures are chosen."""

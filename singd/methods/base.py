@@ -151,33 +151,40 @@ class Method(ABC):
         """The product of the other factor with some columns ``[matrices, d_out, columns]``."""
         raise NotImplementedError(f"{type(self).__name__} is not split")
 
-    def mixed(self, factors: Any) -> tuple[int | None, int | None]:
-        """How many neighbouring rows, and columns, a direction mixes; ``None`` for all of them.
+    def mixed_rows(self, factors: Any) -> int | None:
+        """How many neighbouring rows of a gradient a direction mixes; ``None`` for all of them.
 
-        Those of a part, whole blocks of so many, are then made by :meth:`apply_part`: of the rows
-        that a rank has, and of the last column, a bias, apart from the others.
+        Then ranks that have such rows make their directions alone, by :meth:`apply_rows`.
         """
-        return None, None
+        return None
 
-    def apply_part(
-        self,
-        factors: Any,
-        G: Tensor,
-        products: Products,
-        rows: slice | None = None,
-        columns: slice | None = None,
-    ) -> Tensor:
-        """The direction for some rows or columns of gradients, ``[matrices, ..., rows, columns]``.
+    def apply_rows(self, factors: Any, G: Tensor, products: Products, rows: slice) -> Tensor:
+        """The direction for some rows of gradients, ``[matrices, rows, d_in]``.
 
         Args:
             factors: Factors of equal matrices.
-            G: That part of their gradients.
+            G: Rows of their gradients.
             products: What :meth:`products` made of the factors.
-            rows: Which rows they are: multiples of what is :meth:`mixed`, or the last ones; all if
-                ``None``.
-            columns: Which columns, likewise.
+            rows: Which they are: multiples of :meth:`mixed_rows`, or the last ones.
         """
-        raise NotImplementedError(f"{type(self).__name__} mixes all rows and columns")
+        raise NotImplementedError(f"{type(self).__name__} mixes all rows")
+
+    def is_apart(self, factors: Any, products: Products) -> bool:
+        """Whether :meth:`apply_apart` costs less than gradients with biases as last columns."""
+        return False
+
+    def apply_apart(
+        self, factors: Any, G: Tensor, g: Tensor, products: Products
+    ) -> tuple[Tensor, Tensor]:
+        """The direction for columns in two parts, as :meth:`precondition` of both side by side.
+
+        Args:
+            factors: Factors of equal matrices.
+            G: Gradients of their weights, ``[matrices, ..., d_out, d_in - 1]``.
+            g: Gradients of their biases, ``[matrices, ..., d_out, 1]``.
+            products: What :meth:`products` made of the factors.
+        """
+        raise NotImplementedError(f"{type(self).__name__} takes weights and biases together")
 
     def separable(self, factors: Any, side: Side, options: Options, *, whole: bool) -> int | None:
         """How many neighbours of a side are a block that ranks may share (of ``whole`` columns)."""

@@ -31,3 +31,9 @@ def precondition_by_products(KK: Operator, CC: Operator, G: Tensor) -> Tensor:
     if isinstance(KK, Dense):  # K K^T is symmetric; of few rows of G its product is slow
         return CC.apply_overwriting(G @ KK.M)
     return Kronecker(CC, KK).apply_matrix(G)
+
+
+def precondition_apart(KK: Operator, CC: Operator, G: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """``C C^T [G g] K K^T`` for columns in two parts, the result in the same two."""
+    D, d = Kronecker(CC, KK).apply_apart(G.to(KK.dtype), g.to(KK.dtype))
+    return D.to(G.dtype), d.to(g.dtype)

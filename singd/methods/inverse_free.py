@@ -12,9 +12,8 @@ from torch import Tensor
 
 from singd import update
 from singd.capture.statistics import Columns, Side, Statistic, are_few
-from singd.methods import batched, scale
+from singd.methods import batched, directions, scale
 from singd.methods.base import Averages, Factors, Method, Options, Products, Stack
-from singd.methods.directions import apply_outer, precondition_by_products, product_of
 from singd.methods.options import (
     by_name,
     choice,
@@ -253,7 +252,9 @@ class InverseFree(Method):
         if not options["keep_products"]:
             return {}
         kept = factors.members().keys() - self.storage(factors, options)  # else larger than they
-        found = {2 * name: product_of(getattr(factors, name)) for name in "KC" if name in kept}
+        found = {
+            2 * name: directions.product_of(getattr(factors, name)) for name in "KC" if name in kept
+        }
         return {name: product for name, product in found.items() if product is not None}
 
     def precondition(self, factors: InverseFreeFactors, G: Tensor, products: Products) -> Tensor:
@@ -263,33 +264,37 @@ class InverseFree(Method):
         X = G.to(wide)
         KK, CC = (products[k].to(wide) if k in products else None for k in ("KK", "CC"))
         if KK is not None and CC is not None:
-            return precondition_by_products(KK, CC, X).to(G.dtype)
-        return apply_outer(C, CC, apply_outer(K, KK, X.mT).mT).to(G.dtype)
+            return directions.precondition_by_products(KK, CC, X).to(G.dtype)
+        return directions.apply_outer(C, CC, directions.apply_outer(K, KK, X.mT).mT).to(G.dtype)
 
     def apply_input(self, factors: InverseFreeFactors, G: Tensor, products: Products) -> Tensor:
         """``G K K^T``."""
         wide = torch.promote_types(factors.K.dtype, factors.C.dtype)
-        return apply_outer(factors.K, products.get("KK"), G.to(wide).mT).mT
+        return directions.apply_outer(factors.K, products.get("KK"), G.to(wide).mT).mT
 
     def apply_grad(self, factors: InverseFreeFactors, G: Tensor, products: Products) -> Tensor:
         """``C C^T G``."""
-        return apply_outer(factors.C, products.get("CC"), G)
+        return directions.apply_outer(factors.C, products.get("CC"), G)
 
-    def mixed(self, factors: InverseFreeFactors) -> tuple[int | None, int | None]:
-        """As many rows as C mixes, and columns as K."""
-        return mixed_rows(factors.C), mixed_rows(factors.K)
+    def mixed_rows(self, factors: InverseFreeFactors) -> int | None:
+        """As many as C mixes."""
+        return mixed_rows(factors.C)
 
-    def apply_part(
-        self,
-        factors: InverseFreeFactors,
-        G: Tensor,
-        products: Products,
-        rows: slice | None = None,
-        columns: slice | None = None,
+    def apply_rows(
+        self, factors: InverseFreeFactors, G: Tensor, products: Products, rows: slice
     ) -> Tensor:
-        """``C C^T G K K^T`` with the parts of C and K that are of these rows and columns."""
-        sides = {"C": rows, "K": columns}
-        some = {name: side for name, side in sides.items() if side is not None}
-        own = {name: within(getattr(factors, name), side) for name, side in some.items()}
-        kept = {2 * n: within(products[2 * n], s) for n, s in some.items() if 2 * n in products}
-        return self.precondition(replace(factors, **own), G, {**products, **kept})
+        """``C C^T G K K^T`` with the part of C that is of these rows."""
+        part = replace(factors, C=within(factors.C, rows))
+        kept = products | ({"CC": within(products["CC"], rows)} if "CC" in products else {})
+        return self.apply_grad(part, self.apply_input(part, G, kept), kept)
+
+    def is_apart(self, factors: InverseFreeFactors, products: Products) -> bool:
+        """Where the products are there, and that of K takes rows in two parts."""
+        return products.keys() >= {"KK", "CC"} and products["KK"].rows_apart
+
+    def apply_apart(
+        self, factors: InverseFreeFactors, G: Tensor, g: Tensor, products: Products
+    ) -> tuple[Tensor, Tensor]:
+        """``C C^T [G g] K K^T``."""
+        wide = torch.promote_types(factors.K.dtype, factors.C.dtype)
+        return directions.precondition_apart(products["KK"].to(wide), products["CC"].to(wide), G, g)

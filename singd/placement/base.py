@@ -24,30 +24,22 @@ class Work:
     """Equal matrices whose directions this rank can make.
 
     Attributes:
-        is_apart: Whether the direction of the biases, the last column, depends on no others.
         matrices: Matrices with a gradient.
+        is_apart: Whether those of biases, the last columns, are best given apart.
         apply: Makes their directions of gradients ``[matrices, ..., d_out, d_in]``.
         apply_input: The half of it that may be given some rows; what it makes may be wider.
         apply_grad: The other half, which may be given some columns.
-        apply_part: Makes those of some rows, or columns, where they depend on no others.
+        apply_rows: Makes the directions of some ``rows``, where they depend on no others.
+        apply_apart: Makes them of gradients of weights and of biases.
     """
 
-    is_apart: bool
     matrices: list[WeightMatrix]
+    is_apart: bool
     apply: Callable[[Tensor], Tensor]
     apply_input: Callable[[Tensor], Tensor]
     apply_grad: Callable[[Tensor], Tensor]
-    apply_part: Callable[..., Tensor]
-
-    def apply_joined(self, G: Kept) -> Kept:
-        """Directions of gradients with the biases as their last columns."""
-        return [self.apply(G[0])]
-
-    def apply_apart(self, G: Kept) -> Kept:
-        """Directions of weights, and of biases: to join them would be a copy of both."""
-        d_in = self.matrices[0].shape[-1]
-        sides = slice(0, d_in - 1), slice(d_in - 1, d_in)
-        return [self.apply_part(t, columns=side) for t, side in zip(G, sides, strict=True)]
+    apply_rows: Callable[..., Tensor]
+    apply_apart: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -194,11 +186,13 @@ class Placement(ABC):
         """
         for work in works:
             holding = self.holding(work.matrices)
-            if work.is_apart and not self.has_shards:
-                G, apply = stack_apart(work.matrices), work.apply_apart
+            if work.is_apart and not self.has_shards:  # to join them would be a copy of both
+                G = stack_apart(work.matrices)
+                D = [*work.apply_apart(*G)]
             else:
-                G, apply = [self.gradients(work.matrices)], work.apply_joined
-            D, kept = holding.keep(apply(G)), holding.keep(G) if with_gradients else None
+                G = [self.gradients(work.matrices)]
+                D = [work.apply(*G)]
+            D, kept = holding.keep(D), holding.keep(G) if with_gradients else None
             del G  # the next gradients take its memory
             yield Made(work.matrices, holding, kept, D)
 

@@ -62,7 +62,8 @@ class OwnDirections:
         if work.matrices[0] in self._assigned.parts:
             made = work.apply(rows)
         else:
-            made = work.apply_part(rows, rows=split.side(dist.get_rank(split.group)))
+            side = split.side(dist.get_rank(split.group))
+            made = work.apply_rows(rows, rows=side).to(rows.dtype)
         return self._made(work, rows, made)
 
     def _split(self, matrix: WeightMatrix) -> Split:

@@ -37,7 +37,7 @@ def demand_of(method: Method, matrix: WeightMatrix, factors: Factors, group: Opt
         interval=group["T"],
         needs_factors=method.needs_factors(factors, group),
         is_split=method.is_split,
-        mixed_rows=method.mixed(factors)[0],
+        mixed_rows=method.mixed_rows(factors),
         separable=separable,
         scattered=counts[1] * max(item, 4) if separable else 0,
         unscattered=sent[1] * max(item, 4) if separable else 0,

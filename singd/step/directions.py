@@ -91,9 +91,12 @@ def precondition(
     for proposal in proposed:
         some = [matrix for matrix in proposal.batch.matrices if matrix.has_gradient]
         if some:
-            names = ("precondition", "apply_input", "apply_grad", "apply_part")
+            names = ("precondition", "apply_input", "apply_grad", "apply_rows", "apply_apart")
             made = [functools.partial(_apply, getattr(method, n), proposal, some) for n in names]
-            works.append(Work(_is_apart(method, proposal), some, *made))
+            is_apart = some[0].bias is not None and method.is_apart(
+                proposal.stored.like, proposal.products
+            )
+            works.append(Work(some, is_apart, *made))
     alike: dict[int, list[WeightMatrix]] = {}
     for matrix, group in groups.items():
         if matrix.has_gradient:
@@ -104,23 +107,16 @@ def precondition(
     ]
 
 
-def _is_apart(method: Method, proposal: Proposal) -> bool:
-    """Whether directions of biases, the last columns, depend on no others."""
-    matrix, stored = proposal.batch.matrices[0], proposal.stored
-    mixed = method.mixed(stored.like)[1] if stored.is_plain else None
-    return matrix.bias is not None and mixed is not None and (matrix.shape[-1] - 1) % mixed == 0
-
-
 def _apply(
-    function: Callable[..., Tensor],
+    function: Callable[..., Any],
     proposal: Proposal,
     some: list[WeightMatrix],
-    G: Tensor,
-    **part: slice,
-) -> Tensor:
+    *G: Tensor,
+    **rows: slice,
+) -> Any:
     """A function of the method, of the factors of some matrices of a batch and of gradients."""
     stored, products = proposal.batch.select(some, proposal.stored, proposal.products)
-    return function(stored.factors(), G, products, **part)
+    return function(stored.factors(), *G, products, **rows)
 
 
 def graft(

@@ -70,7 +70,7 @@ class StepObserver:
 
     def sends(self, matrix: WeightMatrix) -> bool:
         """Whether one rank has the factors of ``matrix``, and the next step updates them."""
-        if not self.is_captured(matrix):
+        if not self.parts.placement.has_shards or not self.is_captured(matrix):
             return False
         self.prepare(matrix)
         return self.parts.placement.owner_of(matrix) is not None
