@@ -127,7 +127,7 @@ def stack_apart(matrices: Sequence[WeightMatrix]) -> list[Tensor]:
     *batch, d_out, _ = matrices[0].shape
     parts = [matrix.gradients({}) for matrix in matrices]
     weights = _stack([m.to_matrix(part[0]) for m, part in zip(matrices, parts, strict=True)])
-    biases = _stack([part[1] for part in parts]).reshape(-1, *batch, d_out, 1)
+    biases = _stack([part[1] for part in parts]).reshape(len(parts), *batch, d_out, 1)
     return [weights, biases.to(weights.dtype)]
 
 

@@ -186,6 +186,15 @@ class Method(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} takes weights and biases together")
 
+    def speaks_for(self, name: str) -> bool:
+        """Whether another form of a direction is that of :meth:`precondition`.
+
+        Not where a subclass has replaced :meth:`precondition` and inherits the method ``name``.
+        """
+        both = (name, "precondition")
+        owners = [next(c for c in type(self).__mro__ if n in vars(c)) for n in both]
+        return issubclass(*owners)
+
     def separable(self, factors: Any, side: Side, options: Options, *, whole: bool) -> int | None:
         """How many neighbours of a side are a block that ranks may share (of ``whole`` columns)."""
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from structured import Dense, Diagonal, Kronecker, Operator, Outer, StructuredMatrix
@@ -31,6 +32,16 @@ def precondition_by_products(KK: Operator, CC: Operator, G: Tensor) -> Tensor:
     if isinstance(KK, Dense):  # K K^T is symmetric; of few rows of G its product is slow
         return CC.apply_overwriting(G @ KK.M)
     return Kronecker(CC, KK).apply_matrix(G)
+
+
+def takes_apart(KK: Operator | None, CC: Operator | None) -> bool:
+    """Whether :func:`precondition_apart` costs less than a copy of the columns side by side.
+
+    Not in low precision, where a sum of two products is rounded twice, nor for a dense product.
+    """
+    if KK is None or CC is None or isinstance(KK, Dense):
+        return False
+    return KK.rows_apart and {KK.dtype, CC.dtype} <= {torch.float32, torch.float64}
 
 
 def precondition_apart(KK: Operator, CC: Operator, G: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

@@ -289,8 +289,8 @@ class InverseFree(Method):
         return self.apply_grad(part, self.apply_input(part, G, kept), kept)
 
     def is_apart(self, factors: InverseFreeFactors, products: Products) -> bool:
-        """Where the products are there, and that of K takes rows in two parts."""
-        return products.keys() >= {"KK", "CC"} and products["KK"].rows_apart
+        """As :func:`singd.methods.directions.takes_apart` says of the products."""
+        return directions.takes_apart(products.get("KK"), products.get("CC"))
 
     def apply_apart(
         self, factors: InverseFreeFactors, G: Tensor, g: Tensor, products: Products

@@ -93,10 +93,7 @@ def precondition(
         if some:
             names = ("precondition", "apply_input", "apply_grad", "apply_rows", "apply_apart")
             made = [functools.partial(_apply, getattr(method, n), proposal, some) for n in names]
-            is_apart = some[0].bias is not None and method.is_apart(
-                proposal.stored.like, proposal.products
-            )
-            works.append(Work(some, is_apart, *made))
+            works.append(Work(some, _is_apart(method, proposal), *made))
     alike: dict[int, list[WeightMatrix]] = {}
     for matrix, group in groups.items():
         if matrix.has_gradient:
@@ -105,6 +102,13 @@ def precondition(
         Direction(m.matrices, groups[m.matrices[0]], m.holding, m.gradient, m.direction)
         for m in placement.directions(works, alike.values(), with_gradients=with_gradients)
     ]
+
+
+def _is_apart(method: Method, proposal: Proposal) -> bool:
+    """Whether directions are best made of weights and biases apart."""
+    if proposal.batch.matrices[0].bias is None or not method.speaks_for("is_apart"):
+        return False
+    return method.is_apart(proposal.stored.like, proposal.products)
 
 
 def _apply(

@@ -162,6 +162,29 @@ def test_a_broken_method_fails_its_law_alone(law: str) -> None:
     assert failed == [law]
 
 
+class Doubles(InverseFree):
+    """Replaces the direction, and inherits other forms of it."""
+
+    def precondition(self, factors: Any, G: Tensor, products: Products) -> Tensor:
+        return 2 * super().precondition(factors, G, products)
+
+
+def test_a_direction_that_a_subclass_replaces_is_the_one_that_is_taken() -> None:
+    """Also where another form of it would cost less: of weights and biases apart."""
+    directions = []
+    for method in (InverseFree, Doubles):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3)
+        structures = ("diagonal", "diagonal")
+        options = dict(SINGD(model, structures=structures, graft=None).defaults)
+        optimizer = KroneckerOptimizer(model, method(), None, options)
+        model(torch.randn(8, 4)).square().mean().backward()
+        optimizer.precondition()
+        directions.append([p.grad for p in model.parameters()])
+    for once, twice in zip(*directions, strict=True):
+        torch.testing.assert_close(2 * once, twice)
+
+
 def test_an_unknown_law_is_named() -> None:
     with pytest.raises(ValueError, match=r"descends.*got 'ascends'"):
         check_method(METHODS["SINGD"], laws=["ascends"])
