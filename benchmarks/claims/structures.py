@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median, stdev
 
 import torch
 from scipy.stats import spearmanr
@@ -175,6 +175,7 @@ def report(rows: list[Row]) -> list[str]:
             ("C's", partial(agreement, counted="C")),
         )
     ]
+    fits.append(["standard error of a loss ratio", *(f"{spread(rows, t):.3f}" for t in tasks)])
     for name in ("rank of K", "rank of C", "inside blocks of 8"):
         fits.append([name, *(f"{first(rows, t, name):.3f}" for t in tasks)])
     for new, old in PAIRS:
@@ -202,6 +203,18 @@ def agreement(found: Found, task: str, counted: str = "both") -> float:
     return float(spearmanr(nats, losses).statistic)
 
 
+def spread(rows: list[Row], task: str) -> float:
+    """Median over structures of the standard error of the mean log-ratio to the same dense seed."""
+    logs: dict[tuple[str, str], dict[str, float]] = {}
+    for r in rows:
+        if r["task"] == task:
+            own = logs.setdefault((r["structure"], r["side"]), {})
+            own[r["seed"]] = math.log(float(r["loss"]))
+    dense = logs.pop(DENSE)
+    ratios = [[log - dense[seed] for seed, log in own.items()] for own in logs.values()]
+    return median(stdev(x) / len(x) ** 0.5 if len(x) > 1 else math.nan for x in ratios)
+
+
 def first(rows: list[Row], task: str, name: str) -> float:
     return next(float(r[name]) for r in rows if r["task"] == task)
 
@@ -209,7 +222,7 @@ def first(rows: list[Row], task: str, name: str) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tasks", nargs="+", default=list(protocol.TASKS), metavar="T")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102])
     parser.add_argument("--steps", type=int, help="of every run; for tests")
     parser.add_argument("--out", type=Path, default=common.OUT)
     given = parser.parse_args(arguments)
