@@ -143,9 +143,12 @@ def share(results: Results) -> str:
     parts = [
         f"{len(results.tasks)} of {len(full.tasks)} tasks, and {len(pairs)} of "
         f"{len(full.tasks) * len(protocol.METHODS)} pairs of a task and a method",
-        f"a {full.stretch / size.stretch:.0f}th of the steps",
         f"{size.points} of {full.points} points in a round of the search",
     ]
+    if size.stretch != full.stretch:
+        parts.insert(1, f"a {full.stretch / size.stretch:.0f}th of the steps")
+    elif size.searched is not None:
+        parts[-1] += f", each of a {full.stretch / size.searched:.0f}th of the steps"
     if size.wider != full.wider:
         parts.append(f"{len(size.wider)} of up to {len(full.wider)} rounds")
     if size.seeds != full.seeds:

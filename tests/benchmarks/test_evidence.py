@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -62,6 +63,21 @@ def test_what_is_there_is_not_run_again_unless_asked_for(folder, monkeypatch):
     assert (folder / "runs.jsonl").read_text() == before
     with pytest.raises(pytest.fail.Exception, match="repeated"):
         __main__.main(["--size", "tiny", "--rerun", "--methods", "SOAP", "--out", str(folder)])
+
+
+def test_finals_may_be_longer_than_the_trials_that_chose_their_settings(folder, monkeypatch):
+    size = SIZES["tiny"]
+    longer = replace(size, stretch=2 * size.stretch, searched=size.stretch)
+    runs = Runs(folder / "runs.jsonl")
+    for task in size.tasks:
+        new = list(search.missing(runs, task, METHODS, longer))
+        finals = [t for t in new if t.stage == "final"]
+        assert {t.stage for t in new} <= {"final", "bytes"}  # nothing is searched again
+        assert {t.steps for t in finals} == {search.steps(task, longer)}
+        for method in METHODS:
+            known = [t for t, _ in runs if (t.task, t.method, t.stage) == (task, method, "final")]
+            own = [t.setting for t in finals if t.method == method]
+            assert all(t.setting in own for t in known)
 
 
 def test_hours_are_those_of_two_cores(tmp_path, capsys):
