@@ -259,7 +259,7 @@ def change(rows: list[Row]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="of every run; for tests")
     parser.add_argument("--out", type=Path, default=common.OUT)
     given = parser.parse_args(arguments)
