@@ -37,9 +37,10 @@ def precondition_by_products(KK: Operator, CC: Operator, G: Tensor) -> Tensor:
 def takes_apart(KK: Operator | None, CC: Operator | None) -> bool:
     """Whether :func:`precondition_apart` costs less than a copy of the columns side by side.
 
-    Not in low precision, where a sum of two products is rounded twice, nor for a dense product.
+    Not on a GPU, where it launches more kernels, nor in low precision, where a sum of two products
+    is rounded twice, nor for a dense product.
     """
-    if KK is None or CC is None or isinstance(KK, Dense):
+    if KK is None or CC is None or isinstance(KK, Dense) or KK.device.type != "cpu":
         return False
     return KK.rows_apart and {KK.dtype, CC.dtype} <= {torch.float32, torch.float64}
 

@@ -116,9 +116,9 @@ class Holding:
     def scaled(self, kept: Kept, scale: Tensor) -> list[list[Tensor]]:
         """:meth:`parts` of what :meth:`scale_` makes; ``kept`` is given up.
 
-        A step reads every part as one piece of memory, and so it is written here.
+        On a CPU a step reads every part as one piece of memory, and so it is written here.
         """
-        if len(kept) == 1 and self.matrices[0].bias is not None:
+        if len(kept) == 1 and self.matrices[0].bias is not None and kept[0].is_cpu:
             by = leading(scale, kept[0])
             return self.parts([kept[0][..., :-1] * by, kept[0][..., -1:] * by])
         self.scale_(kept, scale)
