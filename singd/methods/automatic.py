@@ -156,6 +156,12 @@ class Automatic(InverseFree):
         """As with K and C, once they are there."""
         return not isinstance(factors, CountedCovariances) and super().is_apart(factors, products)
 
+    def apply_apart(
+        self, factors: Any, G: Tensor, g: Tensor, products: Products
+    ) -> tuple[Tensor, Tensor]:
+        """That of K and C."""
+        return super().apply_apart(factors, G, g, products)
+
     def roots(self, factors: Any) -> tuple[StructuredMatrix, StructuredMatrix] | None:
         """K and C; none before structures are chosen."""
         return None if isinstance(factors, CountedCovariances) else super().roots(factors)

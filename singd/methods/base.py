@@ -170,13 +170,20 @@ class Method(ABC):
         raise NotImplementedError(f"{type(self).__name__} mixes all rows")
 
     def is_apart(self, factors: Any, products: Products) -> bool:
-        """Whether :meth:`apply_apart` costs less than gradients with biases as last columns."""
+        """Whether :meth:`apply_apart` costs less than :meth:`precondition` of both joined.
+
+        Args:
+            factors: Factors of equal matrices, whose numbers do not matter.
+            products: What :meth:`products` made of them.
+        """
         return False
 
     def apply_apart(
         self, factors: Any, G: Tensor, g: Tensor, products: Products
     ) -> tuple[Tensor, Tensor]:
         """The direction for columns in two parts, as :meth:`precondition` of both side by side.
+
+        Both are new tensors: gradients, which may be those of the parameters, are not written to.
 
         Args:
             factors: Factors of equal matrices.
@@ -186,14 +193,22 @@ class Method(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} takes weights and biases together")
 
-    def speaks_for(self, name: str) -> bool:
-        """Whether another form of a direction is that of :meth:`precondition`.
+    def speaks_for(self, *names: str) -> bool:
+        """Whether methods say of directions what :meth:`precondition` does.
 
-        Not where a subclass has replaced :meth:`precondition` and inherits the method ``name``.
+        Not where a subclass, or this object, has replaced that one and inherits one of them.
+
+        Args:
+            names: Names of methods that make directions in another way, or say whether they can.
         """
-        both = (name, "precondition")
-        owners = [next(c for c in type(self).__mro__ if n in vars(c)) for n in both]
-        return issubclass(*owners)
+        if "precondition" in vars(self):
+            return False
+        order = type(self).__mro__
+        last, *places = (
+            next(i for i, c in enumerate(order) if name in vars(c))
+            for name in ("precondition", *names)
+        )
+        return all(place <= last for place in places)
 
     def separable(self, factors: Any, side: Side, options: Options, *, whole: bool) -> int | None:
         """How many neighbours of a side are a block that ranks may share (of ``whole`` columns)."""

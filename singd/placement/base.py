@@ -25,7 +25,7 @@ class Work:
 
     Attributes:
         matrices: Matrices with a gradient.
-        is_apart: Whether those of biases, the last columns, are best given apart.
+        is_apart: Whether gradients of weights and biases are best given apart.
         apply: Makes their directions of gradients ``[matrices, ..., d_out, d_in]``.
         apply_input: The half of it that may be given some rows; what it makes may be wider.
         apply_grad: The other half, which may be given some columns.

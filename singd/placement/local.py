@@ -102,7 +102,8 @@ class LocalHolding(Holding):
 
     def keep(self, whole: Kept) -> Kept:
         """What is held of ``[matrices, ..., d_out, d_in]``, a vector."""
-        split = [m.split(t) for m, t in zip(self.matrices, whole[0].unbind(), strict=True)]
+        (joined,) = whole
+        split = [m.split(t) for m, t in zip(self.matrices, joined.unbind(), strict=True)]
         parts = {
             slot: part[slot.box]
             for slots, parts in zip(self._local, split, strict=True)

@@ -36,7 +36,7 @@ def demand_of(method: Method, matrix: WeightMatrix, factors: Factors, group: Opt
         update=sum(6.0 * count * side.n for count, side in pairs),
         interval=group["T"],
         needs_factors=method.needs_factors(factors, group),
-        is_split=method.is_split and method.speaks_for("apply_input"),
+        is_split=method.is_split and method.speaks_for("apply_input", "apply_grad"),
         mixed_rows=method.mixed_rows(factors) if method.speaks_for("mixed_rows") else None,
         separable=separable,
         scattered=counts[1] * max(item, 4) if separable else 0,

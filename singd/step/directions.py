@@ -30,10 +30,9 @@ from singd.update import kl_scale
 class Direction:
     """Equal matrices with a gradient, and what their parameters move along.
 
-    Gradients and directions are what this rank holds of them: all, ``[matrices, ..., d_out, d_in]``
-    side by side, unless parameters are sharded. Gradients are there if :func:`reads_gradients`.
-    Directions that grafting gave another length are there as ``parts`` alone, parameter by
-    parameter.
+    Gradients and directions are what this rank holds of them, as :class:`~singd.placement.Holding`
+    says. Gradients are there if :func:`reads_gradients`. Values are given up where their parts,
+    parameter by parameter, are no views of them.
     """
 
     matrices: list[WeightMatrix]
@@ -106,7 +105,7 @@ def precondition(
 
 def _is_apart(method: Method, proposal: Proposal) -> bool:
     """Whether directions are best made of weights and biases apart."""
-    if proposal.batch.matrices[0].bias is None or not method.speaks_for("is_apart"):
+    if proposal.batch.matrices[0].bias is None or not method.speaks_for("is_apart", "apply_apart"):
         return False
     return method.is_apart(proposal.stored.like, proposal.products)
 
@@ -120,13 +119,13 @@ def _apply(
 ) -> Any:
     """A function of the method, of the factors of some matrices of a batch and of gradients."""
     stored, products = proposal.batch.select(some, proposal.stored, proposal.products)
-    return function(stored.factors(), *G, products, **rows)
+    return function(stored.factors(), *G, products, *rows.values())
 
 
 def graft(
     directions: Sequence[Direction], placement: Placement, state: State, adamw: Mapping[str, Any]
 ) -> None:
-    """Give directions another length, where the group asks for it; then all have their parts.
+    """Give directions another length, where the group asks for it, and all of them their parts.
 
     Args:
         directions: Directions, which are changed.
@@ -135,14 +134,14 @@ def graft(
         adamw: Options of AdamW.
     """
     for d in directions:
-        wanted = graft_of(d.group)
         if d.value is None:
             continue
+        wanted = graft_of(d.group)
         if wanted is not None:
             d.made_norms, scale, d.averages = grafting(
                 d.value, d.gradient, d.holding, placement, wanted, state, adamw
             )
-            if d.group["kl_clip"] is None:
+            if d.gradient is None:  # or else copies of both would stand beside it
                 d.parts, d.value = d.holding.scaled(d.value, scale), None
                 continue
             d.holding.scale_(d.value, scale)

@@ -238,7 +238,8 @@ class FactorStore:
             rows = None if part is None else (part.side, part.rows.start, part.rows.stop)
             if part is not None:
                 self._templates[matrix] = self.template(matrix, groups[matrix])
-            key = (group, matrix.shape, self._structures[matrix], dtype, device, own, rows)
+            shape = matrix.shape, matrix.bias is None  # which counts as one more input
+            key = (group, shape, self._structures[matrix], dtype, device, own, rows)
             alike.setdefault(key, []).append(matrix)
         self.batches, self._batch_of = [], {}
         for matrices in alike.values():

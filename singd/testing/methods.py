@@ -19,10 +19,12 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
+from singd.methods.base import Method
 from singd.optimizer import KroneckerOptimizer
 
 Make = Callable[..., KroneckerOptimizer]
@@ -128,6 +130,24 @@ def pure(make: Make) -> None:
     _assert_same("weights and state after a skipped step", before, after, exactly=True)
 
 
+def apart(make: Make) -> None:
+    """Weights and biases that are given apart train as both joined do, and gradients stay."""
+    model, other = _network(), _network()
+    batches = _batches(3)
+    with patch.object(Method, "speaks_for", return_value=False):
+        joined = make(other, None)
+        for batch in batches:
+            _train(other, joined, [batch])
+    optimizer = make(model, None)
+    for x, y in batches:
+        optimizer.zero_grad()
+        _backward(model, x, y)
+        before = [_grad(p).clone() for p in model.parameters()]
+        optimizer.step()
+        _assert_same("gradients", before, [_grad(p) for p in model.parameters()], exactly=True)
+    _assert_same("weights and biases", list(other.parameters()), list(model.parameters()))
+
+
 def meta_shapes(make: Make) -> None:
     """``init`` on the meta device has the shapes of the state: the plan tells its bytes."""
     model = _network()
@@ -176,6 +196,7 @@ LAWS: Mapping[str, Law] = MappingProxyType(
             micro_batches,
             no_statistics,
             pure,
+            apart,
             meta_shapes,
             round_trip,
             low_precision,

@@ -89,6 +89,32 @@ def test_apart_and_joined_train_alike(
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.booleans()), min_size=1, max_size=4),
+    st.sampled_from(["diagonal", "dense"]),
+)
+def test_layers_train_as_each_alone_whichever_of_them_have_biases(
+    layers: list[tuple[int, bool]], spec: str
+) -> None:
+    """A bias counts as an input: matrices of one shape may be of layers with and without."""
+
+    def train(alone: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        sizes = [4, *(n for n, _ in layers)]
+        linear = [nn.Linear(sizes[i], n, bias=bias).double() for i, (n, bias) in enumerate(layers)]
+        model = nn.Sequential(*linear)
+        groups = [{"params": list(layer.parameters())} for layer in linear]
+        optimizer = SINGD(model, groups if alone else None, structures=(spec, spec), T=1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.randn(6, 4, dtype=torch.float64)).square().mean().backward()
+            optimizer.step()
+        return list(model.parameters())
+
+    for together, alone in zip(train(alone=False), train(alone=True), strict=True):
+        torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("spec", ["diagonal", "block_diagonal(2)", "hierarchical(1, 2)"])
 def test_they_are_made_apart_where_that_saves_copies(
     spec: str, monkeypatch: pytest.MonkeyPatch

@@ -97,6 +97,19 @@ class WritesInPlace(InverseFree):
             yield from super().update_all([stack], options, step)
 
 
+class BiasTwice(InverseFree):
+    """Moves biases twice as far where they are given apart."""
+
+    def is_apart(self, factors: Any, products: Products) -> bool:
+        return True
+
+    def apply_apart(
+        self, factors: Any, G: Tensor, g: Tensor, products: Products
+    ) -> tuple[Tensor, Tensor]:
+        D = self.precondition(factors, torch.cat([G, g], -1), products)
+        return D[..., :-1].contiguous(), 2 * D[..., -1:]
+
+
 class OtherShapes(InverseFree):
     """More is stored than the meta device says."""
 
@@ -137,6 +150,7 @@ BROKEN = {
     "stack": Mixes,
     "micro_batches": CountsUses,
     "pure": WritesInPlace,
+    "apart": BiasTwice,
     "meta_shapes": OtherShapes,
     "round_trip": Remembers,
     "low_precision": OverflowsInHalf,
@@ -169,10 +183,28 @@ class Doubles(InverseFree):
         return 2 * super().precondition(factors, G, products)
 
 
-def test_a_direction_that_a_subclass_replaces_is_the_one_that_is_taken() -> None:
+class SaysApart(Doubles):
+    """Says anew where weights and biases are given apart, and inherits how."""
+
+    def is_apart(self, factors: Any, products: Products) -> bool:
+        return super().is_apart(factors, products)
+
+
+def doubling() -> InverseFree:
+    """One whose direction is replaced on the object."""
+    method = InverseFree()
+    made = method.precondition
+    method.precondition = lambda *args: 2 * made(*args)  # type: ignore[method-assign]
+    return method
+
+
+@pytest.mark.parametrize("other", [Doubles, SaysApart, doubling])
+def test_a_direction_that_is_replaced_is_the_one_that_is_taken(
+    other: Callable[[], InverseFree],
+) -> None:
     """Also where another form of it would cost less: of weights and biases apart."""
     directions = []
-    for method in (InverseFree, Doubles):
+    for method in (InverseFree, other):
         torch.manual_seed(0)
         model = torch.nn.Linear(4, 3)
         structures = ("diagonal", "diagonal")
