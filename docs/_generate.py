@@ -134,7 +134,7 @@ def pages() -> dict[Path, str]:
     parts = {
         README: {
             "why": face.why(results),
-            "suite": f"{suite.worst(results)}\n{equal_trials.others()}",
+            "suite": f"{suite.worst(results)}\n{equal_trials.said()}",
             "structures": face.table(),
             "gpus": face.gpus(),
         },

@@ -167,9 +167,16 @@ def share(results: Results) -> str:
 
 def summary(results: Results) -> dict[str, Any]:
     """What the README says."""
+    losses = {
+        t: fmean(results.losses("one setting", t, OURS)) / results.target[t]
+        for t in results.tasks
+        if (t, OURS) in results.done
+    }
+    worst = max(losses, key=lambda t: losses[t], default="")
     return {
         "tasks": len(results.tasks),
         "seeds": results.size.seeds,
+        "worst with nothing searched": [worst, round(losses.get(worst, math.nan), 3)],
         **{kind: {k: len(v) for k, v in standing(results, kind).items()} for kind in KINDS},
         "lower than SINGD when tuned": {
             method: sum(results.ahead("tuned", t, method, OURS) for t in results.tasks)
