@@ -55,8 +55,9 @@ def hours(runs: Runs, size: Size, cases: Sequence[tuple[str, str]]) -> str:
             if (trial.task, trial.method) == (task, method) and row.get("seconds")
         ]
         if known:
-            count = 1 + size.points * len(size.wider) + 2 * size.seeds
-            total += count * search.steps(task, size) * median(known)
+            trials = search.searched(task, method, size, len(size.wider))
+            steps = sum(trial.steps for trial in trials) + 2 * size.seeds * search.steps(task, size)
+            total += steps * median(known)
         else:
             unknown.append(task)
     names = ", ".join(dict.fromkeys(unknown))

@@ -47,6 +47,8 @@ class Sharded(OwnDirections, DataParallel):
             parameter is not sharded.
     """
 
+    has_shards = True
+
     def __init__(
         self, model: nn.Module, data: Sequence[Any], places: Any, averages_gradients: bool
     ) -> None:
@@ -62,8 +64,6 @@ class Sharded(OwnDirections, DataParallel):
         self._modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self._whole: dict[WeightMatrix, list[Tensor]] = {}
         self._exchanges: dict[tuple[WeightMatrix, ...], Exchange] = {}
-
-    has_shards = True
 
     def place(
         self, layouts: Mapping[WeightMatrix, Any], demand: Callable[[WeightMatrix], Demand]

@@ -31,15 +31,15 @@ class Direction:
     """Equal matrices with a gradient, and what their parameters move along.
 
     Gradients and directions are what this rank holds of them, as :class:`~singd.placement.Holding`
-    says. Gradients are there if :func:`reads_gradients`. Values are given up where their parts,
-    parameter by parameter, are no views of them.
+    says. Gradients are there if :func:`reads_gradients`. Values are given up, and empty, where
+    their parts, parameter by parameter, are no views of them.
     """
 
     matrices: list[WeightMatrix]
     group: Group
     holding: Holding
     gradient: Kept | None
-    value: Kept | None
+    value: Kept
     parts: list[list[Tensor]] = field(default_factory=list)  # of the value, of every matrix
     scale: Tensor | None = None  # what the step multiplies directions by
     made_norms: Tensor | None = None  # of directions as they were made, if grafting needed them
@@ -134,15 +134,13 @@ def graft(
         adamw: Options of AdamW.
     """
     for d in directions:
-        if d.value is None:
-            continue
         wanted = graft_of(d.group)
         if wanted is not None:
             d.made_norms, scale, d.averages = grafting(
                 d.value, d.gradient, d.holding, placement, wanted, state, adamw
             )
             if d.gradient is None:  # or else copies of both would stand beside it
-                d.parts, d.value = d.holding.scaled(d.value, scale), None
+                d.parts, d.value = d.holding.scaled(d.value, scale), []
                 continue
             d.holding.scale_(d.value, scale)
         d.parts = d.holding.parts(d.value)
@@ -165,7 +163,7 @@ def scale_by_kl(directions: Sequence[Direction], placement: Placement) -> Tensor
         products = [
             inner_product(x, y)
             for d in same
-            if d.value is not None and d.gradient is not None
+            if d.gradient is not None
             for x, y in zip(d.holding.counted(d.value), d.holding.counted(d.gradient), strict=True)
         ]
         sums.append(peak_lr(group) ** 2 * total(products))

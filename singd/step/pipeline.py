@@ -147,7 +147,7 @@ def _made(
     made += [_values(local(p.grad)) for _, some in others for p in some if p.grad is not None]
     if quadratic is None:
         for d in directions:
-            made += (d.value or []) if d.made_norms is None else [d.made_norms]
+            made += d.value if d.made_norms is None else [d.made_norms]
     else:
         made.append(quadratic)
     return [t for t in made if t.numel()]
