@@ -37,11 +37,11 @@ class SINGD(KroneckerOptimizer):
             m_C alike                                          (kfac_like: 1 for the means)
             K, C = K (I - lr_cov m_K), C (I - lr_cov m_C)      ||lr_cov m|| <= factor_clip
         D = C C^T grad K K^T
-        D = 0.2 D / rms(D)                                     rms: root mean square
-        b = momentum b + D
+        D = 0.2 D / rms(D)                                     rms: root mean square, over
+        b = momentum b + D                                     the steps that b averages
         W = (1 - lr weight_decay) W - lr b
 
-    No matrix is inverted or decomposed. A direction has the same length whatever the gradient's, so
+    No matrix is inverted or decomposed. The length of a step does not depend on the gradient's, so
     ``lr`` means about what it means in AdamW, which trains every other parameter at that rate. The
     loss may be multiplied by any number: K and C start at the scale of the first statistics, and
     ``damping`` is relative to them. The paper's bare rule is ``lr=0.1, structures=("dense",
@@ -109,10 +109,11 @@ class SINGD(KroneckerOptimizer):
             for the paper's bare rule.
         normalize_lr_cov: Divide ``lr_cov`` by the largest entry of the factor's momentum where that
             exceeds 1.
-        graft: Length of every weight's direction: a root mean square of 0.2 (``"rms"``), the norm
-            of the gradient (``"sgd"``) or of AdamW's step (``"adamw"``, with the options ``adamw``;
-            its averages are stored as well), or as the curvature makes it (``None``). ``"auto"`` is
-            ``"rms"``, or ``None`` where ``kl_clip`` is given.
+        graft: Length of every weight's direction: a root mean square of 0.2 over the steps that
+            ``momentum`` averages (``"running"``), or in every step (``"rms"``); the norm of the
+            gradient (``"sgd"``) or of AdamW's step (``"adamw"``, with the options ``adamw``; its
+            averages are stored as well); or as the curvature makes it (``None``). ``"auto"`` is
+            ``"running"``, or ``None`` where ``kl_clip`` is given.
         max_skipped: Steps in a row that may be skipped since a gradient or statistic was not
             finite, before that is an error. On a GPU a step does not wait for the device: that it
             was skipped is known at the next one, or as soon as ``skipped`` is asked for. ``None``

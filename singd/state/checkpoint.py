@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from singd.ops.storage import recognize
+from singd.step.entries import is_count
 from structured import Structure, parse
 
 Group = Mapping[str, Any]
@@ -229,6 +230,8 @@ def shapes(value: Any) -> Any:
 def copied(value: Any, key: str, p: Tensor) -> Any:
     """A copy on the device of ``p``; the next step puts counters where they belong."""
     if isinstance(value, Tensor):
-        is_counter = key == "step"
-        return value.to(torch.float32 if is_counter else p.device, copy=True)
+        if key == "step":
+            return value.to(torch.float32, copy=True)
+        dtype = torch.promote_types(value.dtype, torch.float32) if is_count(key) else value.dtype
+        return value.to(p.device, dtype, copy=True)
     return [copied(v, key, p) for v in value] if isinstance(value, list) else value

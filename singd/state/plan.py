@@ -12,6 +12,7 @@ from singd.capture.weight_matrix import WeightMatrix, owners_of
 from singd.methods.flops import Flops, flops_of
 from singd.ops.dtensor import is_distributed, local
 from singd.step import grafting
+from singd.step.groups import graft_of
 from singd.step.pipeline import Parts
 
 
@@ -122,6 +123,9 @@ def make_plan(rule: str, parts: Parts) -> Plan:
                 stored = nbytes(p) if group["momentum"] else 0
                 if group["graft"] == "adamw":
                     stored += len(grafting.state_names("adamw")) * nbytes(p) + counter
+                if graft_of(group) == "running":
+                    own_weight = sum(matrix.weight is p for matrix in ours[p])
+                    stored += own_weight * nbytes(grafting.no_norms(p))
                 for matrix in ours[p]:
                     own = parameters.group_of[matrix.weight]
                     structures = ", ".join(map(str, store.structures(matrix, own)))

@@ -18,7 +18,7 @@ from singd.ops.reductions import inner_product, total
 from singd.ops.stochastic_rounding import Rounding
 from singd.placement import Holding, Kept, Placement, Slot, Work
 from singd.step.batch import Proposal
-from singd.step.entries import State
+from singd.step.entries import State, is_count
 from singd.step.grafting import grafting
 from singd.step.groups import Group, graft_of, peak_lr
 from singd.step.parameters import Parameters
@@ -137,7 +137,14 @@ def graft(
         wanted = graft_of(d.group)
         if wanted is not None:
             d.made_norms, scale, d.averages = grafting(
-                d.value, d.gradient, d.holding, placement, wanted, state, adamw
+                d.value,
+                d.gradient,
+                d.holding,
+                placement,
+                wanted,
+                d.group["momentum"],
+                state,
+                adamw,
             )
             if d.gradient is None:  # or else copies of both would stand beside it
                 d.parts, d.value = d.holding.scaled(d.value, scale), []
@@ -187,7 +194,10 @@ def write_averages(directions: Sequence[Direction], state: State, unless: Tensor
         for p, averages in d.averages.items():
             for name, new in averages.items():
                 old = state[p].get(name)
-                target = _like(p, new) if old is None else old.to(new.device)
+                if old is None:
+                    target = _like(p, name, new)
+                else:
+                    target = old.to(new) if is_count(name) else old.to(new.device)
                 write_(local(target), new, unless)
                 state[p][name] = target
 
@@ -245,9 +255,9 @@ def move_parameters(
         )
 
 
-def _like(p: Tensor, new: Tensor) -> Tensor:
+def _like(p: Tensor, name: str, new: Tensor) -> Tensor:
     """Zeros for what is stored of ``p``, or for a counter of it."""
-    return torch.zeros_like(p if is_distributed(p) and new.ndim else new)
+    return torch.zeros_like(p if is_distributed(p) and not is_count(name) else new)
 
 
 def _buffer(p: Tensor, state: State) -> Tensor:

@@ -15,9 +15,18 @@ from singd.ops.storage import Form, recognize
 State = MutableMapping[Any, dict[str, Any]]
 
 
+GRAFT_NORM = "graft_norm"
+"""The member of the state that :mod:`singd.step.grafting` writes for every matrix."""
+
+
 def state_key(matrix: WeightMatrix, name: str) -> str:
     """The key of a member of ``matrix`` in the state of its weight."""
     return f"{matrix.label}.{name}" if matrix.label else name
+
+
+def is_count(key: str) -> bool:
+    """Whether an entry keeps a data type of its own, as counters and norms do."""
+    return key == "step" or key.rpartition(".")[2] == GRAFT_NORM
 
 
 def are_same(value: Any, views: Sequence[Tensor]) -> bool:

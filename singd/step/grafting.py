@@ -5,26 +5,37 @@ al., "Muon is Scalable for LLM Training", arXiv 2502.16982, Section 2.2), or tha
 another method. It is taken matrix by matrix, over weight and bias together. Source: Agarwal et al.,
 "Disentangling Adaptive Gradient Methods from Learning Rates", arXiv 2002.11803; so does Distributed
 Shampoo, arXiv 2309.06497, Section 3.
+
+Momentum averages directions over steps. If all have one length, a batch that the model fits counts
+there as much as one that it does not, and a model that fits its data becomes ever surer of it. So
+the length is that of a running mean over the steps that momentum averages, with the same weights::
+
+    v = (sum_k beta^k |D_{t-k}|^2) / (sum_k beta^k)         beta: the momentum
+    D = 0.2 sqrt(numel) D / sqrt(v)
+
+AdamW, Muon and SOAP average gradients first and give the average a length, which comes to the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from singd.capture.weight_matrix import WeightMatrix
 from singd.ops.dtensor import local
 from singd.placement import Holding, Kept, Placement
+from singd.step.entries import GRAFT_NORM, state_key
 from singd.step.fallback import adamw_directions
 from singd.step.groups import counter_device
 
 RMS = 0.2
-"""Root mean square of a direction under ``"rms"``."""
+"""Root mean square of a direction under ``"running"`` and ``"rms"``."""
 
 Averages = dict[Tensor, dict[str, Tensor]]
-"""New moving averages of gradients, and counters, by parameter."""
+"""New moving averages, and counters, by parameter."""
 
 
 def state_names(graft: str | None) -> tuple[str, ...]:
@@ -38,12 +49,19 @@ def init(p: Tensor) -> dict[str, Tensor]:
     return {"step": step, **{name: torch.zeros_like(p) for name in state_names("adamw")}}
 
 
+def no_norms(like: Tensor) -> Tensor:
+    """What is stored of the norms of a matrix before any step."""
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return torch.zeros(2, dtype=wide, device=like.device)
+
+
 def grafting(
     directions: Kept,
     gradients: Kept | None,
     holding: Holding,
     placement: Placement,
     graft: str,
+    momentum: float,
     state: Mapping[Any, Mapping[str, Any]],
     adamw: Mapping[str, Any],
 ) -> tuple[Tensor, Tensor, Averages]:
@@ -51,11 +69,13 @@ def grafting(
 
     Args:
         directions: Directions of equal matrices, as far as they are held; not changed.
-        gradients: Their gradients likewise; ``"rms"`` needs none.
+        gradients: Their gradients likewise; ``"running"`` and ``"rms"`` need none.
         holding: What is held; parameters without a gradient do not count.
         placement: Completes norms.
-        graft: ``"rms"``, a root mean square of :data:`RMS`; ``"sgd"``, the norm of the gradient;
-            ``"adamw"``, that of AdamW's step at a rate of one without weight decay.
+        graft: ``"running"``, a root mean square of :data:`RMS` over the steps that momentum
+            averages; ``"rms"``, in every step; ``"sgd"``, the norm of the gradient; ``"adamw"``,
+            that of AdamW's step at a rate of one without weight decay.
+        momentum: Momentum of the parameters.
         state: State of the optimizer; not changed.
         adamw: Options of AdamW.
 
@@ -64,9 +84,11 @@ def grafting(
         for the state, by parameter.
     """
     averages: Averages = {}
-    norms = placement.complete_norms(holding.norms(directions))
-    if graft == "rms":
+    norms = made = placement.complete_norms(holding.norms(directions))
+    if graft in ("running", "rms"):
         lengths = _lengths(holding, norms)
+        if graft == "running":
+            made, averages = _running(norms, momentum, holding.matrices, state)
     elif graft == "sgd":
         assert gradients is not None, "held where they are read"
         lengths = placement.complete_norms(holding.norms(gradients))
@@ -85,8 +107,31 @@ def grafting(
             for own, parts in zip(holding.slots, holding.parts(directions), strict=True)
         ]
         lengths = placement.complete_norms(holding.norms_of(wanted))
-    scale = lengths / norms.clamp(min=torch.finfo(norms.dtype).tiny ** 0.5)
+    scale = lengths / made.clamp(min=torch.finfo(norms.dtype).tiny ** 0.5)
     return norms, scale.to(directions[0].dtype), averages
+
+
+def _running(
+    norms: Tensor,
+    momentum: float,
+    matrices: Sequence[WeightMatrix],
+    state: Mapping[Any, Mapping[str, Any]],
+) -> tuple[Tensor, Averages]:
+    """Root mean squares of norms over the steps that momentum averages, ``[matrices]``.
+
+    Stored of every matrix are the root of the sum of squares, and the sum of the weights.
+    """
+    keys = [state_key(matrix, GRAFT_NORM) for matrix in matrices]
+    unset = no_norms(norms)
+    before = [state[m.weight].get(k, unset) for m, k in zip(matrices, keys, strict=True)]
+    squares, weights = torch.stack([t.to(norms) for t in before]).unbind(-1)
+    squares = torch.hypot(squares * momentum**0.5, norms)
+    weights = weights * momentum + 1
+    averages: Averages = {}
+    new = torch.stack([squares, weights], -1).unbind()
+    for matrix, key, both in zip(matrices, keys, new, strict=True):
+        averages.setdefault(matrix.weight, {})[key] = both
+    return squares / weights.sqrt(), averages
 
 
 def _copied(p: Tensor, entry: Mapping[str, Any]) -> dict[str, Tensor]:

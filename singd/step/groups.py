@@ -17,7 +17,7 @@ LOSS_AVERAGES = (None, "batch", "batch+sequence")
 MOVING = ("params", "lr", "peak_lr", "step", "handed_over")
 """What changes from step to step by itself."""
 
-GRAFTS = ("auto", None, "rms", "sgd", "adamw")
+GRAFTS = ("auto", None, "running", "rms", "sgd", "adamw")
 
 
 def parameter_of(given: Any) -> Any:
@@ -118,11 +118,15 @@ def counters(group: Group) -> Group:
 
 
 def graft_of(group: Group) -> str | None:
-    """Whose length directions have: ``"auto"`` is ``"rms"``, unless ``kl_clip`` bounds them."""
-    if group["graft"] != "auto":
-        graft: str | None = group["graft"]
-        return graft
-    return "rms" if group["kl_clip"] is None else None
+    """Whose length directions have.
+
+    ``"auto"`` is ``"running"``, unless ``kl_clip`` bounds them; without a momentum there are no
+    steps that it averages, and ``"running"`` is ``"rms"``.
+    """
+    graft: str | None = group["graft"]
+    if graft == "auto":
+        graft = "running" if group["kl_clip"] is None else None
+    return "rms" if graft == "running" and not group["momentum"] else graft
 
 
 def sees_scale(group: Group) -> bool:

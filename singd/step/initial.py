@@ -10,8 +10,8 @@ from torch import Tensor
 
 from singd.ops.dtensor import local
 from singd.step import grafting
-from singd.step.entries import State, state_key
-from singd.step.groups import Group
+from singd.step.entries import GRAFT_NORM, State, state_key
+from singd.step.groups import Group, graft_of
 from singd.step.pipeline import Parts
 
 
@@ -28,6 +28,7 @@ def expected_values(parts: Parts, p: Tensor, group: Group) -> dict[str, Any]:
     found |= dict.fromkeys(["exp_avg", "exp_avg_sq", "max_exp_avg_sq"], p)
     for matrix in parts.parameters.matrices:
         if matrix.weight is p:
+            found[state_key(matrix, GRAFT_NORM)] = torch.zeros(2)
             factors = parts.store.template(matrix, group)
             for name, member in factors.members().items():
                 found[state_key(matrix, name)] = list(member.tensors())
@@ -59,3 +60,6 @@ def make_state(parts: Parts, state: State) -> None:
                 state[p]["momentum_buffer"] = torch.zeros_like(p)
             if group["graft"] == "adamw":
                 state[p] |= grafting.init(p)
+        if graft_of(group) == "running":
+            entry = state[matrix.weight]
+            entry[state_key(matrix, GRAFT_NORM)] = grafting.no_norms(matrix.weight)

@@ -18,6 +18,7 @@ from singd.capture.weight_matrix import (
 from singd.layers import OPTIONAL
 from singd.methods.options import choice
 from singd.ops.dtensor import is_distributed
+from singd.step.entries import is_count
 from singd.step.groups import Group, counter_device
 
 State = MutableMapping[Any, dict[str, Any]]
@@ -225,5 +226,7 @@ def _follow(p: Tensor, entry: dict[str, Any]) -> None:
     for name, value in entry.items():
         if name == "step":
             entry[name] = value.to(counter_device(p))
+        elif isinstance(value, Tensor) and is_count(name):
+            entry[name] = value.to(p.device)
         elif isinstance(value, Tensor):
             entry[name] = value.to(device=p.device, dtype=p.dtype)
