@@ -73,11 +73,8 @@ def both(structure: str) -> Make:
     return singd((structure, structure))
 
 
-METHODS: dict[str, Make] = {
-    "SGD": sgd,
-    "AdamW": adamw,
-    "Muon": muon,
-    "SOAP": soap,
+OF_OTHERS: dict[str, Make] = {"SGD": sgd, "AdamW": adamw, "Muon": muon, "SOAP": soap}
+OURS: dict[str, Make] = {
     "KL-Shampoo": kl_shampoo,
     "KFAC": kfac,
     "IKFAC": ikfac,
@@ -89,4 +86,22 @@ METHODS: dict[str, Make] = {
     "SINGD auto": singd("auto"),
     "SINGD": singd(),
 }
+
+CONSTANT = " (rms)"
+"""Added to the name of a method whose directions all have one length."""
+
+
+def constant(make: Make) -> Make:
+    """The method with ``graft="rms"``."""
+
+    def made(model: nn.Module, s: Mapping[str, float]) -> Any:
+        optimizer = make(model, s)
+        for group in optimizer.param_groups:
+            group["graft"] = "rms"
+        return optimizer
+
+    return made
+
+
+METHODS = OF_OTHERS | {name + CONSTANT: constant(make) for name, make in OURS.items()} | OURS
 """One entry is one row; nothing else has to be changed for a further one."""

@@ -28,7 +28,7 @@ from functools import cache
 
 from scipy.stats import qmc
 
-from benchmarks.evidence.methods import METHODS
+from benchmarks.evidence.methods import CONSTANT, METHODS
 
 Setting = dict[str, float]
 
@@ -131,7 +131,7 @@ OTHERS: dict[str, dict[str, Range]] = {
     "KFAC": SECOND_ORDER | {"damping": Range(1e-6, 1e-1)},  # in units of the curvature
     "IKFAC": SECOND_ORDER,
 }
-RANGES = {name: OTHERS.get(name, INVERSE_FREE) for name in METHODS}
+RANGES = {name: OTHERS.get(name.removesuffix(CONSTANT), INVERSE_FREE) for name in METHODS}
 
 # The settings with nothing searched: one rate for all but SGD, otherwise each one's own defaults.
 COMMON = {"rate": 3e-3, "decay": 0.01, "warmup": 0.05}
@@ -145,7 +145,7 @@ OWN: dict[str, Setting] = {
     "IKFAC": {"averaging": 0.3, "momentum": 0.9, "damping": 1e-3},
 }
 DEFAULTS = {"averaging": 0.3, "momentum": 0.0, "damping": 1e-3}  # of INGD and SINGD
-FIXED = {name: COMMON | OWN.get(name, DEFAULTS) for name in METHODS}
+FIXED = {name: COMMON | OWN.get(name.removesuffix(CONSTANT), DEFAULTS) for name in METHODS}
 
 
 @cache

@@ -15,6 +15,7 @@ from singd.methods.base import Options, Sent
 from singd.methods.covariances import CountedCovariances
 from singd.methods.flops import flops_of
 from singd.methods.inverse_free import InverseFree
+from singd.methods.options import graft_of
 from singd.methods.sent import Asked, Groups, sending
 from singd.methods.structure_choice import (
     Chosen,
@@ -84,7 +85,9 @@ def limits_within(groups: Groups) -> dict[str, float]:
     weights = sum(math.prod(m.shape) for m, _, _ in matrices)
     momenta = sum(math.prod(m.shape) for m, _, options in matrices if options["momentum"])
     itemsize = max(m.weight.element_size() for m, _, _ in matrices)
+    norms = sum(graft_of(options) == "running" for _, _, options in matrices)
     numbers = state // itemsize if isinstance(state, int) else 2 * state * weights
+    momenta += 2 * norms * max(4 // itemsize, 1)  # two numbers, in float32 at least
     found: dict[str, float] = {"numbers": int(numbers) - momenta}
     if "flops" in limits:
         passes = sum(PASSES * math.prod(m.shape) * both.mean_rows() for m, both, _ in matrices)

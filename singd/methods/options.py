@@ -133,6 +133,18 @@ def within_limit(spec: StructureLike, n: int, name: str, options: Mapping[str, A
     return parse((wide or "diagonal") if limit is not None and n > limit else spec).at(n)
 
 
+def graft_of(options: Mapping[str, Any]) -> str | None:
+    """Whose length directions have.
+
+    ``"auto"`` is ``"running"``, unless ``kl_clip`` bounds them; without a momentum there are no
+    steps that it averages, and ``"running"`` is ``"rms"``.
+    """
+    graft: str | None = options["graft"]
+    if graft == "auto":
+        graft = "running" if options["kl_clip"] is None else None
+    return "rms" if graft == "running" and not options["momentum"] else graft
+
+
 def lr_cov(options: Mapping[str, Any], step: int) -> Any:
     """``beta_1`` at this step; by default 0.03 for each step since the last update, at most 0.3.
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from singd.capture.weight_matrix import WeightMatrix, owners_of
 from singd.methods.flops import Flops, flops_of
+from singd.methods.options import graft_of
 from singd.ops.dtensor import is_distributed, local
 from singd.step import grafting
-from singd.step.groups import graft_of
 from singd.step.pipeline import Parts
 
 

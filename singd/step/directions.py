@@ -12,6 +12,7 @@ from torch import Tensor
 
 from singd.capture.weight_matrix import WeightMatrix
 from singd.methods.base import Method
+from singd.methods.options import graft_of
 from singd.ops.dtensor import is_distributed, local
 from singd.ops.momentum_step import momentum_step_
 from singd.ops.reductions import inner_product, total
@@ -20,7 +21,7 @@ from singd.placement import Holding, Kept, Placement, Slot, Work
 from singd.step.batch import Proposal
 from singd.step.entries import State, is_count
 from singd.step.grafting import grafting
-from singd.step.groups import Group, graft_of, peak_lr
+from singd.step.groups import Group, peak_lr
 from singd.step.parameters import Parameters
 from singd.step.skipping import write_
 from singd.update import kl_scale

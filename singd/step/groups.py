@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd.methods.options import choice, in_range, integer
+from singd.methods.options import choice, graft_of, in_range, integer
 from singd.step.skipping import write_
 
 Group = dict[str, Any]
@@ -115,18 +115,6 @@ def counters(group: Group) -> Group:
         "step": group.get("step", 0),
         "peak_lr": torch.zeros_like(lr) if isinstance(lr, Tensor) else 0.0,
     }
-
-
-def graft_of(group: Group) -> str | None:
-    """Whose length directions have.
-
-    ``"auto"`` is ``"running"``, unless ``kl_clip`` bounds them; without a momentum there are no
-    steps that it averages, and ``"running"`` is ``"rms"``.
-    """
-    graft: str | None = group["graft"]
-    if graft == "auto":
-        graft = "running" if group["kl_clip"] is None else None
-    return "rms" if graft == "running" and not group["momentum"] else graft
 
 
 def sees_scale(group: Group) -> bool:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from singd.methods.options import graft_of
 from singd.ops.dtensor import local
 from singd.step import grafting
 from singd.step.entries import GRAFT_NORM, State, state_key
-from singd.step.groups import Group, graft_of
+from singd.step.groups import Group
 from singd.step.pipeline import Parts
 
 

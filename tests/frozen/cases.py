@@ -78,6 +78,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lr_cov": {"lr_cov": 0.05},
     "lr_cov is a function": {"lr_cov": lambda step: 0.1 / (step + 1)},
     "normalize_lr_cov": {"normalize_lr_cov": True, "alpha1": 0.5},
+    "graft=running": {"graft": "running", "kl_clip": None, "lr": 1e-2},
+    "graft=rms": {"graft": "rms", "kl_clip": None, "lr": 1e-2},
     "graft=sgd": {"graft": "sgd", "kl_clip": None},
     "graft=adamw": {"graft": "adamw", "kl_clip": None, "lr": 1e-2},
     "no products": {"keep_products": False},

@@ -291,7 +291,7 @@ SCENARIOS: dict[str, Callable[[Setting], Ends]] = (
     }
     | {
         f"grafted to {graft}": functools.partial(grafted, graft=graft)
-        for graft in ("rms", "sgd", "adamw")
+        for graft in ("running", "rms", "sgd", "adamw")
     }
 )
 

@@ -53,7 +53,7 @@ SPECS = (
     *("diagonal", "block_diagonal(2)", "block_diagonal(3)", "hierarchical(1, 2)", "dense"),
     *("scaled_identity", "block_upper(dense, diagonal, 2)", "strided(diagonal, dense, 3)"),
 )
-LENGTHS = ("rms", "sgd", "adamw", "kl_clip", "kl_clip and rms")
+LENGTHS = ("running", "rms", "sgd", "adamw", "kl_clip", "kl_clip and rms")
 
 
 def trained(net: str, spec: tuple[str, str], length: str, frozen: bool) -> list[Tensor]:

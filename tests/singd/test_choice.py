@@ -109,7 +109,8 @@ def test_it_stays_within_the_budget_and_is_what_is_stored(budget: float) -> None
     choice = choose_structures(model, losses(model), budget=budget)
     assert list(choice) == ["0.weight", "3.weight", "5.weight"]
     weights = sum(p.numel() for i in (0, 3, 5) for p in model[i].parameters())
-    assert choice.numbers <= choice.limits["numbers"] == int((2 * budget - 1) * weights)
+    norms = 2 * len(choice)  # of directions
+    assert choice.numbers <= choice.limits["numbers"] == int((2 * budget - 1) * weights) - norms
     optimizer = SINGD(model, structures=choice)
     next(losses(model)).backward()
     optimizer.step()

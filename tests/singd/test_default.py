@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -85,8 +86,24 @@ def test_a_loss_times_any_number_is_the_same_run(method: str, scale: float) -> N
     assert difference(scaled, plain) < 1e-7
 
 
-def test_clipped_gradients_are_the_same_run() -> None:
-    assert difference(run(SINGD, clip=1e-4)[0], run(SINGD, clip=torch.inf)[0]) < 1e-6
+def test_clipped_gradients_are_the_same_run_where_every_direction_has_one_length() -> None:
+    def make(model: nn.Module) -> Any:
+        return SINGD(model, graft="rms")
+
+    assert difference(run(make, clip=1e-4)[0], run(make, clip=torch.inf)[0]) < 1e-6
+
+
+@given(factor=st.floats(1e-3, 1e3))
+def test_gradients_times_any_number_are_the_same_run(factor: float) -> None:
+    """Statistics are of the gradients of the loss, and so they do not change."""
+
+    def make(factor: float, model: nn.Module) -> Any:
+        for p in model.parameters():
+            p.register_hook(lambda g: factor * g)
+        return SINGD(model, adamw={"eps": 1e-30})
+
+    scaled, plain = (run(partial(make, number), steps=6)[0] for number in (factor, 1.0))
+    assert difference(scaled, plain) < 1e-6
 
 
 @given(lr=st.floats(1e-6, 1e-1), factor=st.floats(0.01, 1))

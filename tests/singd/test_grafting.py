@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from tests.singd.paper import KFAC, SINGD
 from tests.singd.runs import F64, batches, mean_loss, mlp, snapshot, train
@@ -98,9 +102,92 @@ def test_the_bound_comes_after() -> None:
     )
 
 
-def test_moments_are_counted_saved_and_resumed() -> None:
+def lengths(graft: str | None, momentum: float, scales: Sequence[float]) -> list[dict[str, float]]:
+    """The lengths of the directions of layers that do not move; losses are scaled."""
+    torch.manual_seed(0)
+    model = net()
+    told: list[dict[str, Any]] = []
+    options = OPTIONS | {"lr": 0.0, "momentum": momentum, "telemetry": told.append}
+    optimizer = SINGD(model, graft=graft, **options)
+    for scale, (X, y) in zip(scales, batches(len(scales)), strict=True):
+        optimizer.zero_grad()
+        (scale * mean_loss(model(X), y)).backward()
+        optimizer.step()
+    names = [name for name, entry in told[0].items() if isinstance(entry, dict)]
+    return [{name: float(entry[name]["direction_norm"]) for name in names} for entry in told]
+
+
+@given(
+    st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=6),
+    st.sampled_from([0.0, 0.3, 0.9]),
+)
+def test_a_length_is_relative_to_those_that_momentum_averages(
+    scales: list[float], momentum: float
+) -> None:
+    """And so batches count as they do in an average of directions that were not scaled."""
+    made, given_ = (lengths(graft, momentum, scales) for graft in (None, "running"))
+    numels = {f"{name}.weight": 0 for name, _ in net().named_children()}
+    for name, p in net().named_parameters():
+        numels[name.rpartition(".")[0] + ".weight"] += p.numel()
+    for k, own in enumerate(given_):
+        weights = [momentum ** (k - i) for i in range(k + 1)]
+        for name, length in own.items():
+            squares = sum(w * made[i][name] ** 2 for i, w in enumerate(weights))
+            expected = 0.2 * numels[name] ** 0.5 * made[k][name] / (squares / sum(weights)) ** 0.5
+            assert length == pytest.approx(expected, rel=1e-9)
+
+
+def test_without_momentum_every_length_is_the_same_and_nothing_is_stored() -> None:
+    ends = []
+    for graft in ("auto", "running", "rms"):
+        model = mlp()
+        ends.append(train(model, SINGD(model, graft=graft, **OPTIONS), batches(4)))
+    assert ends[0].keys() == ends[1].keys() == ends[2].keys()
+    assert not any("graft" in name for name in ends[0])
+    assert all(torch.equal(ends[i][name], ends[2][name]) for name in ends[0] for i in (0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_norms_are_stored_in_single_precision_at_least(dtype: torch.dtype) -> None:
+    """Also of a model that is cast, and from a file in half precision."""
+    model = mlp(dtype)
+    optimizer = SINGD(model, graft="running", **OPTIONS | {"momentum": 0.9})
+    data = batches(3, dtype=dtype)
+    train(model, optimizer, data)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert optimizer.state[model[0].weight]["graft_norm"].dtype == wide
+    saved = optimizer.state_dict()
+    saved["state"] = tree_map_only(Tensor, Tensor.half, saved["state"])
+    optimizer.load_state_dict(saved)
+    train(model, optimizer, data)
+    assert optimizer.state[model[0].weight]["graft_norm"].dtype == wide
+    model.to(torch.bfloat16)
+    train(model, optimizer, batches(2, dtype=torch.bfloat16))
+    assert optimizer.state[model[0].weight]["graft_norm"].dtype == torch.float32
+
+
+def test_lengths_of_gradients_that_are_huge_or_tiny_stay_in_range() -> None:
+    for scale in (1e-16, 1e16):
+        model = mlp(torch.float32)
+        options = OPTIONS | {"momentum": 0.9, "T": 100}
+        optimizer = SINGD(model, graft="running", **options)
+        for X, y in batches(3, dtype=torch.float32):
+            optimizer.zero_grad()
+            mean_loss(model(X), y).backward()
+            for p in model.parameters():
+                p.grad.mul_(scale)  # not of what the factors are made of
+            before = [p.detach().clone() for p in model.parameters()]
+            optimizer.step()
+            for p, q in zip(model.parameters(), before, strict=True):
+                assert 0 < float((p.detach() - q).norm()) < 1
+        assert optimizer.skipped == 0
+
+
+@pytest.mark.parametrize("graft", ["adamw", "running"])
+def test_moments_are_counted_saved_and_resumed(graft: str) -> None:
     model, other = mlp(), mlp()
-    optimizer = SINGD(model, graft="adamw", **OPTIONS)
+    options = OPTIONS | {"momentum": 0.9}
+    optimizer = SINGD(model, graft=graft, **options)
     train(model, optimizer, batches(3))
     stored = sum(
         t.numel() * t.element_size()
@@ -109,23 +196,24 @@ def test_moments_are_counted_saved_and_resumed() -> None:
         for t in (value if isinstance(value, list) else [value])
     )
     assert optimizer.plan().state_bytes == stored
-    fresh = SINGD(other, graft=None, **OPTIONS)
+    fresh = SINGD(other, graft=None, **options)
     other.load_state_dict(model.state_dict())
     fresh.load_state_dict(optimizer.state_dict())
     got, expected = train(other, fresh, batches(6)[3:]), train(model, optimizer, batches(6)[3:])
     assert got.keys() == expected.keys()
-    assert any("graft_exp_avg_sq" in name for name in got)
+    assert any({"adamw": "graft_exp_avg_sq", "running": "graft_norm"}[graft] in n for n in got)
     assert all(torch.equal(got[name], expected[name]) for name in got)
 
 
 def test_an_unknown_method_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"graft: .*'rms', 'sgd', 'adamw', got 'adam'"):
+    with pytest.raises(ValueError, match=r"'running', 'rms', 'sgd', 'adamw', got 'adam'"):
         SINGD(mlp(), graft="adam")
 
 
-def test_a_step_that_is_skipped_leaves_the_moments() -> None:
+@pytest.mark.parametrize("graft", ["adamw", "running"])
+def test_a_step_that_is_skipped_leaves_the_moments(graft: str) -> None:
     model = mlp()
-    optimizer = SINGD(model, graft="adamw", **OPTIONS)
+    optimizer = SINGD(model, graft=graft, **OPTIONS | {"momentum": 0.9})
     train(model, optimizer, batches(2))
     before = snapshot(model, optimizer)
     X, y = batches(1)[0]

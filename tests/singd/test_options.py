@@ -40,7 +40,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "relative_damping": (False, True),
     "scale_init": (False, True),
     "decoupled_weight_decay": (False, True),
-    "graft": ("auto", None, "rms", "sgd", "adamw"),
+    "graft": ("auto", None, "running", "rms", "sgd", "adamw"),
 }
 OTHERS: dict[str, list[Any]] = {
     "structures": ["dense", ("dense",), ("dense", "dens"), {"*": "dense"}, ()],

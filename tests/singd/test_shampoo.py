@@ -91,6 +91,7 @@ def test_the_optimizer_against_the_formulas_written_out(power: float) -> None:
     layer = nn.Linear(4, 3, bias=False).double()
     p = layer.weight
     W, buffer = p.detach().clone(), torch.zeros(3, 4).double()
+    squares: list[float] = []
     optimizer = KLShampoo(layer, lr=b2, damping=c, lr_cov=b1, momentum=momentum, T=T, power=power)
     for t in range(6):
         G = random(3, 4) * (10.0 if t == 3 else 1.0)
@@ -104,7 +105,10 @@ def test_the_optimizer_against_the_formulas_written_out(power: float) -> None:
             b = b1 / max(1.0, m_C.norm().item(), m_K.norm().item())
             C, K = C - b * C @ m_C, K - b * K @ m_K
         D = power_of(C @ C.mT, power) @ G @ power_of(K @ K.mT, power)
-        buffer = momentum * buffer + 0.2 * D / D.square().mean().sqrt()
+        squares.append(float(D.square().mean()))
+        v = sum(momentum ** (t - i) * x for i, x in enumerate(squares))
+        v /= sum(momentum**k for k in range(t + 1))
+        buffer = momentum * buffer + 0.2 * D / v**0.5
         W = W - b2 * buffer
         optimizer.step()
         torch.testing.assert_close(p.detach(), W)
