@@ -54,7 +54,7 @@ def structures_by_budget(setting: Setting) -> Ends:
         losses = (sum(setting.loss(model(X[s]), y[s]) for s in setting.shares()) for _ in range(1))
     else:
         losses = (setting.loss(model(X[share]), y[share]) for _ in range(1))
-    chosen = choose_structures(model, losses, budget=0.7)
+    chosen = choose_structures(model, losses, budget=0.75)
     optimizer = SINGD(model, T=2, structures=chosen)
     for X, y in batches():
         optimizer.zero_grad()
