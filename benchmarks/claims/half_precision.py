@@ -101,7 +101,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "INGD, bounded": ours(**BOUNDED),
     "SINGD diagonal, bounded": ours(structures=("diagonal", "diagonal"), **BOUNDED),
     "SINGD, library's default": lambda model, **options: SINGD(
-        model, lr=0.1 * options["lr"], max_skipped=None
+        model, lr=0.1 * options["lr"], max_skipped=None, graft="rms"
     ),
 }
 

@@ -149,8 +149,12 @@ def stability(out: Path, steps: dict[str, int], seeds: Sequence[int]) -> list[Ro
 FORMS: dict[str, dict[str, Any]] = {
     "bare": BARE | {"graft": "rms"},
     "bare, damping times the scale squared": BARE | {"graft": "rms"},
-    "relative damping, first scale": {"structures": ("dense", "dense"), "factor_clip": None},
-    "library's default": {"structures": ("dense", "dense")},
+    "relative damping, first scale": {
+        "structures": ("dense", "dense"),
+        "factor_clip": None,
+        "graft": "rms",
+    },
+    "library's default": {"structures": ("dense", "dense"), "graft": "rms"},
 }
 
 
