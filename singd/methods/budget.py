@@ -83,12 +83,12 @@ def limits_within(groups: Groups) -> dict[str, float]:
     limits = limits_of(matrices[0][2]["budget"])
     state = limits["state"]
     weights = sum(math.prod(m.shape) for m, _, _ in matrices)
-    momenta = sum(math.prod(m.shape) for m, _, options in matrices if options["momentum"])
     itemsize = max(m.weight.element_size() for m, _, _ in matrices)
-    norms = sum(graft_of(options) == "running" for _, _, options in matrices)
+    norms = 2 * max(4 // itemsize, 1)  # of directions: two numbers, in float32 at least
+    beside = sum(math.prod(m.shape) for m, _, options in matrices if options["momentum"])
+    beside += sum(norms for _, _, options in matrices if graft_of(options) == "running")
     numbers = state // itemsize if isinstance(state, int) else 2 * state * weights
-    momenta += 2 * norms * max(4 // itemsize, 1)  # two numbers, in float32 at least
-    found: dict[str, float] = {"numbers": int(numbers) - momenta}
+    found: dict[str, float] = {"numbers": int(numbers) - beside}
     if "flops" in limits:
         passes = sum(PASSES * math.prod(m.shape) * both.mean_rows() for m, both, _ in matrices)
         found["flops"] = limits["flops"] * passes

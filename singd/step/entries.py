@@ -25,7 +25,7 @@ def state_key(matrix: WeightMatrix, name: str) -> str:
 
 
 def is_count(key: str) -> bool:
-    """Whether an entry keeps a data type of its own, as counters and norms do."""
+    """Whether an entry is a counter or a norm, whose data type is not the parameter's."""
     return key == "step" or key.rpartition(".")[2] == GRAFT_NORM
 
 
