@@ -14,6 +14,7 @@ from benchmarks.scale.work import Factors, Work, factors_of
 from singd.placement.places import Demand, Machine, choose, owners
 
 MOMENTUM, ADAMW = 2.5, 3.5  # numbers read and written for a parameter, over two
+NORMS = 8.0  # bytes of what grafting stores of the norms of a matrix, on every rank
 NOTHING = Work()
 HOUSEKEEPING = 4  # small collectives of every step: who has gradients, norms, whether all is finite
 
@@ -126,7 +127,7 @@ def singd(
     }
     T, ring = given.interval, (ranks - 1) / ranks
     state, loads, own = [0.0] * ranks, [Work()] * ranks, [0.0] * ranks
-    common, kept, buffers, sent = Work(), 0.0, 0.0, 0.0
+    common, kept, buffers, sent = Work(), NORMS * len(every), 0.0, 0.0
     for w in every:
         f, P = of[w.matrix.name], w.matrix.numbers
         held = (f.stored + f.cached) * given.itemsize

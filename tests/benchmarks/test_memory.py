@@ -10,6 +10,7 @@ from benchmarks.results import read
 SIZES = [(784, 512), (512, 512), (512, 10)]
 WEIGHTS = 4 * sum(d_in * d_out + d_out for d_in, d_out in SIZES)
 FACTORS = 4 * sum(d_in + 1 + d_out for d_in, d_out in SIZES)
+NORMS = 2 * 4 * len(SIZES)  # of directions
 
 
 def measure(name, model="mlp", T=1):
@@ -20,7 +21,7 @@ def test_bytes_of_the_state():
     assert measure("sgd")["state"] == WEIGHTS
     assert measure("adamw")["state"] == 2 * WEIGHTS + 4 * 6  # and the number of the step
     diagonal = measure("singd:diagonal")
-    assert diagonal["state"] == WEIGHTS + FACTORS
+    assert diagonal["state"] == WEIGHTS + FACTORS + NORMS
     assert diagonal["statistics"] == FACTORS
     assert diagonal["held"] >= diagonal["state"]
     assert diagonal["input"] == 4 * 128 * 784

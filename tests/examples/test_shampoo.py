@@ -20,6 +20,7 @@ from structured import (
     StructureLike,
     parse,
 )
+from tests.singd.runs import running_mean
 
 STRUCTURES = ["dense", "diagonal", "block_diagonal(2)", "hierarchical(1, 1)", "lower_toeplitz"]
 SHAPES = [(4,), (4, 3), (3, 4, 2), (3, 2, 2, 3)]
@@ -269,6 +270,7 @@ def test_the_optimizer_against_the_formulas_written_out() -> None:
     layer = nn.Linear(4, 3, bias=False).double()
     p = layer.weight
     W, buffer = p.detach().clone(), torch.zeros(3, 4).double()
+    squares: list[float] = []
     optimizer = Shampoo(
         layer, lr=b2, damping=lam, lr_cov=b1, momentum=momentum, weight_decay=decay, T=T
     )
@@ -284,7 +286,8 @@ def test_the_optimizer_against_the_formulas_written_out() -> None:
             b = b1 / max(1.0, m_C.norm().item(), m_K.norm().item())
             C, K = C - b * C @ m_C, K - b * K @ m_K
         D = C @ C.mT @ G @ K @ K.mT
-        buffer = momentum * buffer + 0.2 * D / D.square().mean().sqrt()
+        squares.append(float(D.square().mean()))
+        buffer = momentum * buffer + 0.2 * D / running_mean(squares, momentum) ** 0.5
         W = (1 - b2 * decay) * W - b2 * buffer
         optimizer.step()
         torch.testing.assert_close(p.detach(), W)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,12 @@ def distance(got: Snapshot, expected: Snapshot) -> float:
 def factors(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str, Tensor]:
     """The dense factors in the state of ``weight``."""
     return {k: v[0] for k, v in optimizer.state[weight].items() if isinstance(v, list)}
+
+
+def running_mean(values: Sequence[float], momentum: float) -> float:
+    """The mean of values of all steps so far, the last one first, with weights of a momentum."""
+    weights = [momentum**k for k in range(len(values))]
+    return sum(w * x for w, x in zip(weights, reversed(values), strict=True)) / sum(weights)
 
 
 def mlp(dtype: torch.dtype = F64, seed: int = 0) -> nn.Sequential:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from tests.singd.paper import KFAC, SINGD
-from tests.singd.runs import F64, batches, mean_loss, mlp, snapshot, train
+from tests.singd.runs import F64, batches, mean_loss, mlp, running_mean, snapshot, train
 
 OPTIONS: dict[str, Any] = {"T": 2, "lr": 0.05, "momentum": 0.0, "kl_clip": None}
 ADAMW: dict[str, Any] = {"betas": (0.8, 0.95), "eps": 1e-6}
@@ -130,10 +130,9 @@ def test_a_length_is_relative_to_those_that_momentum_averages(
     for name, p in net().named_parameters():
         numels[name.rpartition(".")[0] + ".weight"] += p.numel()
     for k, own in enumerate(given_):
-        weights = [momentum ** (k - i) for i in range(k + 1)]
         for name, length in own.items():
-            squares = sum(w * made[i][name] ** 2 for i, w in enumerate(weights))
-            expected = 0.2 * numels[name] ** 0.5 * made[k][name] / (squares / sum(weights)) ** 0.5
+            v = running_mean([one[name] ** 2 for one in made[: k + 1]], momentum)
+            expected = 0.2 * numels[name] ** 0.5 * made[k][name] / v**0.5
             assert length == pytest.approx(expected, rel=1e-9)
 
 

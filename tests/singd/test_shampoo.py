@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from singd import KLShampoo
 from singd.methods.shampoo import curvatures, factor_steps, symmetric_root, whiten
 from structured import Dense, StructuredMatrix, parse
+from tests.singd.runs import running_mean
 
 CLOSED = ["dense", "block_diagonal(3)", "diagonal", "circulant", "scaled_identity"]
 
@@ -106,9 +107,7 @@ def test_the_optimizer_against_the_formulas_written_out(power: float) -> None:
             C, K = C - b * C @ m_C, K - b * K @ m_K
         D = power_of(C @ C.mT, power) @ G @ power_of(K @ K.mT, power)
         squares.append(float(D.square().mean()))
-        v = sum(momentum ** (t - i) * x for i, x in enumerate(squares))
-        v /= sum(momentum**k for k in range(t + 1))
-        buffer = momentum * buffer + 0.2 * D / v**0.5
+        buffer = momentum * buffer + 0.2 * D / running_mean(squares, momentum) ** 0.5
         W = W - b2 * buffer
         optimizer.step()
         torch.testing.assert_close(p.detach(), W)
