@@ -83,12 +83,6 @@ class Kronecker(Lazy):
         C, K = self._pair()
         return C.apply_overwriting(K.apply(G.mT).mT)
 
-    def apply_apart(self, G: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """``C [G g] K^T`` for columns in two parts, the result in the same two."""
-        C, K = self._pair()
-        Y, y = K.apply_rows(G.mT, g.mT)
-        return C.apply_overwriting(Y.mT), C.apply_overwriting(y.mT)
-
     def _pair(self) -> tuple[Operator, Operator]:
         if len(self.factors) != 2:
             raise ValueError(f"Kronecker: expected two factors, got {len(self.factors)}")

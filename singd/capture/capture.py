@@ -29,6 +29,7 @@ from singd.capture.weight_matrix import WeightMatrix
 from singd.layers.convolution import Convolution
 from singd.ops import cuda_graph
 from singd.ops.dtensor import is_distributed
+from singd.ops.profiling import scope
 
 
 class Capture:
@@ -146,7 +147,7 @@ class Capture:
         observer, accumulator = self._observer(), self.accumulators[matrix]
         if observer is None or accumulator.verification.explained is False:
             return
-        with torch.profiler.record_function("singd::capture"):
+        with scope("singd::capture"):
             self._take_in(observer, matrix, module, x, g, call, root)
 
     def _take_in(

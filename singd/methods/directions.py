@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structured import Dense, Diagonal, Kronecker, Operator, Outer, StructuredMatrix
+from structured import Dense, Diagonal, Operator, Outer, StructuredMatrix
 
 
 def apply_outer(K: StructuredMatrix, KK: Any, X: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def precondition_by_products(KK: Operator, CC: Operator, G: Tensor) -> Tensor:
         return (G * KK.d[..., None, :]).mul_(CC.d[..., None])
     if isinstance(KK, Dense):  # K K^T is symmetric; of few rows of G its product is slow
         return CC.apply_overwriting(G @ KK.M)
-    return Kronecker(CC, KK).apply_matrix(G)
+    return CC.apply_overwriting(KK.apply(G.mT).mT)
 
 
 def takes_apart(KK: Operator | None, CC: Operator | None) -> bool:
@@ -47,5 +47,5 @@ def takes_apart(KK: Operator | None, CC: Operator | None) -> bool:
 
 def precondition_apart(KK: Operator, CC: Operator, G: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """``C C^T [G g] K K^T`` for columns in two parts, the result in the same two."""
-    D, d = Kronecker(CC, KK).apply_apart(G.to(KK.dtype), g.to(KK.dtype))
-    return D.to(G.dtype), d.to(g.dtype)
+    Y, y = KK.apply_rows(G.to(KK.dtype).mT, g.to(KK.dtype).mT)
+    return CC.apply_overwriting(Y.mT).to(G.dtype), CC.apply_overwriting(y.mT).to(g.dtype)

@@ -116,17 +116,20 @@ def _fused_sgd_(
 
     Directions that are parts of larger tensors are copied, about ``_COPIED`` numbers at a time.
     """
-    start = count = 0
-    for end, p in enumerate(params, 1):
-        count += p.numel()
-        if count < _COPIED and end < len(params):
+    unscale = None if scale is None else scale.float().reciprocal()
+    packed: list[Tensor] = []
+    start = copied = 0
+    for end, d in enumerate(directions, 1):
+        packed.append(_packed(d, params[0].dtype))
+        copied += d.numel() if packed[-1] is not d else 0
+        if copied < _COPIED and end < len(params):
             continue
         some = slice(start, end)
         torch._fused_sgd_(
             list(params[some]),
-            [_packed(d, p.dtype) for d in directions[some]],
+            packed,
             list(buffers[some]),
-            grad_scale=None if scale is None else scale.float().reciprocal(),
+            grad_scale=unscale,
             lr=lr,
             momentum=momentum,
             weight_decay=weight_decay,
@@ -135,7 +138,7 @@ def _fused_sgd_(
             maximize=False,
             is_first_step=False,
         )
-        start, count = end, 0
+        start, copied, packed = end, 0, []
 
 
 def _packed(d: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,10 +20,10 @@ from singd.ops.stochastic_rounding import Rounding
 from singd.placement import Holding, Kept, Placement, Slot, Work
 from singd.step.batch import Proposal
 from singd.step.entries import State, is_count
-from singd.step.grafting import grafting
+from singd.step.grafting import Averages, grafting
 from singd.step.groups import Group, peak_lr
 from singd.step.parameters import Parameters
-from singd.step.skipping import write_
+from singd.step.skipping import write_, write_all_
 from singd.update import kl_scale
 
 
@@ -44,7 +44,6 @@ class Direction:
     parts: list[list[Tensor]] = field(default_factory=list)  # of the value, of every matrix
     scale: Tensor | None = None  # what the step multiplies directions by
     made_norms: Tensor | None = None  # of directions as they were made, if grafting needed them
-    averages: dict[Tensor, dict[str, Tensor]] = field(default_factory=dict)  # of grafting
 
     def norms(self, placement: Placement) -> dict[str, dict[str, Tensor]]:
         """Frobenius norms of gradients and directions, by the key of the matrix."""
@@ -125,33 +124,46 @@ def _apply(
 
 def graft(
     directions: Sequence[Direction], placement: Placement, state: State, adamw: Mapping[str, Any]
-) -> None:
+) -> Averages:
     """Give directions another length, where the group asks for it, and all of them their parts.
 
     Args:
         directions: Directions, which are changed.
         placement: Completes norms.
-        state: State of the optimizer.
+        state: State of the optimizer; not changed.
         adamw: Options of AdamW.
+
+    Returns:
+        New values for the state, by parameter.
     """
+    alike: dict[Any, list[Direction]] = {}
     for d in directions:
-        wanted = graft_of(d.group)
-        if wanted is not None:
-            d.made_norms, scale, d.averages = grafting(
-                d.value,
-                d.gradient,
-                d.holding,
-                placement,
-                wanted,
-                d.group["momentum"],
-                state,
-                adamw,
-            )
+        alike.setdefault((id(d.group), d.value[0].device, d.value[0].dtype), []).append(d)
+    averages: Averages = {}
+    for some in alike.values():
+        wanted = graft_of(some[0].group)
+        if wanted is None:
+            for d in some:
+                d.parts = d.holding.parts(d.value)
+            continue
+        norms, scales, own = grafting(
+            [d.value for d in some],
+            [d.gradient for d in some],
+            [d.holding for d in some],
+            placement,
+            wanted,
+            some[0].group["momentum"],
+            state,
+            adamw,
+        )
+        averages |= own
+        for d, d.made_norms, scale in zip(some, norms, scales, strict=True):
             if d.gradient is None:  # or else copies of both would stand beside it
                 d.parts, d.value = d.holding.scaled(d.value, scale), []
-                continue
-            d.holding.scale_(d.value, scale)
-        d.parts = d.holding.parts(d.value)
+            else:
+                d.holding.scale_(d.value, scale)
+                d.parts = d.holding.parts(d.value)
+    return averages
 
 
 def scale_by_kl(directions: Sequence[Direction], placement: Placement) -> Tensor | None:
@@ -189,18 +201,20 @@ def scale_by_kl(directions: Sequence[Direction], placement: Placement) -> Tensor
 # What is written ---------------------------------------------------------------------------------
 
 
-def write_averages(directions: Sequence[Direction], state: State, unless: Tensor | None) -> None:
+def write_averages(averages: Averages, state: State, unless: Tensor | None) -> None:
     """Keep the moving averages of grafting, except where ``unless`` is true."""
-    for d in directions:
-        for p, averages in d.averages.items():
-            for name, new in averages.items():
-                old = state[p].get(name)
-                if old is None:
-                    target = _like(p, name, new)
-                else:
-                    target = old.to(new) if is_count(name) else old.to(new.device)
-                write_(local(target), new, unless)
-                state[p][name] = target
+    targets, values = [], []
+    for p, own in averages.items():
+        for name, new in own.items():
+            old = state[p].get(name)
+            if old is None:
+                target = _like(p, name, new)
+            else:
+                target = old.to(new) if is_count(name) else old.to(new.device)
+            state[p][name] = target
+            targets.append(local(target))
+            values.append(new)
+    write_all_(targets, values, unless)
 
 
 def replace_gradients(directions: Sequence[Direction], unless: Tensor | None) -> None:

@@ -56,21 +56,22 @@ def no_norms(like: Tensor) -> Tensor:
 
 
 def grafting(
-    directions: Kept,
-    gradients: Kept | None,
-    holding: Holding,
+    directions: Sequence[Kept],
+    gradients: Sequence[Kept | None],
+    holdings: Sequence[Holding],
     placement: Placement,
     graft: str,
     momentum: float,
     state: Mapping[Any, Mapping[str, Any]],
     adamw: Mapping[str, Any],
-) -> tuple[Tensor, Tensor, Averages]:
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Averages]:
     """What gives directions another length.
 
     Args:
-        directions: Directions of equal matrices, as far as they are held; not changed.
+        directions: Directions as far as they are held, those of equal matrices in one item; all of
+            one data type, on one device; not changed.
         gradients: Their gradients likewise; ``"running"`` and ``"rms"`` need none.
-        holding: What is held; parameters without a gradient do not count.
+        holdings: What is held; parameters without a gradient do not count.
         placement: Completes norms.
         graft: ``"running"``, a root mean square of :data:`RMS` over the steps that momentum
             averages; ``"rms"``, in every step; ``"sgd"``, the norm of the gradient; ``"adamw"``,
@@ -80,35 +81,31 @@ def grafting(
         adamw: Options of AdamW.
 
     Returns:
-        The norms that directions have and what multiplies them, ``[matrices]`` each, and new values
-        for the state, by parameter.
+        The norms that directions have and what multiplies them, ``[matrices]`` of each item, and
+        new values for the state, by parameter.
     """
     averages: Averages = {}
-    norms = made = placement.complete_norms(holding.norms(directions))
+    each = list(zip(holdings, directions, strict=True))
+    norms = made = placement.complete_norms(torch.cat([h.norms(kept) for h, kept in each]))
     if graft in ("running", "rms"):
-        lengths = _lengths(holding, norms)
+        lengths = torch.cat([_lengths(holding, norms) for holding in holdings])
         if graft == "running":
-            made, averages = _running(norms, momentum, holding.matrices, state)
-    elif graft == "sgd":
-        assert gradients is not None, "held where they are read"
-        lengths = placement.complete_norms(holding.norms(gradients))
+            matrices = [matrix for holding in holdings for matrix in holding.matrices]
+            made, averages = _running(norms, momentum, matrices, state)
     else:
-        slots = [slot for own in holding.slots for slot in own]
-        used = {s.parameter: s.parameter.grad for s in slots if s.parameter.grad is not None}
-        averages = {p: _copied(p, state[p]) for p in used}
-        moving = [_without_prefix(average) for average in averages.values()]
-        grads = [local(grad).to(p.dtype) for p, grad in used.items()]
-        steps = dict(zip(used, adamw_directions(grads, moving, adamw), strict=True))
-        wanted = [
-            [
-                slot.of(steps[slot.parameter]) if slot.parameter in steps else t
-                for slot, t in zip(own, parts, strict=True)
-            ]
-            for own, parts in zip(holding.slots, holding.parts(directions), strict=True)
-        ]
-        lengths = placement.complete_norms(holding.norms_of(wanted))
+        found = []
+        for (holding, kept), own in zip(each, gradients, strict=True):
+            if graft == "sgd":
+                assert own is not None, "held where they are read"
+                found.append(holding.norms(own))
+            else:
+                steps, moved = _adamw(holding, kept, state, adamw)
+                found.append(holding.norms_of(steps))
+                averages |= moved
+        lengths = placement.complete_norms(torch.cat(found))
     scale = lengths / made.clamp(min=torch.finfo(norms.dtype).tiny ** 0.5)
-    return norms, scale.to(directions[0].dtype), averages
+    sizes = [len(holding.matrices) for holding in holdings]
+    return norms.split(sizes), scale.to(directions[0][0].dtype).split(sizes), averages
 
 
 def _running(
@@ -134,6 +131,29 @@ def _running(
     return squares / weights.sqrt(), averages
 
 
+def _adamw(
+    holding: Holding,
+    kept: Kept,
+    state: Mapping[Any, Mapping[str, Any]],
+    options: Mapping[str, Any],
+) -> tuple[list[list[Tensor]], Averages]:
+    """AdamW's steps, shaped like the slots; the direction where there is no gradient."""
+    slots = [slot for own in holding.slots for slot in own]
+    used = {s.parameter: s.parameter.grad for s in slots if s.parameter.grad is not None}
+    averages: Averages = {p: _copied(p, state[p]) for p in used}
+    moving = [_without_prefix(average) for average in averages.values()]
+    grads = [local(grad).to(p.dtype) for p, grad in used.items()]
+    steps = dict(zip(used, adamw_directions(grads, moving, options), strict=True))
+    wanted = [
+        [
+            slot.of(steps[slot.parameter]) if slot.parameter in steps else t
+            for slot, t in zip(own, parts, strict=True)
+        ]
+        for own, parts in zip(holding.slots, holding.parts(kept), strict=True)
+    ]
+    return wanted, averages
+
+
 def _copied(p: Tensor, entry: Mapping[str, Any]) -> dict[str, Tensor]:
     """The averages of a parameter, as far as they are held, to be moved."""
     return {
@@ -150,5 +170,5 @@ def _lengths(holding: Holding, like: Tensor) -> Tensor:
     """Norms of directions whose numbers have the root mean square :data:`RMS`, ``[matrices]``."""
     counts = holding.counts()
     if len(set(counts)) == 1:  # no copy to the device
-        return torch.full_like(like, RMS * counts[0] ** 0.5)
+        return like.new_full((len(counts),), RMS * counts[0] ** 0.5)
     return like.new_tensor(counts).sqrt() * RMS

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from singd.capture.capture import Capture
 from singd.methods.base import Method
 from singd.ops.dtensor import local
+from singd.ops.profiling import scope
 from singd.ops.reductions import all_finite
 from singd.placement import Placement
 from singd.step.batch import Proposal
@@ -98,7 +97,7 @@ def take_step(
         groups = parameters.preconditioned()
         kept = observe or reads_gradients(groups.values())
         directions = precondition(proposed, parts.method, placement, groups, with_gradients=kept)
-        graft(directions, placement, state, parts.fallback.options)
+        averages = graft(directions, placement, state, parts.fallback.options)
         quadratic = scale_by_kl(directions, placement)
     norms = {k: v for d in directions for k, v in d.norms(placement).items()} if observe else {}
     report = Report(directions, norms, residuals, None, None)
@@ -114,7 +113,7 @@ def take_step(
     for d in directions:
         d.gradient = None  # a copy that nothing reads from here on
     store.write(proposed, unless)
-    write_averages(directions, state, unless)
+    write_averages(averages, state, unless)
     if not descend:
         replace_gradients(directions, unless)
         return report
@@ -123,11 +122,6 @@ def take_step(
         for group, some in others:
             parts.fallback.step(some, group, state, unless)
     return report
-
-
-def scope(name: str) -> AbstractContextManager[Any]:
-    """A part of the step that profilers show by name."""
-    return torch.profiler.record_function(name)
 
 
 # Whether all is finite ---------------------------------------------------------------------------

@@ -6,7 +6,7 @@ device, guards all that it writes. The host reads a copy of it at the start of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -75,3 +75,12 @@ def write_(target: Tensor, new: Tensor, unless: Tensor | None) -> Tensor:
     if unless is None:
         return target.copy_(new)
     return torch.where(unless, target, new.to(target.dtype), out=target)
+
+
+def write_all_(targets: Sequence[Tensor], new: Sequence[Tensor], unless: Tensor | None) -> None:
+    """:func:`write_` of many tensors."""
+    if targets and unless is None:
+        torch._foreach_copy_(list(targets), list(new))
+        return
+    for target, one in zip(targets, new, strict=True):
+        write_(target, one, unless)

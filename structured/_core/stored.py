@@ -75,11 +75,10 @@ class Stored(Convertible):
         for name, letters in zip(self._fields, self.dimensions, strict=False):
             core, shape = letters.split(), getattr(self, name).shape
             start = len(shape) - len(core)
-            ok = start >= 0 and (batch is None or shape[:start] == batch)
-            if not ok or any(
-                sizes.setdefault(letter, size) != size
-                for letter, size in zip(core, shape[start:], strict=True)
-            ):
+            fits = start >= 0 and (batch is None or shape[:start] == batch)
+            for letter, size in zip(core, shape[start:], strict=True) if fits else ():
+                fits = fits and sizes.setdefault(letter, size) == size
+            if not fits:
                 front = ["..."] if batch is None else [str(size) for size in batch]
                 expected = ", ".join(front + [str(sizes.get(letter, letter)) for letter in core])
                 raise ValueError(

@@ -29,11 +29,11 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operations(layers: int, structure: str) -> tuple[int, int]:
+def operations(layers: int, structure: str, **options: Any) -> tuple[int, int]:
     """Of a step that updates the factors, and of one that does not; all layers differ."""
     sizes = [8 + i for i in range(layers + 1)]
     model = nn.Sequential(*[nn.Linear(m, n) for m, n in itertools.pairwise(sizes)])
-    optimizer = SINGD(model, T=2, structures=(structure, structure))
+    optimizer = SINGD(model, T=2, structures=(structure, structure), **options)
     X, y = torch.randn(32, sizes[0]), torch.randn(32, sizes[-1])
     counts = []
     for _ in range(6):
@@ -54,3 +54,23 @@ def test_operations_of_one_more_layer(structure: str, update: int, plain: int) -
     each = [(b - a) / 4 for a, b in zip(few, many, strict=True)]
     assert each[0] <= update
     assert each[1] <= plain
+
+
+def test_lengths_of_all_directions_are_found_together() -> None:
+    """Of one more layer there are its norms, the wanted one, and the products with both parts."""
+    each = []
+    for graft in (None, "running"):
+        few, many = (operations(n, "diagonal", graft=graft, kl_clip=None)[1] for n in (4, 8))
+        each.append((many - few) / 4)
+    assert each[1] - each[0] <= 6
+
+
+def test_profilers_show_the_parts_of_a_step() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = SINGD(model, T=1)
+    with torch.profiler.profile() as profiler:
+        mean_loss(model(torch.randn(4, 3)), torch.randn(4, 2)).backward()
+        optimizer.step()
+    names = {event.name for event in profiler.events()}
+    parts = ("capture", "factors", "directions", "parameters")
+    assert {f"singd::{part}" for part in parts} <= names
