@@ -49,7 +49,8 @@ def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
                 group[key] = tuple(map(_from_text, value))
     state: dict[int, Any] = {number: {} for group in groups for number in group["params"]}
     for name, t in tensors.items():
-        number, key, index = name.split(".")
+        number, _, rest = name.partition(".")
+        key, _, index = rest.rpartition(".")  # keys of packed attention have a dot themselves
         if index:
             state[int(number)].setdefault(key, {})[int(index)] = t
         else:

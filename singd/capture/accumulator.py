@@ -238,4 +238,8 @@ class Accumulator:
         self._interrupted.clear()
         self._counted.clear()
         self._last = -1, 1.0
+
+    def end_step(self) -> None:
+        """Forget what was for a step that is over, and which forward passes were before it."""
+        self.discard()
         self.is_awaited = self.was_ignored = False

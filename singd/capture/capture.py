@@ -232,10 +232,14 @@ class Capture:
         self.step += 1
         self.count.end_step()
         self.is_sampled = False
-        self.discard()
+        for accumulator in self.accumulators.values():
+            accumulator.end_step()
 
     def reset(self) -> None:
-        """Forget what was seen: gradients are reset. What :meth:`curvature` saw stays."""
+        """Forget what was seen: gradients are reset, of passes that may have begun already.
+
+        What :meth:`curvature` saw stays.
+        """
         if not self.is_sampled:
             self.count.reset()
             self.discard()

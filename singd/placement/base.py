@@ -18,6 +18,8 @@ from singd.placement.places import Demand
 
 Statistics = Mapping[WeightMatrix, KroneckerStatistics]
 
+_HOLDINGS = 256  # sets of equal matrices that are remembered
+
 
 @dataclass
 class Work:
@@ -197,9 +199,11 @@ class Placement(ABC):
             yield Made(work.matrices, holding, kept, D)
 
     def holding(self, matrices: Sequence[WeightMatrix]) -> Holding:
-        """What this rank holds of equal matrices; made once."""
+        """What this rank holds of equal matrices; made once, as long as the same come again."""
         key = tuple(matrices)
         if key not in self._holdings:
+            if len(self._holdings) >= _HOLDINGS:  # layers without a gradient change all the time
+                self._holdings.clear()
             self._holdings[key] = self.make_holding(matrices)
         return self._holdings[key]
 

@@ -108,7 +108,7 @@ class Holding:
 
         Args:
             kept: What :meth:`keep` gave, changed in place.
-            scale: A number for each matrix, ``[matrices]``.
+            scale: A number for each matrix, ``[matrices]``; it may be in a wider data type.
         """
         for t in kept:
             t.mul_(leading(scale, t))
@@ -120,6 +120,7 @@ class Holding:
         """
         if len(kept) == 1 and self.matrices[0].bias is not None and kept[0].is_cpu:
             by = leading(scale, kept[0])
-            return self.parts([kept[0][..., :-1] * by, kept[0][..., -1:] * by])
+            both = (kept[0][..., :-1] * by, kept[0][..., -1:] * by)
+            return self.parts([t.to(kept[0].dtype) for t in both])
         self.scale_(kept, scale)
         return self.parts(kept)

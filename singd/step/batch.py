@@ -20,6 +20,8 @@ from singd.step.entries import state_key
 from singd.step.groups import Group
 from structured import StructuredMatrix
 
+_SELECTIONS = 64  # of the matrices of a batch, whose places are remembered
+
 
 class Encoded:
     """The factors of a matrix, or of equal matrices side by side, as they are stored.
@@ -169,6 +171,8 @@ class Batch:
         """The places of some of the matrices; made once, since a copy to the device may wait."""
         places = tuple(self.matrices.index(matrix) for matrix in matrices)
         if places not in self._places:
+            if len(self._places) >= _SELECTIONS:
+                self._places.clear()
             self._places[places] = torch.tensor(places, device=self.matrices[0].weight.device)
         return self._places[places]
 

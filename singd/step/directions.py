@@ -43,7 +43,7 @@ class Direction:
     value: Kept
     parts: list[list[Tensor]] = field(default_factory=list)  # of the value, of every matrix
     scale: Tensor | None = None  # what the step multiplies directions by
-    made_norms: Tensor | None = None  # of directions as they were made, if grafting needed them
+    checked: Tensor | None = None  # of grafting: finite where directions and their lengths are
 
     def norms(self, placement: Placement) -> dict[str, dict[str, Tensor]]:
         """Frobenius norms of gradients and directions, by the key of the matrix."""
@@ -146,7 +146,7 @@ def graft(
             for d in some:
                 d.parts = d.holding.parts(d.value)
             continue
-        norms, scales, own = grafting(
+        checked, scales, own = grafting(
             [d.value for d in some],
             [d.gradient for d in some],
             [d.holding for d in some],
@@ -157,7 +157,7 @@ def graft(
             adamw,
         )
         averages |= own
-        for d, d.made_norms, scale in zip(some, norms, scales, strict=True):
+        for d, d.checked, scale in zip(some, checked, scales, strict=True):
             if d.gradient is None:  # or else copies of both would stand beside it
                 d.parts, d.value = d.holding.scaled(d.value, scale), []
             else:

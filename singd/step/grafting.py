@@ -81,8 +81,9 @@ def grafting(
         adamw: Options of AdamW.
 
     Returns:
-        The norms that directions have and what multiplies them, ``[matrices]`` of each item, and
-        new values for the state, by parameter.
+        Numbers that are finite where directions and their lengths are, what multiplies directions,
+        in float32 at least, both ``[matrices]`` of each item, and new values for the state, by
+        parameter.
     """
     averages: Averages = {}
     each = list(zip(holdings, directions, strict=True))
@@ -105,7 +106,7 @@ def grafting(
         lengths = placement.complete_norms(torch.cat(found))
     scale = lengths / made.clamp(min=torch.finfo(norms.dtype).tiny ** 0.5)
     sizes = [len(holding.matrices) for holding in holdings]
-    return norms.split(sizes), scale.to(directions[0][0].dtype).split(sizes), averages
+    return (norms + lengths).split(sizes), scale.split(sizes), averages
 
 
 def _running(

@@ -57,7 +57,7 @@ def make_state(parts: Parts, state: State) -> None:
             state[p] |= parts.fallback.init(p)
     for matrix, group in parts.parameters.preconditioned().items():
         for p in matrix.parameters:
-            if group["momentum"]:
+            if parts.parameters.group_of[p]["momentum"]:  # a bias may have another group
                 state[p]["momentum_buffer"] = torch.zeros_like(p)
             if group["graft"] == "adamw":
                 state[p] |= grafting.init(p)

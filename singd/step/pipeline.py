@@ -141,7 +141,7 @@ def _made(
     made += [_values(local(p.grad)) for _, some in others for p in some if p.grad is not None]
     if quadratic is None:
         for d in directions:
-            made += d.value if d.made_norms is None else [d.made_norms]
+            made += d.value if d.checked is None else [d.checked]
     else:
         made.append(quadratic)
     return [t for t in made if t.numel()]
@@ -208,12 +208,15 @@ def _find_cause(
         for matrix, ts in zip(d.matrices, d.parts, strict=True):
             if not all(bool(t.isfinite().all()) for t in ts):
                 return f"{matrix.name}: its direction is not finite"
+        place = None if d.checked is None else _not_finite(d.checked)
+        if place is not None:
+            return f"{d.matrices[place].name}: the norm of its direction is not finite"
     return None
 
 
 def _not_finite(t: Tensor) -> int | None:
     """The first item of ``t [b, ...]`` that is not finite."""
-    finite = t.isfinite().flatten(1).all(1).tolist()
+    finite = t.isfinite().reshape(len(t), -1).all(1).tolist()
     return None if all(finite) else finite.index(False)
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from singd import convert
-from tests.singd.paper import SINGD
+from tests.singd.paper import KFAC, SINGD
 from tests.singd.pypi_singd import COMMON, FILE, groups, network, train
+from tests.singd.runs import snapshot
 
 BARE: dict[str, Any] = {"alpha1": 0.5, "kl_clip": None, "factor_clip": None}
 
@@ -97,3 +98,32 @@ def test_other_structures_are_refused() -> None:
         ValueError, match=r"expected structures = \('dense', 'dense'\), got \('hier"
     ):
         optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("method", [SINGD, KFAC])
+def test_a_state_goes_through_named_tensors_and_text(method: Any) -> None:
+    """Attention too, where one parameter has the factors of several matrices."""
+
+    def make() -> tuple[nn.Module, Any]:
+        torch.manual_seed(0)
+        model = nn.MultiheadAttention(8, 2)
+        return model, method(model, T=1, lr=0.05, momentum=0.9, graft="running", kl_clip=None)
+
+    def train_on(model: nn.Module, optimizer: Any, seed: int) -> None:
+        x = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        model(x, x, x)[0].square().mean().backward()
+        optimizer.step()
+
+    (model, optimizer), (other, resumed) = make(), make()
+    train_on(model, optimizer, 1)
+    other.load_state_dict(model.state_dict())
+    tensors, text = convert.to_tensors(optimizer.state_dict())
+    assert all(isinstance(t, Tensor) for t in tensors.values())
+    resumed.load_state_dict(convert.from_tensors(tensors, text))
+    train_on(model, optimizer, 2)
+    train_on(other, resumed, 2)
+    got, expected = snapshot(other, resumed), snapshot(model, optimizer)
+    assert any(" q." in name for name in got)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in got)

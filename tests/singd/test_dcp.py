@@ -140,6 +140,27 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     assert same(snapshot(other, loading), before)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("momenta", [(0.9, 0.0), (0.0, 0.9)])
+def test_biases_in_a_group_of_their_own(tmp_path: Path, momenta: tuple[float, float]) -> None:
+    def make() -> tuple[nn.Module, Any]:
+        model = net()
+        named = list(model.named_parameters())
+        groups = [
+            {"params": [p for name, p in named if name.endswith(kind)], "momentum": momentum}
+            for kind, momentum in zip(("weight", "bias"), momenta, strict=True)
+        ]
+        return model, SINGD(model, groups, T=2, lr=0.05)
+
+    model, optimizer = make()
+    train(model, optimizer, DATA[:3])
+    save(tmp_path, model, optimizer, StateDictOptions())
+    expected = train(model, optimizer, DATA[3:])
+    model, optimizer = make()
+    load(tmp_path, model, optimizer, StateDictOptions())
+    assert same(train(model, optimizer, DATA[3:]), expected)
+
+
 # Two ranks ---------------------------------------------------------------------------------------
 
 

@@ -234,3 +234,52 @@ def test_a_gradient_scaler_changes_no_bit() -> None:
     expected = train(plain, SINGD(plain, graft="adamw", **OPTIONS), batches(3))
     got = snapshot(scaled, optimizer)
     assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("graft", ["running", "rms", "sgd", "adamw"])
+@pytest.mark.parametrize("max_skipped", [1, 10])
+def test_a_step_whose_lengths_are_too_long_for_their_type_is_skipped(
+    graft: str, max_skipped: int
+) -> None:
+    """Gradients are finite, and the sums of their squares are not."""
+    model = mlp(torch.float32)
+    options = OPTIONS | {"momentum": 0.9, "T": 4, "max_skipped": max_skipped}
+    optimizer = SINGD(model, graft=graft, **options)
+    data = batches(5, dtype=torch.float32)
+    train(model, optimizer, data[:2])
+    before = snapshot(model, optimizer)
+    optimizer.zero_grad()
+    (1e22 * mean_loss(model(data[2][0]), data[2][1])).backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
+    if max_skipped == 1:
+        with pytest.raises(FloatingPointError, match=r"weight: .*its direction is not finite"):
+            optimizer.step()
+    else:
+        optimizer.step()
+    after = snapshot(model, optimizer)
+    assert optimizer.skipped == 1
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    moved = train(model, optimizer, data[3:])
+    assert all(not torch.equal(moved[name], before[name]) for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("graft", ["running", "rms"])
+@pytest.mark.parametrize("method", [SINGD, KFAC])
+@pytest.mark.parametrize("entry", [0.0, 1e-5])
+def test_a_direction_of_zeros_or_of_one_small_number(
+    dtype: torch.dtype, graft: str, method: Any, entry: float
+) -> None:
+    """What gives it its length is larger than half precision has numbers for."""
+    n = 300
+    model = nn.Linear(n, n, bias=False, dtype=dtype)
+    own = {"kfac_like": True} if method is SINGD else {}
+    optimizer = method(model, graft=graft, **OPTIONS | own | {"lr": 0.5, "T": 10})
+    model(torch.ones(2, n, dtype=dtype)).float().square().mean().backward()
+    model.weight.grad = torch.zeros(n, n, dtype=dtype)
+    model.weight.grad[0, 0] = entry
+    before = model.weight.detach().clone()
+    optimizer.step()
+    assert optimizer.skipped == 0
+    moved = float((model.weight.detach().double() - before.double()).norm())
+    assert moved == pytest.approx(0.5 * 0.2 * n if entry else 0.0, rel=0.02)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import random
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from benchmarks.peak import PeakBytes
+from singd.placement import Holding, base
+from singd.step import batch
 from tests.singd.paper import SINGD
 
 STRUCTURES = ("diagonal", "block_diagonal(8)", "hierarchical(4, 4)", "lower_toeplitz", "dense")
@@ -120,3 +125,23 @@ def test_the_capture_keeps_nothing_that_autograd_does_not(
             del output
         optimizer.close()
     assert kept[0] == kept[1]
+
+
+def test_what_is_remembered_of_sets_of_layers_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where layers are dropped at random, other ones have a gradient in every step."""
+    monkeypatch.setattr(base, "_HOLDINGS", 5)
+    monkeypatch.setattr(batch, "_SELECTIONS", 5)
+    chosen, layers = random.Random(0), nn.ModuleList(nn.Linear(3, 3) for _ in range(12))
+    optimizer = SINGD(layers, T=2)
+    before = sum(type(x) is Holding for x in gc.get_objects())
+    for _ in range(30):
+        optimizer.zero_grad()
+        h = torch.randn(4, 3)
+        for layer in layers:
+            h = h + layer(h) if chosen.random() < 0.7 else h
+        h.square().mean().backward()
+        optimizer.step()
+    gc.collect()
+    assert sum(type(x) is Holding for x in gc.get_objects()) - before <= 5
+    batches = {id(b): b for b in gc.get_objects() if type(b) is batch.Batch}
+    assert max(len(b._places) for b in batches.values()) <= 5

@@ -481,3 +481,66 @@ def test_a_layer_of_your_own_takes_a_dozen_lines(monkeypatch: pytest.MonkeyPatch
     optimizer = SINGD(model, T=1)
     train(model, optimizer, batches(2))
     assert rules(optimizer) == {"0.weight": "SINGD"}
+
+
+class Residual(nn.Module):
+    """Branches that begin as zero, or are dropped: inner layers have no gradient at first."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.count = kind, 0
+        self.first = nn.Linear(4, 6, dtype=F64)
+        self.inner = nn.ModuleList(nn.Linear(6, 6, dtype=F64) for _ in range(3))
+        self.outer = nn.ModuleList(nn.Linear(6, 6, dtype=F64) for _ in range(3))
+        self.head = nn.Linear(6, 3, dtype=F64)
+        if kind == "zero":
+            for layer in self.outer:
+                nn.init.zeros_(layer.weight)
+        if kind == "thaw":
+            self.inner.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, self.count = self.first(x), self.count + 1
+        for i, (inner, outer) in enumerate(zip(self.inner, self.outer, strict=True)):
+            if self.kind != "dropped" or (self.count + i) % 3 == 0:
+                x = x + outer(torch.tanh(inner(x)))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("between", [False, True])
+@pytest.mark.parametrize("kind", ["zero", "thaw", "dropped"])
+@pytest.mark.parametrize("method", [SINGD, KFAC])
+def test_a_gradient_that_comes_late_raises_no_false_alarm(
+    method: Any, kind: str, between: bool
+) -> None:
+    """Also where ``zero_grad`` is between forward and backward pass, as in many training loops."""
+    model = Residual(kind)
+    optimizer = method(model, T=10, lr=0.05, params=list(model.parameters()))
+    for step, (X, y) in enumerate(batches(12)):
+        if step == 3:
+            model.inner.requires_grad_(True)
+        if not between:
+            optimizer.zero_grad()
+        loss = mean_loss(model(X), y)
+        if between:
+            optimizer.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loss.backward()
+            optimizer.step()
+    assert optimizer.param_groups[0]["handed_over"] == ()
+
+
+@pytest.mark.parametrize(("weights", "biases"), [("adamw", "running"), ("running", "adamw")])
+def test_a_bias_in_another_group_has_the_length_of_its_weight(weights: str, biases: str) -> None:
+    model = mlp()
+    groups = [
+        {"params": [model[0].weight, model[2].weight], "graft": weights},
+        {"params": [model[0].bias, model[2].bias], "graft": biases},
+    ]
+    optimizer = SINGD(model, groups, T=1, lr=0.05)
+    train(model, optimizer, batches(2))
+    for row in optimizer.plan().rows:
+        state = optimizer.state[model.get_parameter(row.parameter)].values()
+        tensors = [t for v in state for t in (v if isinstance(v, list) else [v])]
+        assert row.state_bytes == sum(t.nbytes for t in tensors)
