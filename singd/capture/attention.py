@@ -32,31 +32,37 @@ def projections(module: Any) -> dict[str, tuple[Tensor, str, nn.Module]]:
 class _Query(Tensor):
     """The query of an attention module that is watched; what is made of it is a plain tensor.
 
-    Except by the transposition that such a module begins with.
+    Except by the transposition that such a module begins with. Attention and transposition run
+    outside compiled code: watchers come and go, and some compilers refuse this type.
     """
 
     watchers: list[Watcher]
-    attend: Callable[..., Any]  # :func:`attend`, never compiled, for watchers come and go
+    run: Callable[..., Any]  # :func:`run`, never compiled
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         query = next((a for a in args if isinstance(a, _Query)), None)
-        if func is F.multi_head_attention_forward and query is not None:
-            return query.attend(query.watchers, args, kwargs or {})
+        if query is not None and func in (F.multi_head_attention_forward, Tensor.transpose):
+            return query.run(func, query, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-        if func is Tensor.transpose and query is not None:
-            result = result.as_subclass(cls)
-            result.watchers, result.attend = query.watchers, query.attend
-        return result
+            return func(*args, **(kwargs or {}))
 
 
-def attend(watchers: Sequence[Watcher], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The function itself, on plain tensors."""
+def run(func: Any, query: _Query, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Attention, which is watched, or a transposed query; inside tensors are plain."""
     plain = {id(a): a.as_subclass(Tensor) for a in args if isinstance(a, _Query)}
-    return _listened(watchers)(*(plain.get(id(a), a) for a in args), **kwargs)
+    args = tuple(plain.get(id(a), a) for a in args)
+    if func is Tensor.transpose:
+        return _watched(func(*args, **kwargs), query.watchers, query.run)
+    return _listened(query.watchers)(*args, **kwargs)
+
+
+def _watched(x: Tensor, watchers: list[Watcher], run: Callable[..., Any]) -> _Query:
+    query = x.as_subclass(_Query)
+    query.watchers, query.run = watchers, run
+    return query
 
 
 def _listened(watchers: Sequence[Watcher]) -> Callable[..., Any]:
@@ -91,7 +97,7 @@ def _listened(watchers: Sequence[Watcher]) -> Callable[..., Any]:
 
 
 def listened(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], watcher: Watcher, attend: Callable[..., Any]
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], watcher: Watcher, run: Callable[..., Any]
 ) -> tuple[Any, Any]:
     """The arguments of an attention module, such that its products pass through ``watcher``.
 
@@ -99,12 +105,11 @@ def listened(
         args: Arguments of the module.
         kwargs: Keyword arguments.
         watcher: Function that is called with every product.
-        attend: :func:`attend`, excluded from compilation.
+        run: :func:`run`, excluded from compilation.
     """
     query = args[0] if args else next(iter(kwargs.values()))
     if not isinstance(query, _Query):
-        plain, query = query, query.as_subclass(_Query)
-        query.watchers, query.attend = [], attend
+        plain, query = query, _watched(query, [], run)
         args = tuple(query if a is plain else a for a in args)
         kwargs = {k: query if a is plain else a for k, a in kwargs.items()}
     query.watchers.append(watcher)

@@ -129,7 +129,7 @@ class AttentionHook(Hook):
 
     def __init__(self, products: dict[str, tuple[WeightMatrix, nn.Module]], listen: Listen) -> None:
         self.products, self.listen = products, listen
-        self.attend = torch.compiler.disable(attention.attend)
+        self.run = torch.compiler.disable(attention.run)
         self.eager = torch.compiler.disable(self._run, reason=CLOSE)
 
     def attach(self, module: nn.Module) -> Iterator[Any]:
@@ -163,4 +163,4 @@ class AttentionHook(Hook):
             )
             return watched
 
-        return attention.listened(args, kwargs, watch, self.attend)
+        return attention.listened(args, kwargs, watch, self.run)

@@ -299,10 +299,13 @@ def test_a_copy_of_attention_goes_on_like_the_original(how: Any) -> None:
     assert distance(*snapshots) == 0.0
 
 
-def test_compiled_attention() -> None:
-    model, x = nn.MultiheadAttention(E, HEADS, batch_first=True, dtype=F64), None
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_compiled_attention(backend: str, batch_first: bool) -> None:
+    torch._dynamo.reset()
+    model, x = nn.MultiheadAttention(E, HEADS, batch_first=batch_first, dtype=F64), None
     x, plain = torch.randn(N, L, E, dtype=F64), copy.deepcopy(model)
-    for net, call in ((model, torch.compile(model, backend="eager")), (plain, plain)):
+    for net, call in ((model, torch.compile(model, backend=backend)), (plain, plain)):
         optimizer = SINGD(net, T=1)
         for _ in range(2):
             optimizer.zero_grad()
