@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from singd import diagnostics
 from singd.capture.capture import Capture
+from singd.capture.transient import once_filled
 from singd.methods.base import Method
 from singd.ops import cuda_graph
 from singd.passes import Passes
@@ -101,8 +103,7 @@ class KroneckerOptimizer(Passes, Optimizer):
         fallback = Fallback(adamw, options["lr"], self.adamw_ratio)
         placement = find_placement(model, process_group, data, places, wrapper)
         self._connect(method, placement, SkippedSteps(), fallback, max_skipped, types)
-        given = (parameter_of(p) for group in groups for p in group["params"])
-        self._parts.parameters.expected.update(given)
+        self._parts.parameters.expected.update(parameter_of(p) for g in groups for p in g["params"])
         super().__init__(groups, options)
         if places is not None:
             place(self._parts)  # a place that does not fit is an error here
@@ -143,11 +144,15 @@ class KroneckerOptimizer(Passes, Optimizer):
         whole = {**self.defaults, **group}
         check_group(whole)
         parts.method.check(whole)
-        known = parts.parameters.group_of
-        if any(p in known for p in given) or len(set(given)) < len(given):
+        if any(p in parts.parameters.group_of for p in given) or len(set(given)) < len(given):
             raise ValueError("add_param_group: some parameters appear in more than one group")
         adamw = parts.fallback.for_group({**group, "lr": whole["lr"]})
         super().add_param_group(group | counters(whole) | {"adamw": adamw})
+        self._take(given)
+
+    def _take(self, given: Sequence[Tensor]) -> None:
+        """Find and watch the matrices of parameters that are in the groups already."""
+        parts = self._parts
         new = parts.parameters.find(given)
         parts.parameters.matrices += new
         parts.parameters.bind(self.param_groups)
@@ -280,21 +285,15 @@ class KroneckerOptimizer(Passes, Optimizer):
         state = {
             k: v for k, v in vars(self).items() if k not in left and not k.startswith("_optimizer_")
         }
-        layers = parts.parameters.layers
-        shared = parts.method, parts.skipping, parts.fallback, parts.max_skipped, layers
-        return {**state, "_copied": shared}
+        shared = parts.method, parts.skipping, parts.fallback, parts.max_skipped
+        return {**state, "_copied": (*shared, parts.parameters.layers)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         copied = state.pop("_copied", None)
         super().__setstate__(state)
-        if copied is None:  # a part of loading a checkpoint
-            return
-        method, skipping, fallback, max_skipped, layers = copied
-        placement = find_placement(self.model, None, *self._sharding)
-        self._connect(method, placement, skipping, fallback, max_skipped, layers)
-        parameters = self._parts.parameters
-        given = [p for group in self.param_groups for p in group["params"]]
-        parameters.matrices += parameters.find(given)
-        parameters.bind(self.param_groups)
-        if method.needs_activations:
-            self._parts.capture.watch(self.model, parameters.matrices)
+        if copied is not None:  # or else it is a part of loading a checkpoint
+            once_filled(self.model, functools.partial(self._reconnect, *copied))
+
+    def _reconnect(self, method: Method, *others: Any) -> None:
+        self._connect(method, find_placement(self.model, None, *self._sharding), *others)
+        self._take([p for group in self.param_groups for p in group["params"]])

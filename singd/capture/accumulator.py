@@ -16,6 +16,7 @@ from singd.capture.samples import Call
 from singd.capture.statistics import KroneckerStatistics
 from singd.capture.verification import Probes, Verification
 from singd.capture.weight_matrix import WeightMatrix
+from singd.ops.dtensor import local
 from singd.ops.parts import Part
 
 
@@ -117,16 +118,17 @@ class Accumulator:
             self._pending[current] = known = Pass(root, probes)
         return known
 
-    def commit(self, step: int) -> None:
+    def commit(self, step: int, weight: Tensor) -> None:
         """The pass has added to the gradient that autograd makes: what it saw is held.
 
         Args:
             step: Number of steps so far.
+            weight: Parameter with the gradient.
         """
         current = torch._C._current_graph_task_id()
         done = self._pending.pop(current, None)
         if done is None:
-            if current not in self._interrupted and self._is_used_otherwise(step):
+            if current not in self._interrupted and self._is_used_otherwise(step, weight):
                 self.verification.refuse(self._unseen)
             return
         if done.statistics is not None:
@@ -194,6 +196,14 @@ class Accumulator:
         self._sum = sent if before is None else before
 
     @property
+    def is_unseen(self) -> bool:
+        """Whether there is a gradient that no pass brought, though all were to be captured."""
+        if not self.is_awaited or self.was_ignored or self.is_unread or self.total is not None:
+            return False
+        grad = self.matrix.weight.grad
+        return grad is not None and bool(local(self.matrix.part(grad)).any())
+
+    @property
     def is_unread(self) -> bool:
         """Whether there were passes that cannot be the last, and none since that can be."""
         return any(self._unread)
@@ -213,14 +223,15 @@ class Accumulator:
             self._held = None
         self._is_reduced = False
 
-    def _is_used_otherwise(self, step: int) -> bool:
+    def _is_used_otherwise(self, step: int, weight: Tensor) -> bool:
         """Whether a pass without a trace shows that the weight is used in another way.
 
-        Not if a forward pass was not to be captured, lately or when the graph was made.
+        Not if a forward pass was not to be captured, lately or when the graph was made, nor if the
+        gradient is zero: sums of all parameters times zero are added to losses.
         """
-        if self.verification.explained is None:
-            return not self.was_ignored
-        return step - self.last_call > 1
+        if self.was_ignored if self.verification.explained is None else step - self.last_call <= 1:
+            return False
+        return weight.grad is None or bool(local(self.matrix.part(weight.grad)).any())
 
     def discard(self, *, held: bool = False) -> None:
         """Forget what counts, and passes under way.
@@ -230,7 +241,7 @@ class Accumulator:
         """
         self._add_held()
         if held:
-            self._held = None
+            self._held, self.is_awaited = None, False
         if held or self.met is None:
             self._unread = 0, 0
         self._sum = None

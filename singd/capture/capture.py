@@ -25,6 +25,7 @@ from singd.capture.statistics import (
     Statistic,
     UnreadableError,
 )
+from singd.capture.warning import warn_user
 from singd.capture.weight_matrix import WeightMatrix
 from singd.layers.convolution import Convolution
 from singd.ops import cuda_graph
@@ -46,6 +47,7 @@ class Capture:
         self.count = LossCount()
         self.is_paused = False
         self.is_sampled = False  # the statistics are those of curvature()
+        self._has_told = False  # of gradients that no backward pass brought
         self.step = 0  # number of steps so far
         self._calls = Calls(model)
         self.loss_terms = LossTerms(model, self._calls)
@@ -74,7 +76,9 @@ class Capture:
                     if (weight, label) in found
                 }
                 if products:
-                    self._handles += AttentionHook(products, self.listen).attach(module)
+                    self._handles += AttentionHook(products, self.listen, self.refuse).attach(
+                        module
+                    )
 
     def close(self) -> None:
         """Remove every hook."""
@@ -97,11 +101,14 @@ class Capture:
             call.use_images(x if x.ndim == matrix.weight.ndim else x[None])
         accumulator.last_call = self.step
         self._meet(accumulator, module)
-        if self.is_paused or self.is_sampled or not observer.is_captured(matrix):
+        made_in = torch._C._current_graph_task_id()
+        ignored = self.is_paused or self.is_sampled or not observer.is_captured(matrix)
+        if made_in != -1 and accumulator.was_ignored != accumulator.is_awaited:
+            ignored = accumulator.was_ignored  # as when it was called, and not recomputed
+        if ignored:
             accumulator.was_ignored = True
             return None
         accumulator.is_awaited = True
-        made_in = torch._C._current_graph_task_id()
 
         def listener(x: Tensor, g: Tensor) -> None:
             self._observe(matrix, module, x, g, call, self._root(made_in))
@@ -185,7 +192,7 @@ class Capture:
         """
         accumulator = self.accumulators[matrix]
         if weight is not matrix.weight or accumulator.met is None:
-            accumulator.commit(self.step)
+            accumulator.commit(self.step, weight)
             self._calls.end()
         if weight is matrix.weight:
             observer = self._observer()
@@ -214,6 +221,21 @@ class Capture:
                 "expected the last one before a step outside no_sync(), got none"
             )
         return found
+
+    def notice_unseen(self, matrices: Iterable[WeightMatrix]) -> None:
+        """Warn once of gradients that no backward pass brought, though a forward pass was captured.
+
+        Args:
+            matrices: Those whose factors would be updated.
+        """
+        unseen = [m for m in matrices if not self._has_told and self.accumulators[m].is_unseen]
+        if unseen:
+            self._has_told = True
+            warn_user(
+                f"{', '.join(m.name for m in unseen)}: no backward pass was seen that made the "
+                "gradient (it was written by hand, as after torch.autograd.grad, or zero_grad came "
+                "after the pass): factors stay as they are"
+            )
 
     def empty(self, matrix: WeightMatrix) -> KroneckerStatistics:
         """Statistics of no rows, for a rank that did not use a layer."""

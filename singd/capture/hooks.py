@@ -7,6 +7,7 @@ activation checkpointing, and there again for a second backward. In-place activa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,17 +34,36 @@ class _Watched(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, listener: Listener) -> Tensor:
+    def forward(
+        ctx: Any, output: Tensor, x: Tensor, listener: Listener, refuse: Callable[[str], None]
+    ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.listener = listener
+        ctx.listener, ctx.refuse = listener, refuse
         return output.detach()  # a fresh tensor on the same memory: in-place operations may follow
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         if not is_batched(g):
             with torch.no_grad():
-                ctx.listener(ctx.saved_tensors[0], g.detach())
-        return g, None, None
+                x = _unchanged(ctx)
+                if x is not None:
+                    ctx.listener(x, g.detach())
+        return g, None, None, None
+
+
+def _unchanged(ctx: Any) -> Tensor | None:
+    """The input that was saved, unless it was changed in place, which a layer need not mind.
+
+    A layer that multiplied a copy, in another data type or order or with padding, has saved that.
+    """
+    try:
+        x: Tensor = ctx.saved_tensors[0]
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        ctx.refuse("its input is changed in place after it was called")
+        return None
+    return x
 
 
 def is_batched(g: Tensor) -> bool:
@@ -109,7 +129,8 @@ class LayerHook(Hook):
                 return None
         if not first.requires_grad:
             return None
-        watched = _Watched.apply(first, x.detach(), listener)
+        refuse = functools.partial(self.refuse, self.matrix)
+        watched = _Watched.apply(first, x.detach(), listener, refuse)
         return watched if first is output else type(output)((watched, *output[1:]))
 
 
@@ -125,10 +146,16 @@ class AttentionHook(Hook):
     Args:
         products: Weight and module of every projection that is watched, by its name.
         listen: Says who listens.
+        refuse: As that of :class:`LayerHook`.
     """
 
-    def __init__(self, products: dict[str, tuple[WeightMatrix, nn.Module]], listen: Listen) -> None:
-        self.products, self.listen = products, listen
+    def __init__(
+        self,
+        products: dict[str, tuple[WeightMatrix, nn.Module]],
+        listen: Listen,
+        refuse: Callable[[WeightMatrix, str], None],
+    ) -> None:
+        self.products, self.listen, self.refuse = products, listen, refuse
         self.run = torch.compiler.disable(attention.run)
         self.eager = torch.compiler.disable(self._run, reason=CLOSE)
 
@@ -159,7 +186,10 @@ class AttentionHook(Hook):
             if listener is None:
                 return output
             watched: Tensor = _Watched.apply(
-                output, x.detach(), lambda x, g: listener(x.transpose(0, 1), g.transpose(0, 1))
+                output,
+                x.detach(),
+                lambda x, g: listener(x.transpose(0, 1), g.transpose(0, 1)),
+                functools.partial(self.refuse, self.products[name][0]),
             )
             return watched
 

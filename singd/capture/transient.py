@@ -79,3 +79,24 @@ class _State:
                 left = [(k, hook) for k, hook in state[name].items() if k not in self.ids]
                 state[name] = OrderedDict(left)
         return state
+
+
+def once_filled(module: nn.Module, function: Callable[[], None]) -> None:
+    """Call a function once a module has its contents: now, or when a copy of it gets them.
+
+    A module that holds its optimizer is copied and unpickled after it: it is empty until then.
+    """
+    if "_modules" in vars(module):
+        function()
+        return
+
+    def setstate(state: Any) -> None:
+        vars(module).pop("__setstate__", None)
+        if before is None:
+            module.__setstate__(state)
+        else:
+            before(state)
+        function()
+
+    before = vars(module).get("__setstate__")
+    vars(module)["__setstate__"] = setstate

@@ -51,6 +51,7 @@ class Parameters:
         self._owners: list[tuple[str, nn.Parameter, Any, str, torch.Size]] = []
         self._kinds: dict[Tensor, tuple[Any, ...]] = {}  # of those whose state is like them
         self._known: set[Tensor] = set()  # parameters of the model that nothing is to be said of
+        self._frozen: list[Tensor] = []  # those that were not given, and may thaw
         self._parts: list[tuple[nn.Module, tuple[Any, ...]]] = []
 
     def find(self, given: Sequence[Tensor]) -> list[WeightMatrix]:
@@ -118,21 +119,24 @@ class Parameters:
                 _follow(p, state.get(p, {}))
 
     def notice_new(self) -> None:
-        """Warn of parameters that the model did not have when its parameters were given."""
-        if all(_parts_of(module) == parts for module, parts in self._parts):
+        """Warn of parameters that are new in the model, or no longer frozen, since it was given."""
+        is_same = all(_parts_of(module) == parts for module, parts in self._parts)
+        if is_same and not any(p.requires_grad for p in self._frozen):
             return
         owners = list(owners_of(self.model))
         new = [n for n, p, _, _ in owners if p.requires_grad and p not in self._known]
         self._know(owners)
         if new:
             warn_user(
-                f"{', '.join(new)}: new in the model since the optimizer was made, and not "
-                "trained: use add_param_group"
+                f"{', '.join(new)}: new in the model, or no longer frozen, since the optimizer was "
+                "made, and not trained: use add_param_group"
             )
 
     def _know(self, owners: Iterable[tuple[str, nn.Parameter, Any, str]]) -> None:
         """Remember what the model consists of, with the parameters that it has."""
-        self._known = {p for _, p, _, _ in owners} | self.group_of.keys()
+        owned = {p for _, p, _, _ in owners}
+        self._frozen = [p for p in owned - self.group_of.keys() if not p.requires_grad]
+        self._known = (owned | self.group_of.keys()) - set(self._frozen)
         self._parts = [(module, _parts_of(module)) for module in self.model.modules()]
 
     # What trains a parameter --------------------------------------------------------------------

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -144,6 +146,77 @@ def test_a_paused_pass_does_not_bring_in_what_another_saw() -> None:
         plain(model, *batches(1)[0])
     optimizer.step()
     assert torch.equal(factors(optimizer, model[0].weight)["K"], torch.eye(5, dtype=F64))
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_pause_counts_when_the_model_is_called_not_when_it_is_recomputed(later: bool) -> None:
+    model = mlp()
+    optimizer = SINGD(model, T=1, lr=0.0)
+    X, y = batches(1)[0]
+    with nullcontext() if later else optimizer.paused():
+        loss = mean_loss(checkpoint(model, X.requires_grad_(), use_reentrant=False), y)
+    with optimizer.paused() if later else nullcontext():
+        loss.backward()
+    optimizer.step()
+    is_new = torch.equal(factors(optimizer, model[0].weight)["K"], torch.eye(5, dtype=F64))
+    assert is_new != later
+
+
+@pytest.mark.parametrize("given", [SINGD, KFAC])
+def test_gradients_that_no_pass_brought_are_told_of_once(given: Any) -> None:
+    model = mlp()
+    optimizer = given(model, T=2, lr=0.05)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for X, y in batches(6):
+            loss = mean_loss(model(X), y)
+            parameters = list(model.parameters())
+            for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                p.grad = g
+            optimizer.step()
+    (warning,) = caught
+    assert str(warning.message).startswith("0.weight, 2.weight: no backward pass was seen")
+    assert optimizer.param_groups[0]["handed_over"] == ()
+
+
+class Added(nn.Module):
+    """``x += layer(x)``, for layers whose products are of a copy of ``x``."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        circular = nn.Conv1d(5, 5, 3, padding=1, padding_mode="circular")
+        self.layer = circular if kind == "padded" else nn.Linear(5, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x * 1.0).mT if self.kind == "strided" else x * 1.0
+        x += self.layer(x)
+        return self.head(x).float()
+
+
+@pytest.mark.parametrize("kind", ["padded", "strided", "cast"])
+def test_an_input_that_is_changed_in_place_is_an_error_only_where_it_is_one(kind: str) -> None:
+    torch.manual_seed(0)
+    model, X = Added(kind), torch.randn(4, 5, 5)
+    bare = copy.deepcopy(model)
+    optimizer = SINGD(model, T=1)
+    for net in (model, bare):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "cast"):
+            loss = net(X).square().mean()
+        loss.backward()
+    for p, q in zip(model.parameters(), bare.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+    with pytest.warns(UserWarning, match=r"layer\.weight: its input is changed in place"):
+        optimizer.step()
+    assert "K" in optimizer.state[model.head.weight]
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    with SINGD(model, T=1):
+        x = torch.randn(3, 4) * 1.0
+        y = model(x)
+        x += 1.0
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
 
 
 def test_data_of_steps_between_updates_does_not_matter() -> None:

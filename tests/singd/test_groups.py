@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from singd import KFAC, SINGD
-from tests.singd.runs import F64, batches, mean_loss, mlp, train
+from tests.singd.runs import F64, batches, mean_loss, mlp, snapshot, train
 
 Groups = list[dict[str, Any]]
 
@@ -209,3 +209,23 @@ def test_nothing_is_said_of_new_parameters_that_are_frozen_or_in_a_group() -> No
     optimizer.add_param_group({"params": list(model[3].parameters())})
     train(model, optimizer, batches(2))
     assert "K" in optimizer.state[model[3].weight]
+
+
+def test_parameters_that_thaw_and_were_not_given_are_named_once() -> None:
+    model = mlp()
+    model[0].requires_grad_(False)
+    optimizer = SINGD(model, T=1, lr=0.05)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step, (X, y) in enumerate(batches(4)):
+            model[0].requires_grad_(step > 1)
+            optimizer.zero_grad()
+            mean_loss(model(X), y).backward()
+            optimizer.step()
+            assert len(caught) == (step > 1)
+    (warning,) = caught
+    assert str(warning.message).startswith("0.weight, 0.bias: new in the model, or no longer")
+    optimizer.add_param_group({"params": list(model[0].parameters())})
+    before = snapshot(model, optimizer)
+    after = train(model, optimizer, batches(1))
+    assert not torch.equal(after["0.weight"], before["0.weight"])

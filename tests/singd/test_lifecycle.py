@@ -432,6 +432,30 @@ def test_a_copy_of_model_and_optimizer_goes_on_like_the_original(how: Any, metho
     assert distance(train(model, optimizer, batches(4)), copied) == 0.0
 
 
+class Agent(nn.Module):
+    """A model that holds its optimizer, which holds the model, or a part of it."""
+
+    def __init__(self, part: bool) -> None:
+        super().__init__()
+        self.net = mlp()
+        self.optimizer = SINGD(self.net if part else self, T=1, lr=0.05)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize("part", [False, True])
+@pytest.mark.parametrize("how", [copy.deepcopy, by_pickle])
+def test_a_copy_of_a_model_that_holds_its_optimizer_goes_on(how: Any, part: bool) -> None:
+    agent = Agent(part)
+    train(agent, agent.optimizer, batches(3))
+    other = how(agent)
+    assert other.optimizer.model is (other.net if part else other)
+    assert "__setstate__" not in vars(other)
+    got = train(other, other.optimizer, batches(4))
+    assert distance(got, train(agent, agent.optimizer, batches(4))) == 0.0
+
+
 @pytest.mark.parametrize("how", [copy.deepcopy, by_pickle])
 def test_a_copy_of_the_model_alone_is_not_captured(how: Any) -> None:
     model, optimizer = started()

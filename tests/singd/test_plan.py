@@ -531,6 +531,25 @@ def test_a_gradient_that_comes_late_raises_no_false_alarm(
     assert optimizer.param_groups[0]["handed_over"] == ()
 
 
+def test_gradients_of_zeros_raise_no_false_alarm() -> None:
+    """A sum of all parameters times zero, and values of attention that the loss does not see."""
+    experts = nn.ModuleList(nn.Linear(4, 4, dtype=F64) for _ in range(3))
+    attention = nn.MultiheadAttention(4, 2, batch_first=True, dtype=F64)
+    models = experts, attention
+    optimizers = [SINGD(model, T=1, lr=0.05) for model in models]
+    for step, (X, _) in enumerate(batches(6)):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        zero = 0.0 * sum(p.sum() for p in experts.parameters())
+        (experts[step // 2](X).square().mean() + zero).backward()
+        attention(X[None], X[None], X[None])[1].square().sum().backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for optimizer in optimizers:
+                optimizer.step()
+    assert all(optimizer.param_groups[0]["handed_over"] == () for optimizer in optimizers)
+
+
 @pytest.mark.parametrize(("weights", "biases"), [("adamw", "running"), ("running", "adamw")])
 def test_a_bias_in_another_group_has_the_length_of_its_weight(weights: str, biases: str) -> None:
     model = mlp()
