@@ -103,9 +103,5 @@ def constant(make: Make) -> Make:
     return made
 
 
-AS_IT_IS = ("KFAC", "IKFAC", "INGD", "SINGD")
-"""Methods whose default length of directions has been run too."""
-
-METHODS = OF_OTHERS | {name + CONSTANT: constant(make) for name, make in OURS.items()}
-METHODS |= {name: OURS[name] for name in AS_IT_IS}
+METHODS = OF_OTHERS | OURS | {name + CONSTANT: constant(make) for name, make in OURS.items()}
 """One entry is one row; nothing else has to be changed for a further one."""

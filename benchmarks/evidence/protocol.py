@@ -74,7 +74,7 @@ SIZES = {
     "tiny": Size(0.02, 1, 2, (1.0,), TASKS[:2]),  # for the tests: seconds
     "small": Size(0.25, 2, 2, (1.0,), TASKS),  # minutes
     "part": Size(1.0, 8, 10, (1.0, 3.0, 9.0), TASKS),  # an hour of two cores
-    "long": Size(20.0, 8, 3, (1.0, 3.0, 9.0), TASKS, 1.0),  # finals as in full, searched as in part
+    "long": Size(20.0, 8, 3, (1.0, 3.0, 9.0), TASKS + LONG, 1.0),  # searched as in part
     "full": Size(20.0, 16, 10, (1.0, 3.0, 9.0), TASKS + LONG),  # a minute or more for a run
 }
 

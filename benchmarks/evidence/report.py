@@ -10,6 +10,7 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks.evidence import protocol
+from benchmarks.evidence.methods import CONSTANT
 from benchmarks.evidence.outcome import KINDS, Results
 from benchmarks.evidence.protocol import BASELINE, SIZES, Size
 from benchmarks.evidence.runs import Runs
@@ -17,18 +18,30 @@ from benchmarks.evidence.runs import Runs
 OURS = "SINGD"  # the row that the sentences are about
 
 
-def table(results: Results, title: str, cell: Callable[[str, str], str]) -> str:
+def rows(*, constant: bool = False) -> list[str]:
+    """The methods as they are, or those whose directions all have one length."""
+    return [m for m in protocol.METHODS if m.endswith(CONSTANT) == constant]
+
+
+def complete(results: Results) -> list[str]:
+    """Those that are shown, as far as they have been run on all tasks that AdamW has."""
+    return [m for m in rows() if m in results.methods]
+
+
+def table(
+    results: Results, title: str, cell: Callable[[str, str], str], *, constant: bool = False
+) -> str:
     """A row for each method, a column for each task."""
     lines = [f"| {title} | {' | '.join(results.tasks)} |"]
     lines.append(f"| --- |{' --: |' * len(results.tasks)}")
-    for method in protocol.METHODS:
+    for method in rows(constant=constant):
         cells = [cell(t, method) if (t, method) in results.done else "" for t in results.tasks]
         if any(cells):
             lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def differences(results: Results, kind: str) -> str:
+def differences(results: Results, kind: str, *, constant: bool = False) -> str:
     """Test losses less that of the tuned AdamW, in percent of it."""
 
     def cell(task: str, method: str) -> str:
@@ -41,7 +54,7 @@ def differences(results: Results, kind: str) -> str:
             f"{lost} of {len(losses)} failed" if lost else f"{percent(mean)} ± {percent(error)[1:]}"
         )
 
-    return table(results, kind, cell)
+    return table(results, kind, cell, constant=constant)
 
 
 def percent(x: float) -> str:
@@ -65,7 +78,7 @@ def costs(results: Results) -> str:
         "| lowest rate is best | highest rate is best |",
         "| --- |" + " --: |" * 7,
     ]
-    for method in protocol.METHODS:
+    for method in rows():
         tasks = [t for t in results.tasks if (t, method) in results.done]
         if not tasks:
             continue
@@ -91,7 +104,7 @@ def duels(results: Results) -> str:
         "| | tasks | tuned: lower | higher | one setting: lower | higher |",
         "| --- |" + " --: |" * 5,
     ]
-    for method in protocol.METHODS:
+    for method in rows():
         tasks = [t for t in results.tasks if {(t, method), (t, OURS)} <= results.done]
         if method != OURS and tasks:
             counts = [
@@ -138,11 +151,11 @@ def named(results: Results, kind: str, task: str) -> str:
 def share(results: Results) -> str:
     """How much of the protocol the tables show."""
     size, full = results.size, SIZES["full"]
-    pairs = [(t, m) for t in results.tasks for m in protocol.METHODS if (t, m) in results.done]
-    ends = [end for method in protocol.METHODS for end in results.ends(method)]
+    pairs = [(t, m) for t in results.tasks for m in rows() if (t, m) in results.done]
+    ends = [end for method in rows() for end in results.ends(method)]
     parts = [
         f"{len(results.tasks)} of {len(full.tasks)} tasks, and {len(pairs)} of "
-        f"{len(full.tasks) * len(protocol.METHODS)} pairs of a task and a method",
+        f"{len(full.tasks) * len(rows())} pairs of a task and a method",
         f"{size.points} of {full.points} points in a round of the search",
     ]
     if size.stretch != full.stretch:
@@ -180,8 +193,8 @@ def summary(results: Results) -> dict[str, Any]:
         **{kind: {k: len(v) for k, v in standing(results, kind).items()} for kind in KINDS},
         "lower than SINGD when tuned": {
             method: sum(results.ahead("tuned", t, method, OURS) for t in results.tasks)
-            for method in results.methods
-            if OURS in results.methods
+            for method in complete(results)
+            if OURS in results.methods and method != OURS
         },
     }
 
@@ -194,7 +207,7 @@ def profile(results: Results, path: Path) -> None:
     with mpl.rc_context({"font.size": 8, "svg.hashsalt": "profile", "svg.fonttype": "none"}):
         figure = Figure(figsize=(9, 3.2), layout="constrained")
         for ax, kind in zip(figure.subplots(1, 2, sharey=True), KINDS, strict=True):
-            for index, method in enumerate(results.methods):
+            for index, method in enumerate(complete(results)):
                 style = {"lw": 2.5} if method == OURS else {"lw": 1.2}
                 dashes = "-" if method.startswith(OURS) else "--"
                 x, y = steps_of(ratios(results, kind, method))
@@ -211,7 +224,7 @@ def ratios(results: Results, kind: str, method: str) -> list[float]:
     """Mean test loss over the lowest of all methods, task by task."""
     found = []
     for task in results.tasks:
-        means = {m: fmean(results.losses(kind, task, m)) for m in results.methods}
+        means = {m: fmean(results.losses(kind, task, m)) for m in complete(results)}
         found.append(means[method] / min(means.values()))
     return found
 
@@ -239,6 +252,8 @@ def write(runs: Runs, size: Size, out: Path) -> None:
         "target_one_setting": targets(results, "one setting"),
         "costs": costs(results),
         "duels": duels(results),
+        "constant_tuned": differences(results, "tuned", constant=True),
+        "constant_one_setting": differences(results, "one setting", constant=True),
     }
     for name, text in parts.items():
         (out / f"{name}.md").write_text(text + "\n")
