@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from structured._core.checks import check_definite
 from structured._core.composite import Composite
 from structured._core.matrix import Operator, StructuredMatrix
 from structured._core.spec import StructureLike, parse
@@ -71,10 +72,10 @@ def inverse_root(
     if kind not in _POWERS:
         raise ValueError(f"inverse_root: expected a kind of {list(_POWERS)}, got {kind!r}")
     if isinstance(S, Operator):
-        return _finite(_of_operator(structure, S, damping, _POWERS[kind])).to(S.dtype)
+        return _finite(_of_operator(structure, S, damping, _POWERS[kind]).to(S.dtype))
     wide = _damped(S, damping)
     zero = parse(structure)(S.shape[-1], dtype=torch.float64, device=S.device)
-    return _finite(minimiser(zero, wide, _POWERS[kind])).to(S.dtype)
+    return _finite(minimiser(zero, wide, _POWERS[kind]).to(S.dtype))
 
 
 def _finite(K: StructuredMatrix) -> StructuredMatrix:
@@ -82,11 +83,7 @@ def _finite(K: StructuredMatrix) -> StructuredMatrix:
     if not K.n:
         return K
     flat = (t.detach()[..., None].flatten(len(K.batch_shape)) for t in K.tensors())
-    failed = functools.reduce(torch.logical_or, (~t.isfinite().all(-1) for t in flat))
-    # As of check_pivots; the order of the minor is not known, and is said to be the first.
-    torch._linalg_check_errors(
-        failed.to(torch.int32), "linalg.cholesky", is_matrix=failed.ndim == 0
-    )
+    check_definite(functools.reduce(torch.logical_or, (~t.isfinite().all(-1) for t in flat)))
     return K
 
 
