@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Size, Tensor
 
-from structured._core.checks import check_pivots
+from structured._core.checks import check_arguments, check_pivots
 from structured._core.numbers import at_least_float32, solve_dense
 from structured._core.operator import Operator
 from structured._core.stored import Stored, static
@@ -91,8 +91,6 @@ class Arrow(Stored, Operator):
         Raises:
             RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
         """
-        if X.ndim == 1:
-            return self.solve(X[:, None])[..., 0]
         k1, (k, n) = self.first, self.W.shape[-2:]
         wide = at_least_float32(X.dtype)
         d, W, corner = (t.to(wide) for t in self._blocks())
@@ -119,3 +117,6 @@ class Arrow(Stored, Operator):
         """``A I``."""
         eye = torch.eye(self.n, dtype=self.dtype, device=self.device)
         return self.apply(eye)
+
+
+check_arguments(Arrow, ("apply", "apply_transpose", "solve"))

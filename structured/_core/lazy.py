@@ -124,6 +124,10 @@ class Sum(_OfOneSize):
         """``A_1^T X + ... + A_k^T X``."""
         return self._sum(lambda A: A.apply_transpose(X))
 
+    def solve(self, X: Tensor) -> Tensor:
+        """``A^{-1} X`` of the sum ``A``, written out; solved in float32 at least."""
+        return super().solve(X)
+
     def to_dense(self) -> Tensor:
         """Write the sum out."""
         return self._sum(lambda A: A.to_dense())

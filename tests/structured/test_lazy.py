@@ -64,7 +64,12 @@ def check_inverse(A, expected):
 
 @given(parts)
 def test_sums(parts):
-    check(Sum(*parts), sum(A.to_dense() for A in parts))
+    expected = sum(A.to_dense() for A in parts)
+    check(Sum(*parts), expected)
+    eye = torch.eye(parts[0].n, dtype=torch.float64)
+    shifted, within = Sum(Dense(16 * eye), *parts), expected + 16 * eye
+    if (torch.linalg.matrix_norm(expected) < 8).all():  # far from singular
+        check_inverse(shifted, within)
 
 
 @given(parts)
@@ -151,6 +156,41 @@ def test_they_are_kept_moved_and_differentiated(make):
 def test_scipy_sees_them():
     x = normal(3)
     assert_close(torch.from_numpy(to_scipy(A.outer()).matvec(x.numpy())), A.outer() @ x, "matvec")
+
+
+OPERATORS = {
+    "sum": Sum(A, C),
+    "product": Product(A, C),
+    "outer": A.outer(),
+    "arrow": member("hierarchical(1, 1)", 3, (2,), 2).outer(),
+    "kronecker": Kronecker(A),
+    "one by one": Sum(*[Diagonal(torch.ones(1, dtype=torch.float64))] * 2),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("operation", ["apply", "apply_transpose", "solve"])
+def test_all_operators_check_what_they_multiply_and_solve(name, operation):
+    P = OPERATORS[name]
+    run = getattr(P, operation)
+    of = f"{type(P).__name__}.{operation}: expected "
+    for wrong in (normal(P.n + 1, 1), normal(4, P.n + 2, 2)):
+        with pytest.raises(ValueError, match=rf"{of}shape \[..., {P.n}, m\], got"):
+            run(wrong)
+    with pytest.raises(ValueError, match=f"{of}torch.float64 on cpu, got torch.float32 on cpu"):
+        run(normal(P.n, 1).float())
+    with pytest.raises(TypeError, match=f"{of}a tensor, got list"):
+        run([1.0])
+    if P.batch_shape:
+        with pytest.raises(ValueError, match=f"{of}a batch shape that broadcasts with"):
+            run(normal(5, P.n, 1))
+
+
+@pytest.mark.parametrize("P", [*OPERATORS.values(), Reversal(3), Reversal(1)], ids=repr)
+def test_all_operators_solve_for_vectors(P):
+    x = normal(P.n)
+    assert_close(P.solve(x), P.solve(x[:, None])[..., 0], "solve", 1e-12)
+    assert_close(P @ P.solve(x[:, None]), x[:, None].expand(*P.batch_shape, -1, -1), "solve", 1e-9)
 
 
 @pytest.mark.parametrize(
