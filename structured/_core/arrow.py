@@ -6,9 +6,10 @@ import torch
 from torch import Size, Tensor
 
 from structured._core.checks import check_arguments, check_pivots
+from structured._core.lazy import Combined
+from structured._core.member import Scaled
 from structured._core.numbers import at_least_float32, solve_dense
-from structured._core.operator import Operator
-from structured._core.stored import Stored, static
+from structured._core.stored import static
 from structured._products.in_place import add_product_, plain, plus_product
 
 
@@ -17,10 +18,11 @@ def at_ends(t: Tensor, first: int, last: int, dim: int = -2) -> Tensor:
     return torch.cat([t.narrow(dim, 0, first), t.narrow(dim, t.shape[dim] - last, last)], dim)
 
 
-class Arrow(Stored, Operator):
+class Arrow(Scaled, Combined):
     """A symmetric matrix with full rows and columns in front and at the end, else diagonal.
 
-    What ``A A^T`` is for a hierarchical ``A``. No structure: products fill the middle.
+    What ``A A^T`` is for a hierarchical ``A``. No structure: products fill the middle. Sums and
+    products are operators, multiples are of the same kind.
     """
 
     d: Tensor  # [..., n], zero at the full rows
