@@ -16,6 +16,7 @@ from structured._core.checks import check_arguments, check_scalar
 from structured._core.composite import Composite
 from structured._core.operator import Operator
 from structured._core.stored import Stored
+from structured._core.wide import round_once
 
 _CHECKED = ("apply", "apply_transpose", "solve")
 
@@ -61,6 +62,7 @@ class Lazy(Composite, Combined):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         check_arguments(cls, _CHECKED)
+        round_once(cls)
 
     def __neg__(self) -> Any:
         """``-A``."""
@@ -82,8 +84,8 @@ class Lazy(Composite, Combined):
         if not isinstance(c, Real | Tensor):
             return NotImplemented
         check_scalar(self, c, operation)
-        one_each, batch_shape = isinstance(c, Tensor) and c.ndim, self.batch_shape
-        return self._scaled(lambda A: times(expand(A, batch_shape) if one_each else A, c))
+        one_each = isinstance(c, Tensor) and c.ndim
+        return self._scaled(lambda A: times(expand(A, self.batch_shape) if one_each else A, c))
 
     @abstractmethod
     def _scaled(self, scale: Callable[[Any], Any]) -> Any:
@@ -99,8 +101,7 @@ def expand(A: Any, batch_shape: Sequence[int]) -> Any:
         return A.expand(*batch_shape)
     if isinstance(A, Composite):
         return type(A)(*(expand(part, batch_shape) for part in A.parts))
-    first = len(A.batch_shape)
-    stored = isinstance(A, Stored)
+    first, stored = len(A.batch_shape), isinstance(A, Stored)
     return A.map(lambda t: t.expand((*batch_shape, *t.shape[first:]))) if stored else A
 
 
@@ -172,6 +173,10 @@ class Sum(_OfOneSize):
     def trace(self) -> Tensor:
         """Sum of the traces."""
         return self._sum(lambda A: A.trace())
+
+    def logdet(self) -> Tensor:
+        """``log |det A|`` of the sum ``A``, written out in float32 at least."""
+        return super().logdet()
 
     def _scaled(self, scale: Callable[[Any], Any]) -> Sum:
         """``c A_1 + ... + c A_k``; each can be scaled."""
