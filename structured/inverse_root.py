@@ -109,7 +109,7 @@ def _projected(zero: StructuredMatrix, S: Operator) -> StructuredMatrix:
     return zero.project(S.to_dense().to(zero.dtype))
 
 
-def divergence(K: StructuredMatrix, S: Tensor, damping: float | Tensor = 0.0) -> Tensor:
+def divergence(K: StructuredMatrix, S: Tensor | Operator, damping: float | Tensor = 0.0) -> Tensor:
     """``KL(N(0, K K^T) || N(0, (S + damping I)^{-1}))`` in nats, ``[...]``.
 
     ``(trace(K^T (S + damping I) K) - n - log det(K^T (S + damping I) K)) / 2``: zero if and only if
@@ -118,14 +118,15 @@ def divergence(K: StructuredMatrix, S: Tensor, damping: float | Tensor = 0.0) ->
 
     Args:
         K: An invertible member, ``[..., n, n]``.
-        S: Symmetric positive semi-definite, ``[..., n, n]``.
+        S: Symmetric positive semi-definite, ``[..., n, n]``: a tensor or an operator.
         damping: A number or a tensor of the batch shape of ``S``.
 
     Raises:
         ValueError: If the shapes do not fit.
         torch.linalg.LinAlgError: If ``S + damping I`` is not positive definite.
     """
-    wide, K = _damped(S, damping), K.to(torch.float64)
+    matrix = S.to_dense() if isinstance(S, Operator) else S
+    wide, K = _damped(matrix, damping), K.to(torch.float64)
     conjugate = K.apply_transpose(K.apply_transpose(wide).mT)  # K^T S K
     trace = conjugate.diagonal(dim1=-2, dim2=-1).sum(-1)
     half_logdet = torch.linalg.cholesky(wide).diagonal(dim1=-2, dim2=-1).log().sum(-1)

@@ -10,6 +10,7 @@ from structured import (
     LowerToeplitz,
     Rotated,
     StructuredMatrix,
+    Sum,
     divergence,
     inverse_root,
     parse,
@@ -373,3 +374,9 @@ def test_roots_are_roots_or_errors(spec):
 def test_roots_that_overflow_are_errors():
     with pytest.raises(torch.linalg.LinAlgError, match="not positive-definite"):
         inverse_root("diagonal", torch.zeros(3, 3, dtype=torch.float16), 1e-12)
+
+
+def test_divergence_of_operators():
+    K, S = inverse_root("lower_toeplitz", spd(2)), Dense(spd(2))
+    for operator in (S, Sum(S, Dense(0.0 * eye()))):
+        torch.testing.assert_close(divergence(K, operator, 0.1), divergence(K, spd(2), 0.1))
