@@ -1,8 +1,9 @@
 """What operations of a structure cost: counted on the meta device, not timed.
 
-Counted are multiply-adds of matrix products, ``5/2 L log2 L`` for a real FFT of length ``L`` (twice
-that for a complex one), and the elements read or written, whichever are more, of everything else
-that is not a view. A multiply-add is two floating-point operations.
+Counted are multiply-adds of matrix products, ``n^3`` for any decomposition of n rows and columns,
+``n^2`` for each column of a solve with it (half for a triangular matrix), ``5/2 L log2 L`` for a
+real FFT of length ``L`` (twice that for a complex one), and the elements read or written, whichever
+are more, of everything else that is not a view. A multiply-add is two floating-point operations.
 """
 
 from __future__ import annotations
@@ -46,9 +47,16 @@ PRODUCTS = {
 
 CUBIC = (
     *("linalg_solve_ex", "_linalg_solve_ex", "linalg_lu_factor_ex", "linalg_cholesky_ex"),
-    *("linalg_qr", "cholesky_inverse", "_linalg_eigh"),
+    *("linalg_qr", "cholesky_inverse", "_linalg_eigh", "_linalg_svd", "_linalg_slogdet"),
+    *("linalg_inv_ex", "linalg_matrix_exp", "linalg_pinv"),
 )
-"""Operations that cost the number of columns for every entry of their first argument."""
+"""Operations that cost the lesser size for every entry of their first argument."""
+
+SOLVES = {
+    **dict.fromkeys(("linalg_solve_ex", "_linalg_solve_ex", "linalg_lu_solve"), (0, 1.0)),
+    **{"cholesky_solve": (1, 1.0), "linalg_solve_triangular": (0, 0.5)},
+}
+"""Solves, with the place of the matrix, and the multiply-adds for each entry and column."""
 
 FREE = (
     *("_unsafe_view", "detach", "empty", "empty_like", "empty_strided"),
@@ -171,6 +179,13 @@ def is_free(func: Any) -> bool:
     return bool(func.is_view) or func.overloadpacket.__name__ in FREE
 
 
+def solved(name: str, args: Any, out: Any) -> float:
+    """The cost of the solution of an operator of :data:`SOLVES`."""
+    where, share = SOLVES[name]
+    X = next(t for t in tree_leaves(out) if isinstance(t, Tensor))
+    return share * X.numel() * args[where].shape[-1]
+
+
 def work(func: Any, args: Any, out: Any) -> float:
     """The cost of one call of an operator of PyTorch's dispatcher."""
     name = func.overloadpacket.__name__
@@ -184,6 +199,7 @@ def work(func: Any, args: Any, out: Any) -> float:
         length = max(t.shape[args[1][-1]] for t in (args[0], out))
         batch = max(sizes) / length
         return batch * length * math.log2(max(length, 2)) * (5.0 if name == "_fft_c2c" else 2.5)
-    if name in CUBIC:
-        return float(args[0].numel() * args[0].shape[-1])
+    if name in CUBIC or name in SOLVES:
+        cubic = args[0].numel() * min(args[0].shape[-2:]) if name in CUBIC else 0.0
+        return cubic + (solved(name, args, out) if name in SOLVES else 0.0)
     return float(max(sizes, default=0))

@@ -20,6 +20,7 @@ from torch import Size, Tensor
 from structured._core.checks import check_pivots
 from structured._core.dispatch import sums_of_squares
 from structured._core.matrix import Scalar, StructuredMatrix, at_least_float32, largest
+from structured._core.numbers import lengths
 from structured._core.spec import Structure, composition
 from structured.block_diagonal import BlockDiagonal
 
@@ -168,13 +169,13 @@ class Hypercomplex(StructuredMatrix):
         return self._build([self._conjugate() / size[..., None] / size[..., None]])
 
     def _absolute(self) -> Tensor:
-        return torch.linalg.vector_norm(self.q, dim=-1)
+        return lengths(self.q)[..., 0]
 
     def exp(self) -> Self:
         """``e^a (cos |v| + v sin |v| / |v|)`` of ``a + v``, the real part and the rest."""
         wide = self.q.to(at_least_float32(self.dtype))
         a, v = wide[..., :1], wide[..., 1:]
-        size = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+        size = lengths(v)
         numbers = a.exp() * torch.cat([size.cos(), v * torch.sinc(size / math.pi)], -1)
         return self._build([numbers.to(self.dtype)])
 

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -74,8 +75,9 @@ def _chains(places: Tensor, n: int) -> Tensor:
     lengths = torch.bincount(rows, minlength=n)
     starts = lengths.cumsum(0) - lengths
     counts = lengths[columns]  # each pair (i, k) goes on with all of row k
-    first = torch.arange(len(places)).repeat_interleave(counts)
-    offset = torch.arange(len(first)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    ramp = functools.partial(torch.arange, device=places.device)
+    first = ramp(len(places)).repeat_interleave(counts)
+    offset = ramp(len(first)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     second = starts[columns[first]] + offset
     ends = rows[first] * n + columns[second]
     return torch.stack([first, second, torch.searchsorted(places, ends)])

@@ -21,7 +21,8 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from structured._core.composite import Composite
-from structured._core.matrix import StructuredMatrix, at_least_float32
+from structured._core.conversions import Convertible
+from structured._core.matrix import Operator, StructuredMatrix, at_least_float32
 from structured._interop import MemberOperator, RootOperator
 from structured.kronecker import Kronecker
 
@@ -38,9 +39,15 @@ def to_linear_operator(A: AnyMember) -> LinearOperator:
     those of ``A``, symmetric or not.
 
     Raises:
+        TypeError: If ``A`` is neither a member nor a Kronecker product.
         NotImplementedError: From methods of the result that need a symmetric matrix, such as
             ``cholesky``; ``to_root_linear_operator`` has them.
     """
+    if not isinstance(A, AnyMember):
+        raise TypeError(
+            f"to_linear_operator: expected a structured matrix or a Kronecker product, "
+            f"got {type(A).__name__}"
+        )
     return MemberOperator.of(A)
 
 
@@ -49,6 +56,9 @@ def to_root_linear_operator(K: AnyMember) -> LinearOperator:
 
     Everything follows from the root: ``solve`` is two solves with ``K``, ``logdet`` twice that of
     ``K``, samples are ``K z``. Needs an invertible ``K`` for the solves.
+
+    Raises:
+        TypeError: If ``K`` is neither a member nor a Kronecker product.
     """
     return RootOperator(to_linear_operator(K))
 
@@ -59,8 +69,11 @@ def to_scipy(A: AnyOperator) -> scipy.sparse.linalg.LinearOperator:
     Products run in the dtype of ``A``, bfloat16 and float16 raised to float32, on its device.
 
     Raises:
+        TypeError: If ``A`` is no operator of numbers that can be converted.
         ValueError: If ``A`` has batch dimensions.
     """
+    if not isinstance(A, Operator) or not isinstance(A, Convertible):
+        raise TypeError(f"to_scipy: expected an operator, got {type(A).__name__}")
     if A.batch_shape:
         raise ValueError(f"to_scipy: expected no batch dimensions, got {list(A.batch_shape)}")
     wide = A.detach().to(at_least_float32(A.dtype))
@@ -69,8 +82,9 @@ def to_scipy(A: AnyOperator) -> scipy.sparse.linalg.LinearOperator:
         def multiply(X: np.ndarray) -> np.ndarray:
             if np.iscomplexobj(X):
                 return multiply(X.real) + 1j * multiply(X.imag)
-            columns = torch.from_numpy(np.array(X)).to(wide.device, wide.dtype)
-            result: np.ndarray = apply(columns.reshape(A.n, -1)).reshape(X.shape).cpu().numpy()
+            numbers = torch.from_numpy(np.array(X)).to(wide.device, wide.dtype)
+            columns = numbers[:, None] if X.ndim == 1 else numbers
+            result: np.ndarray = apply(columns).reshape(X.shape).cpu().numpy()
             return result
 
         return multiply

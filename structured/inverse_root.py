@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from structured._core.checks import check_definite
 from structured._core.composite import Composite
 from structured._core.matrix import Operator, StructuredMatrix
 from structured._core.spec import StructureLike, parse
@@ -71,10 +72,10 @@ def inverse_root(
     if kind not in _POWERS:
         raise ValueError(f"inverse_root: expected a kind of {list(_POWERS)}, got {kind!r}")
     if isinstance(S, Operator):
-        return _finite(_of_operator(structure, S, damping, _POWERS[kind])).to(S.dtype)
+        return _finite(_of_operator(structure, S, damping, _POWERS[kind]).to(S.dtype))
     wide = _damped(S, damping)
     zero = parse(structure)(S.shape[-1], dtype=torch.float64, device=S.device)
-    return _finite(minimiser(zero, wide, _POWERS[kind])).to(S.dtype)
+    return _finite(minimiser(zero, wide, _POWERS[kind]).to(S.dtype))
 
 
 def _finite(K: StructuredMatrix) -> StructuredMatrix:
@@ -82,11 +83,7 @@ def _finite(K: StructuredMatrix) -> StructuredMatrix:
     if not K.n:
         return K
     flat = (t.detach()[..., None].flatten(len(K.batch_shape)) for t in K.tensors())
-    failed = functools.reduce(torch.logical_or, (~t.isfinite().all(-1) for t in flat))
-    # As of check_pivots; the order of the minor is not known, and is said to be the first.
-    torch._linalg_check_errors(
-        failed.to(torch.int32), "linalg.cholesky", is_matrix=failed.ndim == 0
-    )
+    check_definite(functools.reduce(torch.logical_or, (~t.isfinite().all(-1) for t in flat)))
     return K
 
 
@@ -112,7 +109,7 @@ def _projected(zero: StructuredMatrix, S: Operator) -> StructuredMatrix:
     return zero.project(S.to_dense().to(zero.dtype))
 
 
-def divergence(K: StructuredMatrix, S: Tensor, damping: float | Tensor = 0.0) -> Tensor:
+def divergence(K: StructuredMatrix, S: Tensor | Operator, damping: float | Tensor = 0.0) -> Tensor:
     """``KL(N(0, K K^T) || N(0, (S + damping I)^{-1}))`` in nats, ``[...]``.
 
     ``(trace(K^T (S + damping I) K) - n - log det(K^T (S + damping I) K)) / 2``: zero if and only if
@@ -121,14 +118,15 @@ def divergence(K: StructuredMatrix, S: Tensor, damping: float | Tensor = 0.0) ->
 
     Args:
         K: An invertible member, ``[..., n, n]``.
-        S: Symmetric positive semi-definite, ``[..., n, n]``.
+        S: Symmetric positive semi-definite, ``[..., n, n]``: a tensor or an operator.
         damping: A number or a tensor of the batch shape of ``S``.
 
     Raises:
         ValueError: If the shapes do not fit.
         torch.linalg.LinAlgError: If ``S + damping I`` is not positive definite.
     """
-    wide, K = _damped(S, damping), K.to(torch.float64)
+    matrix = S.to_dense() if isinstance(S, Operator) else S
+    wide, K = _damped(matrix, damping), K.to(torch.float64)
     conjugate = K.apply_transpose(K.apply_transpose(wide).mT)  # K^T S K
     trace = conjugate.diagonal(dim1=-2, dim2=-1).sum(-1)
     half_logdet = torch.linalg.cholesky(wide).diagonal(dim1=-2, dim2=-1).log().sum(-1)

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from numbers import Real
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Size, Tensor
 
 from structured._core.checks import check_scalar
-from structured._core.lazy import Lazy
+from structured._core.lazy import Lazy, expand
 from structured._core.matrix import Operator, Scalar, StructuredMatrix, at_least_float32, trailing
 from structured._products.kronecker import kron, kron_vectors, one_by_one
 from structured.dense import Dense
@@ -151,27 +150,9 @@ class Kronecker(Lazy):
 
     # Scaling and shifting -----------------------------------------------------------------------
 
-    def __mul__(self, c: Scalar) -> Kronecker:
-        """``c P`` for a number or a tensor of the batch shape: the first factor is scaled."""
-        return self._with_first(c, "*", lambda A: c * A)
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, c: Scalar) -> Kronecker:
-        """``P / c`` for a number or a tensor of the batch shape."""
-        return self._with_first(c, "/", lambda A: A / c)
-
-    def __neg__(self) -> Kronecker:
-        """``-P``."""
-        return self * -1
-
-    def _with_first(self, c: Scalar, operation: str, scale: Callable[[Any], Any]) -> Kronecker:
-        if not isinstance(c, Real | Tensor):
-            return NotImplemented
-        check_scalar(self, c, operation)
+    def _scaled(self, scale: Callable[[Any], Any]) -> Kronecker:
+        """The first factor is scaled."""
         first, *rest = self._members()
-        if isinstance(c, Tensor) and c.ndim:  # one for each of the batch
-            first = _expand(first, self.batch_shape)
         return Kronecker(scale(first), *rest)
 
     def add_scaled_identity(self, alpha: Scalar) -> Rotated:
@@ -195,7 +176,7 @@ class Kronecker(Lazy):
 
     def expand(self, *batch_shape: int) -> Kronecker:
         """The same product with every factor of the given batch shape."""
-        return Kronecker(*(_expand(A, batch_shape) for A in self._members()))
+        return Kronecker(*(expand(A, batch_shape) for A in self._members()))
 
     def _members(self) -> list[Any]:
         """The factors with all operations: what knows its products alone is written out."""
@@ -217,11 +198,3 @@ def _product(A: Operator, B: Operator) -> Operator:
     if isinstance(A, StructuredMatrix) and A.layout == getattr(B, "layout", None):
         return A @ B
     return Dense(A.apply(B.to_dense()))
-
-
-def _expand(A: Any, batch_shape: Sequence[int]) -> Any:
-    """``A`` again and again along further batch dimensions."""
-    if isinstance(A, Kronecker):
-        return A.expand(*batch_shape)
-    first = len(A.batch_shape)
-    return A.map(lambda t: t.expand(*batch_shape, *t.shape[first:]))

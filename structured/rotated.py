@@ -59,7 +59,7 @@ class Rotated(StructuredMatrix):
             the rows leaves alone, then those that it turns round), an orthogonal tensor
             ``[..., n, n]``, a permutation as integers ``[n]`` (``Q X`` is ``X[Q]``), or any
             orthogonal operator, such as a Kronecker product of eigenvectors or a transform of your
-            own. None is checked to be orthogonal.
+            own. None is checked to be orthogonal. Batch shapes of ``A`` and ``Q`` broadcast.
     """
 
     A: StructuredMatrix  # [..., n, n]
@@ -80,6 +80,21 @@ class Rotated(StructuredMatrix):
                 raise ValueError(f"rotated(A, Q): expected indices [{n}], got {list(Q.shape)}")
         elif Q.shape[-2:] != (n, n):
             raise ValueError(f"rotated(A, Q): expected Q [..., {n}, {n}], got {list(Q.shape)}")
+        elif self._bases:
+            self._take_bases()
+
+    def _take_bases(self) -> None:
+        """A member for each basis."""
+        ours, theirs = self.A.batch_shape, self._bases
+        try:
+            joint = torch.broadcast_shapes(ours, theirs)
+        except RuntimeError:
+            raise ValueError(
+                f"rotated(A, Q): expected a batch of Q that broadcasts with {list(ours)}, "
+                f"got {list(theirs)}"
+            ) from None
+        if joint != ours:
+            object.__setattr__(self, "A", self.A.expand(*joint))
 
     @property
     def closed_under_transpose(self) -> bool:  # type: ignore[override]  # depends on the part

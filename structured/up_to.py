@@ -19,6 +19,9 @@ class _UpTo:
 
     __name__ = "up_to"
 
+    def __reduce__(self) -> str:
+        return "_FACTORY"  # copies are the same, or structures made of them would differ
+
     @staticmethod
     def choose(n: int, limit: int, structure: Structure, beyond: Structure) -> Structure:
         """The structure of members of size ``n``."""

@@ -16,6 +16,7 @@ from structured._core.closed import read
 from structured._core.exponential import can_be_counted, exponential
 from structured._core.member import Member, Scalar
 from structured._core.numbers import at_least_float32, solve_dense
+from structured._core.wide import round_once
 
 
 class Algebra(Member):
@@ -111,6 +112,7 @@ class Algebra(Member):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         check_arguments(cls)
+        round_once(cls)
 
 
 check_arguments(Algebra)  # the defaults check as well

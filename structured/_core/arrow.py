@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Size, Tensor
 
-from structured._core.checks import check_pivots
+from structured._core.checks import check_arguments, check_pivots
+from structured._core.lazy import Combined
+from structured._core.member import Scaled
 from structured._core.numbers import at_least_float32, solve_dense
-from structured._core.operator import Operator
-from structured._core.stored import Stored, static
+from structured._core.stored import static
 from structured._products.in_place import add_product_, plain, plus_product
 
 
@@ -17,10 +18,11 @@ def at_ends(t: Tensor, first: int, last: int, dim: int = -2) -> Tensor:
     return torch.cat([t.narrow(dim, 0, first), t.narrow(dim, t.shape[dim] - last, last)], dim)
 
 
-class Arrow(Stored, Operator):
+class Arrow(Scaled, Combined):
     """A symmetric matrix with full rows and columns in front and at the end, else diagonal.
 
-    What ``A A^T`` is for a hierarchical ``A``. No structure: products fill the middle.
+    What ``A A^T`` is for a hierarchical ``A``. No structure: products fill the middle. Sums and
+    products are operators, multiples are of the same kind.
     """
 
     d: Tensor  # [..., n], zero at the full rows
@@ -91,8 +93,6 @@ class Arrow(Stored, Operator):
         Raises:
             RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
         """
-        if X.ndim == 1:
-            return self.solve(X[:, None])[..., 0]
         k1, (k, n) = self.first, self.W.shape[-2:]
         wide = at_least_float32(X.dtype)
         d, W, corner = (t.to(wide) for t in self._blocks())
@@ -119,3 +119,6 @@ class Arrow(Stored, Operator):
         """``A I``."""
         eye = torch.eye(self.n, dtype=self.dtype, device=self.device)
         return self.apply(eye)
+
+
+check_arguments(Arrow, ("apply", "apply_transpose", "solve"))

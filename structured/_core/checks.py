@@ -111,11 +111,22 @@ def check_pivots(pivots: Tensor) -> None:
     Raises:
         torch.linalg.LinAlgError: If one is zero.
     """
-    singular = (pivots.detach() == 0).any(-1)
+    _check_matrices((pivots.detach() == 0).any(-1), "linalg.solve")
+
+
+def check_definite(failed: Tensor) -> None:
+    """Raise the error of a Cholesky factor if one of ``failed [...]`` holds.
+
+    Raises:
+        torch.linalg.LinAlgError: That a matrix is not positive definite. The order of the minor is
+            not known, and is said to be the first.
+    """
+    _check_matrices(failed, "linalg.cholesky")
+
+
+def _check_matrices(failed: Tensor, name: str) -> None:
     # The operator that torch.linalg calls; a comparison in Python would break graphs.
-    torch._linalg_check_errors(
-        singular.to(torch.int32), "linalg.solve", is_matrix=singular.ndim == 0
-    )
+    torch._linalg_check_errors(failed.to(torch.int32), name, is_matrix=failed.ndim == 0)
 
 
 def _check_kind(A: Operator | Stored, other: Any, operation: str) -> None:

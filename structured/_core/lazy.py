@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import functools
+import operator
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Size, Tensor
 
-from structured._core.checks import check_arguments
+from structured._core.checks import check_arguments, check_scalar
 from structured._core.composite import Composite
 from structured._core.operator import Operator
+from structured._core.stored import Stored
+from structured._core.wide import round_once
 
 _CHECKED = ("apply", "apply_transpose", "solve")
 
 
-class Lazy(Composite):
-    """Operators made of others, which add and multiply to further ones."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        check_arguments(cls, _CHECKED)
+class Combined(Operator):
+    """An operator that adds and multiplies to further ones."""
 
     def __add__(self, other: Any) -> Any:
         """``A + B``, of any operator."""
@@ -41,11 +41,11 @@ class Lazy(Composite):
 
     def __rsub__(self, other: Any) -> Any:
         """``B - A``."""
-        return Sum(other, -1 * self) if isinstance(other, Operator) else NotImplemented
+        return Sum(other, -self) if isinstance(other, Operator) else NotImplemented
 
+    @abstractmethod
     def __neg__(self) -> Any:
         """``-A``."""
-        return -1 * self
 
     def __matmul__(self, other: Any) -> Any:
         """``A @ B`` of any operator, ``A @ X`` of a tensor."""
@@ -55,9 +55,22 @@ class Lazy(Composite):
         """``B @ A`` of any operator, ``X @ A`` of a tensor."""
         return Product(other, self) if isinstance(other, Operator) else super().__rmatmul__(other)
 
-    @abstractmethod
+
+class Lazy(Composite, Combined):
+    """Operators made of others, which add and multiply to further ones."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_arguments(cls, _CHECKED)
+        round_once(cls)
+
+    def __neg__(self) -> Any:
+        """``-A``."""
+        return self * -1
+
     def __mul__(self, c: Any) -> Any:
         """``c A`` for a number or a tensor of the batch shape."""
+        return self._times(c, "*", operator.mul)
 
     def __rmul__(self, c: Any) -> Any:
         """``c A`` for a number or a tensor of the batch shape."""
@@ -65,10 +78,31 @@ class Lazy(Composite):
 
     def __truediv__(self, c: Any) -> Any:
         """``A / c`` for a number or a tensor of the batch shape."""
-        return self * (1 / c) if not isinstance(c, Operator) else NotImplemented
+        return self._times(c, "/", operator.truediv)
+
+    def _times(self, c: Any, operation: str, times: Callable[[Any, Any], Any]) -> Any:
+        if not isinstance(c, Real | Tensor):
+            return NotImplemented
+        check_scalar(self, c, operation)
+        one_each = isinstance(c, Tensor) and c.ndim
+        return self._scaled(lambda A: times(expand(A, self.batch_shape) if one_each else A, c))
+
+    @abstractmethod
+    def _scaled(self, scale: Callable[[Any], Any]) -> Any:
+        """``c A``, where ``scale`` multiplies a part by ``c``."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(repr, self.parts))})"
+
+
+def expand(A: Any, batch_shape: Sequence[int]) -> Any:
+    """``A`` again and again along further batch dimensions, where it is made of tensors."""
+    if hasattr(A, "expand"):
+        return A.expand(*batch_shape)
+    if isinstance(A, Composite):
+        return type(A)(*(expand(part, batch_shape) for part in A.parts))
+    first, stored = len(A.batch_shape), isinstance(A, Stored)
+    return A.map(lambda t: t.expand((*batch_shape, *t.shape[first:]))) if stored else A
 
 
 class _OfOneSize(Lazy):
@@ -124,6 +158,10 @@ class Sum(_OfOneSize):
         """``A_1^T X + ... + A_k^T X``."""
         return self._sum(lambda A: A.apply_transpose(X))
 
+    def solve(self, X: Tensor) -> Tensor:
+        """``A^{-1} X`` of the sum ``A``, written out; solved in float32 at least."""
+        return super().solve(X)
+
     def to_dense(self) -> Tensor:
         """Write the sum out."""
         return self._sum(lambda A: A.to_dense())
@@ -136,10 +174,13 @@ class Sum(_OfOneSize):
         """Sum of the traces."""
         return self._sum(lambda A: A.trace())
 
-    def __mul__(self, c: Any) -> Any:
+    def logdet(self) -> Tensor:
+        """``log |det A|`` of the sum ``A``, written out in float32 at least."""
+        return super().logdet()
+
+    def _scaled(self, scale: Callable[[Any], Any]) -> Sum:
         """``c A_1 + ... + c A_k``; each can be scaled."""
-        parts: tuple[Any, ...] = self.parts
-        return NotImplemented if isinstance(c, Operator) else Sum(*(c * A for A in parts))
+        return Sum(*map(scale, self.parts))
 
 
 class Product(_OfOneSize):
@@ -184,10 +225,9 @@ class Product(_OfOneSize):
         """``log|det A_1| + ... + log|det A_k|``."""
         return functools.reduce(torch.add, (A.logdet() for A in self.parts))
 
-    def __mul__(self, c: Any) -> Any:
+    def _scaled(self, scale: Callable[[Any], Any]) -> Product:
         """``(c A_1) ... A_k``; the first can be scaled."""
-        first: Any = self.parts[0]
-        return NotImplemented if isinstance(c, Operator) else Product(c * first, *self.parts[1:])
+        return Product(scale(self.parts[0]), *self.parts[1:])
 
 
 class Outer(Lazy):
@@ -255,7 +295,6 @@ class Outer(Lazy):
         """Square of that of ``A``."""
         return self.A.spectral_norm().square()
 
-    def __mul__(self, c: Any) -> Any:
+    def _scaled(self, scale: Callable[[Any], Any]) -> Product:
         """``(c A) A^T``, a product; ``A`` can be scaled."""
-        A: Any = self.A
-        return NotImplemented if isinstance(c, Operator) else Product(c * A, A.mT)
+        return Product(scale(self.A), self.A.mT)

@@ -21,8 +21,50 @@ from structured._products.in_place import plain
 Scalar: TypeAlias = "float | Tensor"
 
 
-class Member(Stored, Operator):
-    """An element of an algebra of operators: sums, multiples, products, and how it is printed."""
+class Scaled(Stored, Operator):
+    """Records of tensors that are operators, linear in them: how they are scaled and printed."""
+
+    def __neg__(self) -> Self:
+        """``-A``."""
+        return self._map(torch.neg)
+
+    def __mul__(self, c: Scalar) -> Self:
+        """``c A`` for a number or a tensor of the batch shape; keeps the dtype of ``A``."""
+        if not isinstance(c, Tensor):
+            return self._map(lambda t: t * c) if isinstance(c, Real) else NotImplemented
+        check_scalar(self, c, "*")
+        return self._map(lambda t: (t * trailing(c, t)).to(t.dtype))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, c: Scalar) -> Self:
+        """``A / c`` for a number or a tensor of the batch shape; keeps the dtype of ``A``."""
+        if not isinstance(c, Tensor):
+            return self._map(lambda t: t / c) if isinstance(c, Real) else NotImplemented
+        check_scalar(self, c, "/")
+        return self._map(lambda t: (t / trailing(c, t)).to(t.dtype))
+
+    def __repr__(self) -> str:
+        batch = f", batch {tuple(self.batch_shape)}" if self.batch_shape else ""
+        return f"{self._describe()} [{str(self.dtype).removeprefix('torch.')}{batch}]"
+
+    def _describe(self) -> str:
+        """``name(n; field = shape or part, ...)``."""
+        parts = []
+        for name in self._fields + self._static:
+            part = getattr(self, name)
+            if isinstance(part, Scaled):
+                parts.append(f"{name} = {part._describe()}")
+            elif isinstance(part, Tensor):
+                core = part.shape[len(self.batch_shape) :]
+                parts.append(f"{name}: {' x '.join(map(str, core)) or '1'}")
+            else:
+                parts.append(f"{name} = {part}")
+        return f"{type(self).__name__}({self.n}; {', '.join(parts)})"
+
+
+class Member(Scaled):
+    """An element of an algebra of operators: sums, products and members of a batch."""
 
     @classmethod
     @abstractmethod
@@ -52,7 +94,7 @@ class Member(Stored, Operator):
                 f"{type(self).__name__}.expand: expected a batch shape that {list(ours)} "
                 f"broadcasts to, got {list(batch_shape)}"
             )
-        return self._map(lambda t: t.expand(*batch_shape, *t.shape[first:]))
+        return self._map(lambda t: t.expand((*batch_shape, *t.shape[first:])))
 
     def sum(self, dim: int | Sequence[int] | None = None) -> Self:
         """The sum over some of the batch dimensions, over all by default.
@@ -165,44 +207,6 @@ class Member(Stored, Operator):
             return NotImplemented
         self, other = check_member(self, other, "-")
         return self._map(torch.sub, other)
-
-    def __neg__(self) -> Self:
-        """``-A``."""
-        return self._map(torch.neg)
-
-    def __mul__(self, c: Scalar) -> Self:
-        """``c A`` for a number or a tensor of the batch shape; keeps the dtype of ``A``."""
-        if not isinstance(c, Tensor):
-            return self._map(lambda t: t * c) if isinstance(c, Real) else NotImplemented
-        check_scalar(self, c, "*")
-        return self._map(lambda t: (t * trailing(c, t)).to(t.dtype))
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, c: Scalar) -> Self:
-        """``A / c`` for a number or a tensor of the batch shape; keeps the dtype of ``A``."""
-        if not isinstance(c, Tensor):
-            return self._map(lambda t: t / c) if isinstance(c, Real) else NotImplemented
-        check_scalar(self, c, "/")
-        return self._map(lambda t: (t / trailing(c, t)).to(t.dtype))
-
-    def __repr__(self) -> str:
-        batch = f", batch {tuple(self.batch_shape)}" if self.batch_shape else ""
-        return f"{self._describe()} [{str(self.dtype).removeprefix('torch.')}{batch}]"
-
-    def _describe(self) -> str:
-        """``name(n; field = shape or part, ...)``."""
-        parts = []
-        for name in self._fields + self._static:
-            part = getattr(self, name)
-            if isinstance(part, Member):
-                parts.append(f"{name} = {part._describe()}")
-            elif isinstance(part, Tensor):
-                core = part.shape[len(self.batch_shape) :]
-                parts.append(f"{name}: {' x '.join(map(str, core)) or '1'}")
-            else:
-                parts.append(f"{name} = {part}")
-        return f"{type(self).__name__}({self.n}; {', '.join(parts)})"
 
 
 def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:

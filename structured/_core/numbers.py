@@ -42,6 +42,13 @@ def joint_norm(*norms: Tensor) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
 
+def lengths(t: Tensor) -> Tensor:
+    """Euclidean norms ``[..., 1]`` along the last dimension; squares may overflow or vanish."""
+    scale = t.detach().abs().amax(-1, keepdim=True)
+    scale = torch.where((scale > 0) & scale.isfinite(), scale, 1)
+    return scale * torch.linalg.vector_norm(t / scale, dim=-1, keepdim=True)
+
+
 def largest(t: Tensor, batch_ndim: int) -> Tensor:
     """Largest absolute value over all but the first ``batch_ndim`` dimensions, 0 if none."""
     flat = t.flatten(batch_ndim)

@@ -84,12 +84,14 @@ class Operator(ABC):
     # Each has a default through to_dense ---------------------------------------------------------
 
     def solve(self, X: Tensor) -> Tensor:
-        """``A^{-1} X`` for ``X [..., n, m]``; solved in float32 at least.
+        """``A^{-1} X`` for ``X [..., n, m]`` or ``[n]``; solved in float32 at least.
 
         Raises:
             RuntimeError: If ``A`` is singular (``torch.linalg.LinAlgError``).
         """
-        return solve_dense(self.to_dense(), X)
+        columns = X[:, None] if X.ndim == 1 else X
+        solved = solve_dense(self.to_dense(), columns)
+        return solved[..., 0] if X.ndim == 1 else solved
 
     def diagonal(self) -> Tensor:
         """The diagonal, ``[..., n]``."""

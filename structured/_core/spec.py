@@ -15,8 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
+from structured._core.composite import Composite
 from structured._core.matrix import StructuredMatrix
+from structured._core.statics import Shared
+from structured._core.stored import Stored
 
 StructureLike: TypeAlias = "str | type[StructuredMatrix] | Structure | Callable[..., Any]"
 
@@ -76,6 +80,16 @@ class Structure:
             raise TypeError(f"{self}: expected a StructuredMatrix, got {type(member).__name__}")
         return member
 
+    def _key(self) -> tuple[Any, ...]:
+        numbers = Tensor | Stored | Composite
+        return (self.factory, *(Shared(o) if isinstance(o, numbers) else o for o in self.options))
+
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if isinstance(other, Structure) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
     def at(self, n: int) -> Structure:
         """The structure of members of size ``n``: itself, unless that depends on the size."""
         choose = getattr(self.factory, "choose", None)
@@ -91,7 +105,7 @@ class Structure:
         """A member of size ``n`` with standard normal stored numbers; keywords as for the call."""
         return self(n, **kwargs).randn_like(generator=generator)
 
-    def from_dense(self, M: torch.Tensor) -> StructuredMatrix:
+    def from_dense(self, M: Tensor) -> StructuredMatrix:
         """The member nearest to ``M [..., n, n]``: ``M`` itself, where it is a member."""
         return self(M.shape[-1], dtype=M.dtype, device=M.device).orthogonal_project(M)
 

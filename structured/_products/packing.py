@@ -19,6 +19,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from structured._products.in_place import plain
+
 _TILE = 256
 
 
@@ -41,7 +43,11 @@ def pack_symmetric(S: Tensor) -> Tensor:
     R = S.new_empty(*batch, n + shift, h)
     R[..., shift:, :] = S[..., :, :h]
     corner = R[..., : n - h, h - (n - h) :]
-    torch.where(_above(n - h, S.device), S[..., h:, h:], corner, out=corner)
+    above, last = _above(n - h, S.device), S[..., h:, h:]
+    if plain(S):
+        torch.where(above, last, corner, out=corner)
+    else:
+        corner.copy_(torch.where(above, last, corner))
     return R
 
 

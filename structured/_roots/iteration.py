@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from structured._core.checks import check_definite
 from structured._core.matrix import StructuredMatrix
 
 _TOLERANCE = 1e-10
@@ -26,6 +27,8 @@ def iterate(zero: StructuredMatrix, S: Tensor, p: float) -> StructuredMatrix:
         p: 1/2 for the inverse, 1/4 for whitening.
 
     Raises:
+        torch.linalg.LinAlgError: If ``K`` grows until rounding hides all of ``W``, as it does where
+            what the structure sees of ``S`` is not positive definite.
         RuntimeError: If it takes more than 10000 steps.
         NotImplementedError: Within ``vmap``.
     """
@@ -35,6 +38,7 @@ def iterate(zero: StructuredMatrix, S: Tensor, p: float) -> StructuredMatrix:
             "tell when an iteration is done"
         )
     largest = torch.linalg.matrix_norm(S, 2) if zero.n else S.new_ones(())
+    check_definite(~(largest > 0))
     K = zero.project(torch.zeros_like(S)).add_scaled_identity(largest.pow(-p))
     v, age = K.zeros_like(), torch.zeros_like(largest)
     eps = torch.finfo(S.dtype).eps
@@ -44,7 +48,9 @@ def iterate(zero: StructuredMatrix, S: Tensor, p: float) -> StructuredMatrix:
         m = (K.project(M) - W) / 2
         residual = 2 * m.frobenius_norm()
         rounding = eps * (largest * K.frobenius_norm().square() + floor)
-        if (residual <= _TOLERANCE * W.frobenius_norm() + rounding).all():
+        aim = W.frobenius_norm()
+        check_definite(~(rounding <= aim))  # NaN fails as well
+        if (residual <= _TOLERANCE * aim + rounding).all():
             return K
         # Nesterov's momentum, begun anew where it points uphill
         uphill = (m + v).frobenius_norm() > (m - v).frobenius_norm()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from structured import Dense, Diagonal, Kronecker, Rotated, parse
+from structured import Dense, Diagonal, Kronecker, Rotated, Structure, inverse_root, parse
 from structured.testing import assert_close
 
 
@@ -66,3 +66,32 @@ def test_expand_says_what_does_not_broadcast(batch, to):
         return
     with pytest.raises(ValueError, match=r"expand: expected a batch shape that .* broadcasts to"):
         A.expand(*to)
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (2,), (3, 1), (3, 2)])
+@pytest.mark.parametrize("wrap", [lambda Q: Q, lambda Q: Kronecker(Dense(Q))])
+def test_batches_of_members_and_of_bases_broadcast(batch, wrap):
+    Q = torch.linalg.qr(normal(2, 4, 4)).Q
+    A = Diagonal(2 + normal(*batch, 4).cos())
+    R, dense = Rotated(A, wrap(Q)), Q @ A.to_dense() @ Q.mT
+    assert R.batch_shape == dense.shape[:-2]
+    assert_close(R.to_dense(), dense, "to_dense")
+    assert_close(R.trace(), dense.diagonal(dim1=-2, dim2=-1).sum(-1), "trace")
+    assert_close(R.logdet(), torch.linalg.slogdet(dense).logabsdet, "logdet")
+    assert_close((R + R).to_dense(), 2 * dense, "sum")
+    assert_close(R.apply(normal(4, 3)), dense @ normal(4, 3), "apply")
+
+
+def test_members_of_a_structure_of_bases_are_batches():
+    Q = torch.linalg.qr(normal(2, 4, 4)).Q
+    structure = Structure(Rotated, (parse("diagonal"), Q))
+    assert structure(4).batch_shape == (2,)
+    S = normal(4, 9) @ normal(4, 9).mT
+    K = inverse_root(structure, S)
+    for i, one in enumerate(Q):
+        expected = inverse_root(Structure(Rotated, (parse("diagonal"), one)), S)
+        assert_close(K[i].to_dense(), expected.to_dense(), "inverse_root")
+    moved = Rotated(Diagonal(normal(4)), "cosine").rebase(Q)
+    assert moved.batch_shape == (2,)
+    with pytest.raises(ValueError, match=r"a batch of Q that broadcasts with \[3\], got \[2\]"):
+        Rotated(Diagonal(normal(3, 4)), Q)

@@ -230,6 +230,31 @@ def test_counts_of_dense_operations_are_the_formulas():
     assert found.bytes == 8 * n * n
 
 
+def test_counts_of_decompositions_and_solves_are_the_formulas():
+    n, m = 200, 3000
+    found, A = cost("dense", n, columns=m), parse("dense")(n, device="meta")
+    assert found["solve"].multiply_adds == pytest.approx(n**3 + n * n * m, rel=0.01)
+    assert found["logdet"].multiply_adds == pytest.approx(n**3, rel=0.02)
+    for operation in ("inverse", "exp", "spectral_norm"):
+        cubic = costs.operation_cost(lambda A, X, name=operation: getattr(A, name)(), A)
+        assert cubic.multiply_adds == pytest.approx(n**3, rel=0.02), operation
+    L, X = torch.empty(n, n, device="meta"), torch.empty(4, n, m, device="meta")
+    for share, function in (
+        (0.5, lambda: torch.linalg.solve_triangular(L, X, upper=False)),
+        (0.5, lambda: torch.linalg.solve_triangular(L, X.mT, upper=False, left=False)),
+        (1.0, lambda: torch.cholesky_solve(X, L)),
+    ):
+        assert costs.cost_of(function).multiply_adds == share * n * n * m * 4
+    assert costs.cost_of(lambda: torch.linalg.qr(X.mT)).multiply_adds == n * n * m * 4
+    assert costs.cost_of(lambda: torch.linalg.svdvals(X)).multiply_adds <= n * n * m * 4 + m * n * 4
+
+
+@pytest.mark.parametrize("spec", ["lower_triangular", "upper_triangular"])
+def test_half_a_matrix_is_solved_at_half_the_cost(spec):
+    n, m = 1000, 64
+    assert cost(spec, n, columns=m)["solve"].multiply_adds == pytest.approx(n * n * m / 2, rel=0.15)
+
+
 @given(blocks=st.integers(1, 9), k=st.integers(1, 9), m=st.integers(1, 9))
 def test_blocks_cost_the_sum_of_theirs(blocks, k, m):
     whole, one = cost(f"block_diagonal({k})", blocks * k, columns=m), cost("dense", k, columns=m)

@@ -19,10 +19,11 @@ from structured import (
     parse,
 )
 from structured.testing import LAWS, assert_close, check
-from tests.structured.specs import COMPILING, FURTHER
+from tests.structured.specs import COMPILING, FURTHER, SPECS
 from tests.structured.test_costs import LINEAR, LOGARITHMIC, OPERATIONS, measure
 
 EXAMPLES = 3
+ORDERS = ("divisors", "subsets", "ancestors")
 DTYPE = {"dtype": torch.float64}
 
 
@@ -317,3 +318,16 @@ def test_structures_change_into_each_other():
     assert_close(again, A.to_dense(), "there and back")
     P = Kronecker(parse("dense").randn(2), parse("diagonal").randn(3))
     assert_close(P.to_structure("strided(3, dense)"), P.to_dense(), "a product in a space")
+
+
+@pytest.mark.parametrize("spec", [*SPECS, *FURTHER, *(f"incidence({o})" for o in ORDERS)])
+def test_the_default_device_is_that_of_members_alone(spec):
+    """Tables that are made beside them are where they are, on any device."""
+    n, X = 240, normal(240, 2)
+    with torch.device("meta"):
+        assert parse(spec)(n).device.type == "meta"
+        A = parse(spec)(n, device="cpu", dtype=torch.float64).add_scaled_identity(2.0)
+        found = (A.apply(X), A.mT.apply(X), A.solve(X), A.project_gram(X).apply(X))
+    A = parse(spec).identity(n, dtype=torch.float64) * 2
+    for mine, theirs in zip(found, (2 * X, 2 * X, X / 2, A.project_gram(X).apply(X)), strict=True):
+        assert_close(mine, theirs, spec)

@@ -8,7 +8,7 @@ import scipy.sparse.linalg
 import torch
 from linear_operator.operators import KroneckerProductLinearOperator
 
-from structured import parse
+from structured import Sum, parse
 from structured.interop import to_linear_operator, to_root_linear_operator, to_scipy
 from tests.structured.specs import SPECS
 
@@ -180,3 +180,26 @@ def test_scipy_has_no_batches():
 def test_scipy_detaches():
     A = draw("dense").map(lambda t: t.requires_grad_())
     assert isinstance(to_scipy(A) @ np.ones(6), np.ndarray)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_scipy_takes_the_smallest_sizes(n):
+    operator = to_scipy(parse("dense").identity(n, dtype=torch.float64))
+    for shape in ((n,), (n, 1), (n, 3), (n, 0)):
+        X = np.ones(shape)
+        if 0 not in shape[1:]:
+            np.testing.assert_array_equal(operator @ X, X)
+            np.testing.assert_array_equal(operator.H @ X, X)
+
+
+@pytest.mark.parametrize("wrong", [torch.eye(3), np.eye(3), None])
+def test_what_is_no_operator_is_refused(wrong):
+    for convert in (to_linear_operator, to_root_linear_operator, to_scipy):
+        with pytest.raises(TypeError, match=f"expected a.* got {type(wrong).__name__}"):
+            convert(wrong)
+
+
+def test_what_linear_operator_cannot_index_is_refused():
+    S = Sum(draw("diagonal", (2,)), draw("dense"))
+    with pytest.raises(TypeError, match="a structured matrix or a Kronecker product, got Sum"):
+        to_linear_operator(S)

@@ -10,6 +10,7 @@ from structured import (
     LowerToeplitz,
     Rotated,
     StructuredMatrix,
+    Sum,
     divergence,
     inverse_root,
     parse,
@@ -341,12 +342,41 @@ def test_no_end_is_an_error(monkeypatch):
         *("dense", "diagonal", "scaled_identity", "circulant", "block_diagonal(2)", "quaternions"),
         *("block_circulant(2)", "lower_triangular", "group_algebra(2)", "kron(dense, dense, 2)"),
         *("tied(2, dense)", "strided(2, circulant)", "rotated(diagonal, hadamard)"),
+        *("incidence(divisors)", "transposed(hierarchical(2,2))", "kron(dense, lower_toeplitz, 2)"),
+        *("hierarchical(2,2)", "low_rank_upper(2)", "block_upper(dense,diagonal,2)", "bare"),
     ],
 )
 def test_what_is_not_positive_definite_has_no_root(spec, kind):
     """One of a batch is enough, and an operator as well as a tensor."""
     eye = torch.eye(8, dtype=torch.float64)
-    for S in (-eye, 0 * eye, torch.stack([eye, -eye]), parse("dense").from_dense(-eye)):
+    for S in (
+        *(-eye, 0 * eye, -eye.float(), torch.stack([eye, -eye])),
+        parse("dense").from_dense(-eye),
+    ):
         with pytest.raises(torch.linalg.LinAlgError, match="not positive-definite"):
             inverse_root(spec, S, kind=kind)
     torch.testing.assert_close(inverse_root(spec, 0 * eye, 1.0, kind=kind).to_dense(), eye)
+
+
+@pytest.mark.parametrize("spec", [*SPECS, "incidence(divisors)", "kron(dense, lower_toeplitz, 3)"])
+def test_roots_are_roots_or_errors(spec):
+    """Where the matrix has lost its rank in rounding, a structure sees enough of it or does not."""
+    X = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
+    S = X @ X.mT
+    try:
+        K = inverse_root(spec, S).double()
+    except torch.linalg.LinAlgError:
+        return
+    M = K.to_dense().mT @ S.double() @ K.to_dense()
+    torch.testing.assert_close(M.trace(), M.new_tensor(12.0), rtol=0.2, atol=0)
+
+
+def test_roots_that_overflow_are_errors():
+    with pytest.raises(torch.linalg.LinAlgError, match="not positive-definite"):
+        inverse_root("diagonal", torch.zeros(3, 3, dtype=torch.float16), 1e-12)
+
+
+def test_divergence_of_operators():
+    K, S = inverse_root("lower_toeplitz", spd(2)), Dense(spd(2))
+    for operator in (S, Sum(S, Dense(0.0 * eye()))):
+        torch.testing.assert_close(divergence(K, operator, 0.1), divergence(K, spd(2), 0.1))

@@ -382,3 +382,13 @@ def test_members_in_equal_bases_are_of_one_structure():
     with pytest.raises(ValueError, match=r"expected indices \[6\], got \[5\]"):
         Rotated(A, torch.arange(5))
     assert isinstance(Rotated(A, Q1), StructuredMatrix)
+
+
+def test_numbers_without_dimensions_expand_to_no_dimensions():
+    eye = parse("scaled_identity").identity(3, dtype=torch.float64)
+    P = Kronecker(eye, Dense(normal(2, 2)))
+    for same in (P.expand(), to_linear_operator(P), to_root_linear_operator(P)):
+        expected = P.to_dense() @ P.to_dense().mT if hasattr(same, "root") else P.to_dense()
+        assert_close(same.to_dense(), expected, "expand", 1e-12)
+    assert torch.equal(eye.expand().to_dense(), eye.to_dense())
+    assert P.expand(2).batch_shape == (2,)

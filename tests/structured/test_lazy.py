@@ -64,7 +64,12 @@ def check_inverse(A, expected):
 
 @given(parts)
 def test_sums(parts):
-    check(Sum(*parts), sum(A.to_dense() for A in parts))
+    expected = sum(A.to_dense() for A in parts)
+    check(Sum(*parts), expected)
+    eye = torch.eye(parts[0].n, dtype=torch.float64)
+    shifted, within = Sum(Dense(16 * eye), *parts), expected + 16 * eye
+    if (torch.linalg.matrix_norm(expected) < 8).all():  # far from singular
+        check_inverse(shifted, within)
 
 
 @given(parts)
@@ -86,6 +91,7 @@ def test_symmetric_products(A):
 
 A, C = member("lower_triangular", 3, (), 0), member("circulant", 3, (2,), 1)
 K = Kronecker(Dense(normal(3, 3)))
+P = member("hierarchical(1, 1)", 3, (2,), 2).outer()  # of a class of its own
 
 
 @pytest.mark.parametrize(
@@ -106,6 +112,15 @@ K = Kronecker(Dense(normal(3, 3)))
         (A.outer() @ A.outer(), torch.linalg.matrix_power(A.to_dense() @ A.to_dense().mT, 2)),
         (A.outer().inverse(), torch.linalg.inv(A.to_dense() @ A.to_dense().mT)),
         (Product(A, C).inverse(), torch.linalg.inv(A.to_dense() @ C.to_dense())),
+        (P + A, P.to_dense() + A.to_dense()),
+        (A + P, P.to_dense() + A.to_dense()),
+        (P + P, 2 * P.to_dense()),
+        (P - C, P.to_dense() - C.to_dense()),
+        (C - P, C.to_dense() - P.to_dense()),
+        (K - P, K.to_dense() - P.to_dense()),
+        (P @ P, P.to_dense() @ P.to_dense()),
+        (P @ A, P.to_dense() @ A.to_dense()),
+        (A @ P, A.to_dense() @ P.to_dense()),
         (Kronecker(A, C).outer(), Kronecker(A, C).to_dense() @ Kronecker(A, C).to_dense().mT),
     ],
 )
@@ -151,6 +166,63 @@ def test_they_are_kept_moved_and_differentiated(make):
 def test_scipy_sees_them():
     x = normal(3)
     assert_close(torch.from_numpy(to_scipy(A.outer()).matvec(x.numpy())), A.outer() @ x, "matvec")
+
+
+OPERATORS = {
+    "sum": Sum(A, C),
+    "product": Product(A, C),
+    "outer": A.outer(),
+    "arrow": P,
+    "sum of arrows": Sum(A, P, P),
+    "mixed": Product(Sum(A.outer(), Kronecker(A)), C, P),
+    "kronecker": Kronecker(A),
+    "one by one": Sum(*[Diagonal(torch.ones(1, dtype=torch.float64))] * 2),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("operation", ["apply", "apply_transpose", "solve"])
+def test_all_operators_check_what_they_multiply_and_solve(name, operation):
+    P = OPERATORS[name]
+    run = getattr(P, operation)
+    of = f"{type(P).__name__}.{operation}: expected "
+    for wrong in (normal(P.n + 1, 1), normal(4, P.n + 2, 2)):
+        with pytest.raises(ValueError, match=rf"{of}shape \[..., {P.n}, m\], got"):
+            run(wrong)
+    with pytest.raises(ValueError, match=f"{of}torch.float64 on cpu, got torch.float32 on cpu"):
+        run(normal(P.n, 1).float())
+    with pytest.raises(TypeError, match=f"{of}a tensor, got list"):
+        run([1.0])
+    if P.batch_shape:
+        with pytest.raises(ValueError, match=f"{of}a batch shape that broadcasts with"):
+            run(normal(5, P.n, 1))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_multiples_are_those_of_the_matrix(name):
+    """By numbers and by tensors, of every part's batch shape or of that of the whole."""
+    P = OPERATORS[name]
+    dense, shape = P.to_dense(), P.batch_shape
+    tensors = torch.tensor(3), torch.tensor(-3.0), 1 + torch.arange(float(shape.numel()))
+    for c in (2, -0.5, 0.0, *tensors[:2], tensors[2].double().reshape(shape)):
+        trailing = c[..., None, None] if isinstance(c, torch.Tensor) else c
+        for found in (c * P, P * c):
+            assert_close(found.to_dense(), trailing * dense, "multiple", 1e-12)
+        if isinstance(c, torch.Tensor) or c:
+            assert_close((P / c).to_dense(), dense / trailing, "quotient", 1e-12)
+        assert (c * P).dtype == P.dtype
+    assert_close((-P).to_dense(), -dense, "negative", 1e-12)
+    assert not torch.isfinite((P / 0).to_dense()).all()
+    for wrong in (normal(*shape, 2), 1j, "2"):
+        with pytest.raises((TypeError, ValueError), match=r"unsupported|a scalar|sequence"):
+            _ = P * wrong
+
+
+@pytest.mark.parametrize("P", [*OPERATORS.values(), Reversal(3), Reversal(1)], ids=repr)
+def test_all_operators_solve_for_vectors(P):
+    x = normal(P.n)
+    assert_close(P.solve(x), P.solve(x[:, None])[..., 0], "solve", 1e-12)
+    assert_close(P @ P.solve(x[:, None]), x[:, None].expand(*P.batch_shape, -1, -1), "solve", 1e-9)
 
 
 @pytest.mark.parametrize(

@@ -80,3 +80,16 @@ def test_other_shapes_are_an_error() -> None:
     for shape in ((3, 3), (4, 2), (1, 2), (5,), ()):
         with pytest.raises(ValueError, match=r"expected \[..., n \+ 1 - n % 2, \(n \+ 1\) // 2\]"):
             unpack_symmetric(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("n", [0, 1, 4, 5])
+def test_it_is_differentiated_and_mapped(n: int) -> None:
+    S = symmetric(n, (3,))
+
+    def again(S: Tensor) -> Tensor:
+        return unpack_symmetric(pack_symmetric(S))
+
+    assert torch.equal(torch.vmap(again)(S), S)
+    assert torch.equal(torch.func.jvp(again, (S,), (2 * S,))[1], 2 * S)
+    if n:
+        assert torch.autograd.gradcheck(again, S.clone().requires_grad_())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from structured import parse
+from structured import Kronecker, Outer, Product, Sum, parse
 
 SPECS = [
     "dense",
@@ -82,3 +82,37 @@ def test_sums_of_squares_of_long_rows(dtype, gradient):
     expected = X.detach().double().square().sum(-1)
     torch.testing.assert_close(found.double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=0.0)
     assert found.requires_grad == gradient
+
+
+def thirds(spec, dtype, n=N):
+    """Nearly of determinant 1, where the structure has a diagonal of its own."""
+    d = torch.tensor([3.0, 1 / 3], dtype=torch.float64).repeat_interleave(n // 2)
+    return parse(spec).from_dense(torch.diag(d)).to(dtype)
+
+
+COMBINED = {
+    "sum": lambda dtype: Sum(thirds("diagonal", dtype), 0.5 * thirds("block_diagonal(6)", dtype)),
+    "product": lambda dtype: Product(*[thirds("diagonal", dtype)] * 5),
+    "outer": lambda dtype: thirds("lower_triangular", dtype).outer(),
+    "arrow": lambda dtype: thirds("hierarchical(2, 2)", dtype).outer(),
+    "kronecker": lambda dtype: Kronecker(*[thirds("diagonal", dtype, 40)] * 2),
+    "nested": lambda dtype: Product(*[Outer(Sum(thirds("diagonal", dtype)))] * 3),
+    **{spec: lambda dtype, spec=spec: thirds(spec, dtype) for spec in SPECS},
+    **{
+        spec: lambda dtype, spec=spec: thirds(spec, dtype)
+        for spec in (
+            *("incidence(divisors)", "quaternions", "group_algebra(2)", "centrosymmetric"),
+            *("kron(diagonal, dense, 2)", "block_lower(diagonal, strided(2, diagonal), 300)"),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", COMBINED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_logarithms_are_rounded_once(name, dtype):
+    A = COMBINED[name](dtype)
+    found, exact = A.logdet(), A.to(torch.float64).logdet()
+    assert found.dtype == dtype
+    rtol = 0.51 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), exact, rtol=rtol, atol=2e-3)

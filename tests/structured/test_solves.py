@@ -7,7 +7,7 @@ import torch
 from torch.linalg import LinAlgError, matrix_norm, solve_triangular
 
 from structured import parse
-from tests.structured.specs import SPECS
+from tests.structured.specs import FURTHER, SPECS
 
 # The first numbers of triangular Toeplitz matrices, with growing inverses.
 SERIES = {
@@ -108,3 +108,21 @@ def test_one_zero_in_a_nesting_is_found():
             tensors[index][-1] = 0
             with pytest.raises(LinAlgError, match="singular"):
                 A.with_tensors(tensors).solve(X)
+
+
+@pytest.mark.parametrize("spec", [*SPECS, *FURTHER])
+@pytest.mark.parametrize("scale", [1e20, 1e-23])
+def test_the_scale_does_not_matter(spec, scale):
+    """Not even where squares of the numbers are beyond those of float32."""
+    A = parse(spec).randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    A = (A / (2 * A.frobenius_norm())).add_scaled_identity(1.0).float()
+    B, x = scale * A, torch.linspace(-1, 1, 12)[:, None]
+    for found, expected in (
+        (scale * B.solve(x), A.solve(x)),
+        (scale * B.mT.solve(x), A.mT.solve(x)),
+        (scale * B.inverse().to_dense(), A.inverse().to_dense()),
+        (B.logdet(), A.logdet() + 12 * math.log(scale)),
+        (B.spectral_norm() / scale, A.spectral_norm()),
+        (B.max_abs() / scale, A.max_abs()),
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

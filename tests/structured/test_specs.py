@@ -1,5 +1,7 @@
 """Specs: what a text names, and what is refused."""
 
+import copy
+import pickle
 import re
 
 import pytest
@@ -9,7 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import structured
-from structured import Circulant, Dense, Diagonal, StructuredMatrix, Tied, parse
+from structured import (
+    Circulant,
+    Dense,
+    Diagonal,
+    Kronecker,
+    Rotated,
+    Structure,
+    StructuredMatrix,
+    Tied,
+    parse,
+)
 from structured._core.spec import known, snake_case
 from tests.structured.specs import FURTHER, SPECS
 
@@ -120,3 +132,23 @@ def test_classes_without_a_name():
             parse(word)
     assert parse(_Hidden)(3).n == 3
     assert Halfway.__abstractmethods__ == {"zeros", "to_dense"}
+
+
+@pytest.mark.parametrize("spec", [*SPECS, *FURTHER, "tied(2, up_to(4, dense, diagonal))"])
+def test_copies_of_structures_are_equal(spec):
+    structure = parse(spec)
+    for again in (pickle.loads(pickle.dumps(structure)), copy.deepcopy(structure), parse(spec)):
+        assert again == structure
+        assert hash(again) == hash(structure)
+        assert again(0).layout == structure(0).layout
+
+
+def test_structures_of_tensors_are_equal_where_the_numbers_are():
+    Q = torch.linalg.qr(torch.arange(9.0).reshape(3, 3).cos()).Q
+    for basis, other in ((Q, -Q), (Kronecker(Dense(Q)), Kronecker(Dense(-Q)))):
+        structure = Structure(Rotated, (parse("diagonal"), basis))
+        same = Structure(Rotated, (parse("diagonal"), basis.clone()))
+        assert structure == same
+        assert hash(structure) == hash(same)
+        assert structure != Structure(Rotated, (parse("diagonal"), other))
+    assert structure != "diagonal"
