@@ -18,7 +18,7 @@ from torch import Size, Tensor
 from structured._core.checks import check_pivots
 from structured._core.dispatch import sums_of_squares
 from structured._core.matrix import Scalar, StructuredMatrix, largest, trailing
-from structured._products.in_place import plain
+from structured._products.in_place import holds_product, plain
 
 
 class Diagonal(StructuredMatrix):
@@ -59,7 +59,8 @@ class Diagonal(StructuredMatrix):
 
     def apply_overwriting(self, X: Tensor) -> Tensor:
         """Row by row, in place."""
-        return X.mul_(self.d[..., None]) if plain(X, self.d) else self.apply(X)
+        in_place = plain(X, self.d) and holds_product(X, self.batch_shape)
+        return X.mul_(self.d[..., None]) if in_place else self.apply(X)
 
     rows_apart = True
 

@@ -10,7 +10,7 @@ from structured._core.lazy import Combined
 from structured._core.member import Scaled
 from structured._core.numbers import at_least_float32, solve_dense
 from structured._core.stored import static
-from structured._products.in_place import add_product_, plain, plus_product
+from structured._products.in_place import add_product_, holds_product, plain, plus_product
 
 
 def at_ends(t: Tensor, first: int, last: int, dim: int = -2) -> Tensor:
@@ -46,7 +46,7 @@ class Arrow(Scaled, Combined):
 
     def apply_overwriting(self, X: Tensor) -> Tensor:
         """As :meth:`apply`, the rows that are not full in place."""
-        return self._apply(X, own=True)
+        return self._apply(X, own=holds_product(X, self.batch_shape))
 
     def _apply(self, X: Tensor, *, own: bool) -> Tensor:
         k1, k = self.first, self.W.shape[-2]

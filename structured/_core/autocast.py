@@ -14,7 +14,7 @@ import torch
 
 COMPUTE = {
     *("to_dense", "matmul", "apply", "apply_transpose", "apply_overwriting", "apply_rows"),
-    *("apply_matrix", "solve", "project", "project_gram", "gram"),
+    *("apply_matrix", "solve", "solve_transpose", "project", "project_gram", "gram"),
     *("orthogonal_project", "orthogonal_project_gram"),
     *("outer", "_outer", "congruence", "trace", "trace_product", "add_scaled_identity"),
     *("logdet", "max_abs", "frobenius_norm", "inverse", "solve_member"),

@@ -71,7 +71,8 @@ class StructuredMatrix(Algebra):
     ``congruence``, ``add_scaled_identity``, ``solve``, ``solve_member``, ``inverse``, ``exp``,
     ``diagonal``, ``logdet``, ``max_abs``, ``spectral_norm`` and ``frobenius_norm``. Each
     has a correct default through :meth:`to_dense`. Arguments are checked before your method sees
-    them; that of ``solve`` is a matrix.
+    them; that of ``solve`` is a matrix. Unchecked are those of ``solve_transpose``,
+    ``apply_overwriting`` and, for structures with ``rows_apart``, ``apply_rows``.
 
     You may also say ``dimensions = ("n",)``, the trailing dimensions of each field: then the
     constructor checks shapes.

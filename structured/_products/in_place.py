@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.autograd import forward_ad
 
 _PANEL = 1 << 21  # bytes: what is made and read again at once stays in the caches
@@ -25,6 +25,12 @@ def plain(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or transformed() or forward_ad._current_level >= 0:
         return False
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def holds_product(X: Tensor, batch_shape: Size) -> bool:
+    """Whether a product with matrices of ``batch_shape`` has the shape of ``X [..., n, m]``."""
+    batch = X.shape[:-2]
+    return batch == batch_shape or torch.broadcast_shapes(batch, batch_shape) == batch
 
 
 def transformed() -> bool:

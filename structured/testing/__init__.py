@@ -33,6 +33,7 @@ from structured.testing.conduct import CONDUCT
 from structured.testing.constructors import constructors
 from structured.testing.laws import ALGEBRA, assert_close
 from structured.testing.members import MEMBERS
+from structured.testing.products import PRODUCTS
 from structured.testing.solves import SOLVES
 from structured.testing.strategies import SIZES, cases, structures
 from structured.testing.transforms import TRANSFORMS
@@ -44,7 +45,7 @@ Law = Callable[..., None]
 LAWS: Mapping[str, Law] = MappingProxyType(
     {
         law.__name__: law
-        for law in (*ALGEBRA, *SOLVES, *MEMBERS, *CONDUCT, constructors, *TRANSFORMS)
+        for law in (*ALGEBRA, *PRODUCTS, *SOLVES, *MEMBERS, *CONDUCT, constructors, *TRANSFORMS)
     }
 )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from structured._core.lazy import Product, Sum
 from structured._core.matrix import Operator, StructuredMatrix
-from structured._core.spec import Structure
+from structured._core.spec import Structure, parse
 from structured.dense import Dense
 from structured.testing.laws import assert_close
 
@@ -111,7 +111,11 @@ def from_dense(structure: Structure, A: StructuredMatrix, M: Tensor) -> None:
     if read is not None:
         ways["class"] = lambda M: read(M, *structure.options)
     ways["member"] = lambda M: Dense(M).to_structure(structure)
-    assert_close(A.to_structure("dense"), A.to_dense(), "to_structure('dense')")
+    for spec in ("dense", "diagonal", "lower_triangular", structure):
+        other = parse(spec)
+        found, expected = A.to_structure(spec), other.from_dense(A.to_dense())
+        assert found.layout == expected.layout, f"to_structure({spec}): {found!r}, not {expected!r}"
+        assert_close(found, expected.to_dense(), f"to_structure({spec})")
     for name, way in ways.items():
         again, nearest = way(A.to_dense()), way(M)
         assert again.layout == A.layout, f"from_dense of a {name}: {again!r}, expected {A!r}"

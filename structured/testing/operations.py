@@ -31,6 +31,10 @@ OPERATIONS = {
     "3 * A": Operation(lambda o: 3 * o.A, lambda o: 3 * o.A),
     "A / 3": Operation(lambda o: o.A / 3, lambda o: o.A),
     "apply": Operation(lambda o: o.A.apply(o.X), lambda o: o.A @ o.X),
+    "apply_overwriting": Operation(
+        lambda o: o.A.apply_overwriting(o.X.clone()), lambda o: o.A @ o.X
+    ),
+    "apply_rows": Operation(lambda o: _apply_rows(o.A, o.X), lambda o: o.A @ o.X),
     "apply_transpose": Operation(lambda o: o.A.apply_transpose(o.X), lambda o: o.A.mT @ o.X),
     "orthogonal_project": Operation(lambda o: o.A.orthogonal_project(o.S), lambda o: o.S),
     "project": Operation(lambda o: o.A.project(o.S), lambda o: 2 * o.S),
@@ -54,6 +58,10 @@ OPERATIONS = {
         lambda o: o.K.solve(o.X),
         lambda o: torch.linalg.inv(o.K).abs() @ o.K @ torch.linalg.inv(o.K).abs() @ o.X,
     ),
+    "solve_transpose": Operation(
+        lambda o: o.K.solve_transpose(o.X),
+        lambda o: torch.linalg.inv(o.K.mT).abs() @ o.K.mT @ torch.linalg.inv(o.K.mT).abs() @ o.X,
+    ),
     "inverse": Operation(
         lambda o: o.K.inverse(),
         lambda o: torch.linalg.inv(o.K).abs() @ o.K @ torch.linalg.inv(o.K).abs(),
@@ -72,6 +80,13 @@ OPERATIONS = {
         lambda o: o.K.frobenius_norm(), lambda o: torch.linalg.matrix_norm(o.K)
     ),
 }
+
+
+def _apply_rows(A: StructuredMatrix, X: Tensor) -> Tensor:
+    """``A X``, the last row given apart where that may be."""
+    last = max(A.n - 1, 0)
+    rows = X[..., :last, :], X[..., last:, :]
+    return torch.cat(A.apply_rows(*rows), -2) if A.rows_apart else A.apply(X)
 
 
 def _congruence(A: StructuredMatrix, U: StructuredMatrix) -> StructuredMatrix:

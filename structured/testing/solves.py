@@ -5,7 +5,8 @@ Written as in ``laws.py``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +23,17 @@ def solve(K: StructuredMatrix, X: Tensor) -> None:
     assert_close(K.solve(X), torch.linalg.inv(K.to_dense()) @ X, "solve(X)")
 
 
+def solve_transpose(K: StructuredMatrix, X: Tensor) -> None:
+    """``K^-T X``."""
+    assert_close(K.solve_transpose(X), torch.linalg.inv(K.to_dense()).mT @ X, "solve_transpose(X)")
+
+
 def singular(A: StructuredMatrix, X: Tensor) -> None:
     """To invert a singular member is an error, not infinities; with one in a batch as well."""
     zero = A.map(torch.zeros_like)
     members = {"zero": zero}
+    ways: list[Callable[[Any], Any]] = [lambda A: A.solve(X), lambda A: A.solve_transpose(X)]
+    ways.append(lambda A: A.inverse())
     if A.batch_shape:
         first = torch.arange(A.batch_shape[0]) == 0
         shift = (~first).to(A.dtype)[(...,) + (None,) * (len(A.batch_shape) - 1)]
@@ -33,7 +41,7 @@ def singular(A: StructuredMatrix, X: Tensor) -> None:
     for name, member in members.items():
         if not member.to_dense().numel():
             return
-        for way in (lambda A: A.solve(X), lambda A: A.inverse()) if X.numel() else ():
+        for way in ways if X.numel() else ():
             try:
                 found = way(member)
             except RuntimeError:  # torch.linalg.LinAlgError
@@ -68,4 +76,4 @@ def logdet(K: StructuredMatrix) -> None:
     assert_close((-K).logdet(), expected, "logdet of -K")
 
 
-SOLVES = (solve, singular, stable_solve, logdet)
+SOLVES = (solve, solve_transpose, singular, stable_solve, logdet)

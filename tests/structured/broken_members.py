@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from structured import Dense, Diagonal, LowerTriangular, Outer, StructuredMatrix
+from tests.structured import broken_products
 from tests.structured.broken import fails
 from tests.structured.broken_conduct import BROKEN
 
-__all__ = ["BROKEN"]
+__all__ = ["BROKEN", "broken_products"]
 
 
 @fails("inverse", "powers")
@@ -136,6 +137,19 @@ class TracesTheRoot(LowerTriangular):
 class TurnsIntoTheTranspose(LowerTriangular):
     def to_structure(self, structure):
         return self.mT.to_structure(structure)
+
+
+@fails("from_dense")
+class StaysAsItIs(Diagonal):
+    def to_structure(self, structure):
+        return self
+
+
+@fails("from_dense")
+class ForgetsWhatIsNotDense(LowerTriangular):
+    def to_structure(self, structure):
+        found = super().to_structure(structure)
+        return found if isinstance(found, Dense) else found.zeros_like()
 
 
 @fails("constructors")

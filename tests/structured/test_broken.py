@@ -11,7 +11,7 @@ from structured import Diagonal, StructuredMatrix, parse
 from structured.testing import LAWS, check
 from structured.testing.mistakes import _mistakes
 from tests.structured.broken import Affine, GramOfTheTranspose, Traceless
-from tests.structured.broken_members import BROKEN  # those of all three
+from tests.structured.broken_members import BROKEN  # those of all four
 from tests.structured.specs import COMPILING
 
 # What is no algebra at all fails more than these.

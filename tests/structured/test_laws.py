@@ -81,6 +81,7 @@ BY_BLOCKS = [
 ]
 OF_PRODUCTS = (
     *("product", "apply", "apply_transpose", "gram", "solve", "batches"),
+    *("apply_overwriting", "apply_rows", "solve_transpose"),
     *("project_gram", "orthogonal_project_gram"),
     *("backward", "forward", "mapped", "autocast"),
 )
