@@ -98,6 +98,11 @@ def middle(values: list[float]) -> str:
     return f"{median(known):.2f}" if known else ""
 
 
+def shared(results: Results, method: str) -> list[str]:
+    """The tasks on which both the method and SINGD have been run."""
+    return [t for t in results.tasks if {(t, method), (t, OURS)} <= results.done]
+
+
 def duels(results: Results) -> str:
     """On how many tasks a method's loss is lower than SINGD's, and on how many higher."""
     lines = [
@@ -105,7 +110,7 @@ def duels(results: Results) -> str:
         "| --- |" + " --: |" * 5,
     ]
     for method in rows():
-        tasks = [t for t in results.tasks if {(t, method), (t, OURS)} <= results.done]
+        tasks = shared(results, method)
         if method != OURS and tasks:
             counts = [
                 sum(results.ahead(kind, t, *pair) for t in tasks)
@@ -192,9 +197,9 @@ def summary(results: Results) -> dict[str, Any]:
         "worst with nothing searched": [worst, round(losses.get(worst, math.nan), 3)],
         **{kind: {k: len(v) for k, v in standing(results, kind).items()} for kind in KINDS},
         "lower than SINGD when tuned": {
-            method: sum(results.ahead("tuned", t, method, OURS) for t in results.tasks)
-            for method in complete(results)
-            if OURS in results.methods and method != OURS
+            method: sum(results.ahead("tuned", t, method, OURS) for t in tasks)
+            for method in rows()
+            if method != OURS and (tasks := shared(results, method))
         },
     }
 
