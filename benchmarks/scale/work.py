@@ -17,7 +17,7 @@ from singd.layers import find_layer
 from singd.methods.base import Averages, Stack
 from singd.methods.inverse_free import InverseFree
 from singd.ops.parts import within
-from structured.costs import CUBIC, PRODUCTS
+from structured.costs import CUBIC, PRODUCTS, SOLVES
 from structured.costs import work as cost_of
 
 ROWS = 1024  # of which statistics are made
@@ -53,7 +53,7 @@ class Counter(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if "c10d" not in func.namespace:
             amount = cost_of(func, args, out)
-            is_product = name in PRODUCTS or name in CUBIC or name.startswith("_fft")
+            is_product = name in {*PRODUCTS, *CUBIC, *SOLVES} or name.startswith("_fft")
             self.work += Work(amount, 0.0) if is_product else Work(0.0, amount)
         return out
 
