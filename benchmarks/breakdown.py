@@ -40,6 +40,7 @@ from benchmarks import nets, optimizers, workers
 from benchmarks.machine import processor
 from benchmarks.nets import DTYPES
 from benchmarks.results import RESULTS, Row, keep
+from singd.ops import profiling
 from structured.costs import FREE, PRODUCTS, work
 
 KEY = ("processor", "model", "dtype", "T", "method", "part")
@@ -64,7 +65,10 @@ def watched(around: Around) -> Iterator[None]:
     def named(name: str, *args: Any) -> AbstractContextManager[Any]:
         return around(PARTS[name]) if name in PARTS else scope(name, *args)
 
-    with mock.patch.object(torch.profiler, "record_function", named):
+    with (
+        mock.patch.object(torch.profiler, "record_function", named),
+        mock.patch.object(profiling, "is_profiled", return_value=True),
+    ):
         yield
 
 
