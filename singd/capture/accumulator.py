@@ -201,7 +201,7 @@ class Accumulator:
         if not self.is_awaited or self.was_ignored or self.is_unread or self.total is not None:
             return False
         grad = self.matrix.weight.grad
-        return grad is not None and bool(local(self.matrix.part(grad)).any())
+        return grad is not None and self._is_nonzero(grad)
 
     @property
     def is_unread(self) -> bool:
@@ -231,7 +231,11 @@ class Accumulator:
         """
         if self.was_ignored if self.verification.explained is None else step - self.last_call <= 1:
             return False
-        return weight.grad is None or bool(local(self.matrix.part(weight.grad)).any())
+        return weight.grad is None or self._is_nonzero(weight.grad)
+
+    def _is_nonzero(self, grad: Tensor) -> bool:
+        """Whether this rank has a part of the matrix's gradient that is not zero."""
+        return bool(local(self.matrix.part(grad)).any())
 
     def discard(self, *, held: bool = False) -> None:
         """Forget what counts, and passes under way.

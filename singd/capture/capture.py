@@ -228,7 +228,9 @@ class Capture:
         Args:
             matrices: Those whose factors would be updated.
         """
-        unseen = [m for m in matrices if not self._has_told and self.accumulators[m].is_unseen]
+        if self._has_told:
+            return
+        unseen = [matrix for matrix in matrices if self.accumulators[matrix].is_unseen]
         if unseen:
             self._has_told = True
             warn_user(

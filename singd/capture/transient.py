@@ -92,11 +92,8 @@ def once_filled(module: nn.Module, function: Callable[[], None]) -> None:
 
     def setstate(state: Any) -> None:
         vars(module).pop("__setstate__", None)
-        if before is None:
-            module.__setstate__(state)
-        else:
-            before(state)
+        before(state)
         function()
 
-    before = vars(module).get("__setstate__")
+    before = module.__setstate__  # that of its class, or of another optimizer's
     vars(module)["__setstate__"] = setstate

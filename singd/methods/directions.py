@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structured import Dense, Diagonal, Operator, Outer, StructuredMatrix
+from structured import Dense, Diagonal, Kronecker, Operator, Outer, StructuredMatrix
 
 
 def apply_outer(K: StructuredMatrix, KK: Any, X: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def precondition_by_products(KK: Operator, CC: Operator, G: Tensor) -> Tensor:
         return (G * KK.d[..., None, :]).mul_(CC.d[..., None])
     if isinstance(KK, Dense):  # K K^T is symmetric; of few rows of G its product is slow
         return CC.apply_overwriting(G @ KK.M)
-    return CC.apply_overwriting(KK.apply(G.mT).mT)
+    return Kronecker(CC, KK).apply_matrix(G)
 
 
 def takes_apart(KK: Operator | None, CC: Operator | None) -> bool:

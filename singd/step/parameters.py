@@ -134,9 +134,9 @@ class Parameters:
 
     def _know(self, owners: Iterable[tuple[str, nn.Parameter, Any, str]]) -> None:
         """Remember what the model consists of, with the parameters that it has."""
-        owned = {p for _, p, _, _ in owners}
-        self._frozen = [p for p in owned - self.group_of.keys() if not p.requires_grad]
-        self._known = (owned | self.group_of.keys()) - set(self._frozen)
+        others = [p for _, p, _, _ in owners if p not in self.group_of]
+        self._frozen = [p for p in others if not p.requires_grad]
+        self._known = {p for p in others if p.requires_grad} | self.group_of.keys()
         self._parts = [(module, _parts_of(module)) for module in self.model.modules()]
 
     # What trains a parameter --------------------------------------------------------------------

