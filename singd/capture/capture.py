@@ -168,18 +168,17 @@ class Capture:
         root: int,
     ) -> None:
         accumulator = self.accumulators[matrix]
-        observer.prepare(matrix)
-        part = observer.part(matrix)
-        x, g = seen(x, part, "input"), seen(g, part, "grad")
-        accumulator.keeps_last, is_read = observer.keeps_last(matrix), observer.reads(matrix)
-        verify = is_read and not cuda_graph.is_capturing()
-        current = accumulator.begin(root, part, verify=verify)
+        request = observer.request(matrix)
+        x, g = seen(x, request.part, "input"), seen(g, request.part, "grad")
+        accumulator.keeps_last = request.keeps_last
+        verify = request.is_read and not cuda_graph.is_capturing()
+        current = accumulator.begin(root, request.part, verify=verify)
         self.count.begin_pass()
         try:
-            if is_read:
-                current.add(module, x, g, *statistics_of(observer, matrix, module, x, g, call))
+            if request.is_read:
+                current.add(module, x, g, *statistics_of(request, matrix, module, x, g, call))
             else:
-                current.uses.append(use_of(observer, matrix, module, x, g, call))
+                current.uses.append(use_of(request, matrix, module, x, g, call))
         except UnreadableError as error:
             accumulator.verification.refuse(str(error))
 
@@ -244,11 +243,12 @@ class Capture:
         observer, weight = self._observer(), matrix.weight
         if observer is None:
             raise RuntimeError("the optimizer is gone")
-        *batch, d_out, d_in = seen_shape(observer, matrix)
+        request = observer.request(matrix)
+        *batch, d_out, d_in = seen_shape(request.part, matrix)
         sides: list[Statistic] = []
         for side, n in (("input", d_in), ("grad", d_out)):
             nothing = torch.zeros(*batch, n, 0, dtype=weight.dtype, device=weight.device)
-            sides.append(observer.summarize(matrix, cast(Side, side), NoColumns(nothing)))
+            sides.append(request.summarize(cast(Side, side), NoColumns(nothing)))
         return KroneckerStatistics(sides[0], sides[1], 0)
 
     def end_step(self) -> None:

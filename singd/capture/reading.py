@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from singd.capture.accumulator import Use
-from singd.capture.observer import Observer
+from singd.capture.observer import Request
 from singd.capture.samples import Call
 from singd.capture.share import take
 from singd.capture.statistics import Columns, KroneckerStatistics, Side, UnreadableError, read
 from singd.capture.weight_matrix import WeightMatrix
+from singd.layers import Layer
 from singd.layers.base import piece_size
 from singd.ops.dtensor import columns_of, whole
 from singd.ops.parts import Part
@@ -22,21 +23,21 @@ def seen(t: Tensor, part: Part | None, side: Side) -> Tensor:
     return columns_of(t, part.group, slice(part.rows.start, min(part.rows.stop, t.shape[-1])))
 
 
-def seen_shape(observer: Observer, matrix: WeightMatrix) -> tuple[int, ...]:
+def seen_shape(part: Part | None, matrix: WeightMatrix) -> tuple[int, ...]:
     """The shape of a matrix, as far as this rank sums up inputs and output gradients."""
-    part, (*batch, d_out, d_in) = observer.part(matrix), matrix.shape
+    *batch, d_out, d_in = matrix.shape
     if part is None:
         return matrix.shape
     return (*batch, part.size, d_in) if part.side == "grad" else (*batch, d_out, part.size)
 
 
 def statistics_of(
-    observer: Observer, matrix: WeightMatrix, module: nn.Module, x: Tensor, g: Tensor, call: Call
+    request: Request, matrix: WeightMatrix, module: nn.Module, x: Tensor, g: Tensor, call: Call
 ) -> tuple[KroneckerStatistics, Use]:
     """The statistics of one use, and its counts.
 
     Args:
-        observer: Says how they are summed up.
+        request: Says how they are summed up.
         matrix: Weight that was used.
         module: Module that was called.
         x: Its input.
@@ -47,20 +48,22 @@ def statistics_of(
         UnreadableError: If the layer cannot read them.
     """
     layer, flat = matrix.layer, x.ndim == 2
-    x = read(layer, layer.samples_first, module, x, call.samples)
-    g = read(layer, layer.samples_first, module, g, call.samples)
-    size = observer.piece_bytes(matrix)
-    whole = x.shape[:1].numel()
-    share = take(layer, observer.approximation(matrix), x, g, *observer.sampling(matrix))
+    samples = call.samples
+    x = read(layer, layer.samples_first, module, x, samples)
+    g = read(layer, layer.samples_first, module, g, samples)
+    whole, share = x.shape[:1].numel(), None
+    if request.every > 1:
+        share = take(layer, request.approximation, x, g, request.every, request.phase)
     if share is not None:
         x, g = share.x, share.g
     pieces = [(x, g)]
+    size = None if type(layer).pieces is Layer.pieces else request.piece_bytes()
     if size is not None:
         largest = max(size, piece_size(x.device))
         pieces = list(read(layer, layer.pieces, module, x, g, largest))
     total, use = None, Use(call, 0, 0, flat)
     for piece in pieces:
-        sums = _sum(observer, matrix, module, *piece, use)
+        sums = _sum(request, matrix, module, *piece, use)
         if total is None:
             total = sums
         else:
@@ -74,10 +77,10 @@ def statistics_of(
 
 
 def use_of(
-    observer: Observer, matrix: WeightMatrix, module: nn.Module, x: Tensor, g: Tensor, call: Call
+    request: Request, matrix: WeightMatrix, module: nn.Module, x: Tensor, g: Tensor, call: Call
 ) -> Use:
     """The counts of one use; no product is made. Arguments are those of :func:`statistics_of`."""
-    layer, (*batch, d_out, _) = matrix.layer, seen_shape(observer, matrix)
+    layer, (*batch, d_out, _) = matrix.layer, seen_shape(request.part, matrix)
     first = read(layer, layer.samples_first, module, g, call.samples)
     columns = Columns(layer, module, "grad", first, "expand", False, (*batch, d_out))
     samples, positions = columns.counts
@@ -85,14 +88,14 @@ def use_of(
 
 
 def _sum(
-    observer: Observer, matrix: WeightMatrix, module: nn.Module, x: Tensor, g: Tensor, use: Use
+    request: Request, matrix: WeightMatrix, module: nn.Module, x: Tensor, g: Tensor, use: Use
 ) -> KroneckerStatistics:
-    layer, approximation = matrix.layer, observer.approximation(matrix)
-    ones, (*batch, d_out, d_in) = matrix.bias is not None, seen_shape(observer, matrix)
+    layer, approximation = matrix.layer, request.approximation
+    ones, (*batch, d_out, d_in) = matrix.bias is not None, seen_shape(request.part, matrix)
     inputs = Columns(layer, module, "input", x, approximation, ones, (*batch, d_in))
     grads = Columns(layer, module, "grad", g, approximation, False, (*batch, d_out))
-    of_inputs = observer.summarize(matrix, "input", inputs)
-    of_grads = observer.summarize(matrix, "grad", grads)
+    of_inputs = request.summarize("input", inputs)
+    of_grads = request.summarize("grad", grads)
     samples, positions = grads.counts
     use.samples += samples
     use.rows += samples * positions

@@ -58,7 +58,7 @@ class Call:
     @property
     def samples(self) -> int | None:
         """N, or ``None`` if it is not known."""
-        known = [n for n, _ in self.told.most_common()]
+        known = [n for n, _ in self.told.most_common()] if self.told else []
         within = [n for n in known if n in self.sizes]
         if within:
             return within[0]

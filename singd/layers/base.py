@@ -180,9 +180,11 @@ def square_sums(values: Tensor, approximation: str, *, average: bool) -> Tensor:
         values = _reduced(values, average)[..., None, :]
     if not values.is_cpu:
         return _in_one_pass(values)
+    wide = torch.promote_types(values.dtype, torch.float32)
+    if values.numel() * wide.itemsize <= PIECE:
+        return values.to(wide).square().sum((-3, -2))
     if values.ndim == 3 and values.is_contiguous():
         values = values.flatten(0, 1)[:, None]
-    wide = torch.promote_types(values.dtype, torch.float32)
     sample = values[..., :1, :, :].numel() * wide.itemsize
     first, *others = values.split(max(1, PIECE // max(1, sample)), -3)
     squares = first.to(wide).square()

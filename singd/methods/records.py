@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from torch import Tensor
@@ -31,24 +31,23 @@ class Factors:
     def members(self) -> dict[str, StructuredMatrix]:
         """The members by name."""
         found: dict[str, StructuredMatrix] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
             if isinstance(value, tuple):
-                found |= {f"{field.name}_{i}": member for i, member in enumerate(value)}
+                found |= {f"{name}_{i}": member for i, member in enumerate(value)}
             elif value is not None:
-                found[field.name] = value
+                found[name] = value
         return found
 
     def with_members(self, members: Mapping[str, StructuredMatrix]) -> Self:
         """The same record with other members of these names."""
         changed: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
             if isinstance(value, tuple):
-                names = [f"{field.name}_{i}" for i in range(len(value))]
-                changed[field.name] = tuple(members[name] for name in names)
+                changed[name] = tuple(members[f"{name}_{i}"] for i in range(len(value)))
             elif value is not None:
-                changed[field.name] = members[field.name]
+                changed[name] = members[name]
         return replace(self, **changed)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:

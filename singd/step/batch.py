@@ -50,12 +50,15 @@ class Encoded:
         return self._decode() if self._factors is None else self._factors
 
     def _decode(self) -> Factors:
-        return self.like.with_members({name: self.member(name) for name in self.tensors})
+        members = self.like.members()
+        return self.like.with_members({n: self._of(n, member) for n, member in members.items()})
 
     def member(self, name: str) -> StructuredMatrix:
         """One member of the factors."""
-        member = self.like.members()[name]
-        return member.with_tensors(decode(self.tensors[name], self.forms[name]))
+        return self._of(name, self.like.members()[name])
+
+    def _of(self, name: str, like: StructuredMatrix) -> StructuredMatrix:
+        return like.with_tensors(decode(self.tensors[name], self.forms[name]))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Encoded:
         """``function`` of every tensor that is stored."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 import weakref
 from collections.abc import Callable
 
+from singd.capture.observer import Request
 from singd.capture.statistics import Columns, KroneckerStatistics, Side, Statistic
 from singd.capture.weight_matrix import WeightMatrix
 from singd.ops.parts import Part
-from singd.step.groups import is_due
+from singd.step.groups import Group, is_due
 from singd.step.pipeline import Parts
 from structured import Diagonal
 
@@ -33,68 +35,68 @@ class StepObserver:
         parameters = self.parts.parameters
         return is_due(parameters.group_of[matrix.weight]) and not parameters.is_handed_over(matrix)
 
-    def prepare(self, matrix: WeightMatrix) -> None:
+    def request(self, matrix: WeightMatrix) -> Request:
+        """As the options of its group say; there are factors of ``matrix`` then."""
+        parts = self.parts
+        group = parts.parameters.group_of[matrix.weight]
+        self._prepare(matrix, group)
+        part = parts.placement.part_of(matrix)
+        keeps_last = group["sample"] == "last"
+        every, phase = sampling(group)
+        return Request(
+            functools.partial(self._summarize, matrix, group, part),
+            functools.partial(self._piece_bytes, matrix, group),
+            group["kfac_approx"],
+            None if part is None or part.is_scattered else part,
+            keeps_last,
+            not keeps_last or parts.placement.is_reducing(),
+            every,
+            phase,
+        )
+
+    def _prepare(self, matrix: WeightMatrix, group: Group) -> None:
         """Make factors, unless they are there."""
-        ensure, group = self._ensure(), self.parts.parameters.group_of[matrix.weight]
+        ensure = self._ensure()
         with self._lock:
             if ensure is not None and not self.parts.store.holds(matrix, group):
                 ensure()
 
-    def piece_bytes(self, matrix: WeightMatrix) -> int | None:
+    def _piece_bytes(self, matrix: WeightMatrix, group: Group) -> int | None:
         """As large as the factor: a product with fewer rows than columns is slow."""
-        group = self.parts.parameters.group_of[matrix.weight]
         first = next(iter(self.parts.store.summarizing(matrix, group, "input").members().values()))
         return None if isinstance(first, Diagonal) else sum(t.nbytes for t in first.tensors())
 
-    def sampling(self, matrix: WeightMatrix) -> tuple[int, float]:
-        """The option ``sample``, and a number that is new at each step, the same on all ranks."""
-        group = self.parts.parameters.group_of[matrix.weight]
-        every = group["sample"]
-        if every in (1, "last"):
-            return 1, 0.0
-        return every, random.Random(f"{group['seed']} {group['step']}").random()
-
-    def part(self, matrix: WeightMatrix) -> Part | None:
-        """What tensor parallelism leaves on this rank, if its factors are split likewise."""
-        part = self.parts.placement.part_of(matrix)
-        return None if part is None or part.is_scattered else part
-
-    def keeps_last(self, matrix: WeightMatrix) -> bool:
-        """Whether the option ``sample`` is ``"last"``."""
-        group = self.parts.parameters.group_of[matrix.weight]
-        return bool(group["sample"] == "last")
-
-    def reads(self, matrix: WeightMatrix) -> bool:
-        """Whether the pass under way may be the last: one that is not reduced is not."""
-        return not self.keeps_last(matrix) or self.parts.placement.is_reducing()
+    def _summarize(
+        self, matrix: WeightMatrix, group: Group, part: Part | None, side: Side, columns: Columns
+    ) -> Statistic:
+        """The statistic that the method asks for."""
+        parts = self.parts
+        factors = parts.store.summarizing(matrix, group, side)
+        statistic = parts.method.summarize(factors, side, columns, group)
+        if statistic.kind == "whitened":
+            is_scattered = part is not None and part.is_scattered and part.side == side
+            if is_scattered or not parts.placement.holds(matrix):
+                raise RuntimeError(
+                    f"{matrix.name}: its statistics need its factors, which other ranks have: make "
+                    "the optimizer after torch.set_float32_matmul_precision"
+                )
+        return statistic
 
     def sends(self, matrix: WeightMatrix) -> bool:
         """Whether one rank has the factors of ``matrix``, and the next step updates them."""
         if not self.parts.placement.has_shards or not self.is_captured(matrix):
             return False
-        self.prepare(matrix)
+        self._prepare(matrix, self.parts.parameters.group_of[matrix.weight])
         return self.parts.placement.owner_of(matrix) is not None
 
     def send(self, matrix: WeightMatrix, one: KroneckerStatistics) -> KroneckerStatistics:
         """To that rank."""
         return self.parts.placement.send(matrix, one)
 
-    def summarize(self, matrix: WeightMatrix, side: Side, columns: Columns) -> Statistic:
-        """The statistic that the method asks for."""
-        group = self.parts.parameters.group_of[matrix.weight]
-        factors = self.parts.store.summarizing(matrix, group, side)
-        statistic = self.parts.method.summarize(factors, side, columns, group)
-        part = self.parts.placement.part_of(matrix)
-        is_scattered = part is not None and part.is_scattered and part.side == side
-        is_elsewhere = not self.parts.placement.holds(matrix) or is_scattered
-        if statistic.kind == "whitened" and is_elsewhere:
-            raise RuntimeError(
-                f"{matrix.name}: its statistics need its factors, which other ranks have: make "
-                "the optimizer after torch.set_float32_matmul_precision"
-            )
-        return statistic
 
-    def approximation(self, matrix: WeightMatrix) -> str:
-        """``"expand"`` or ``"reduce"``."""
-        approximation: str = self.parts.parameters.group_of[matrix.weight]["kfac_approx"]
-        return approximation
+def sampling(group: Group) -> tuple[int, float]:
+    """The option ``sample``, and a number that is new at each step, the same on all ranks."""
+    every = group["sample"]
+    if every in (1, "last"):
+        return 1, 0.0
+    return every, random.Random(f"{group['seed']} {group['step']}").random()

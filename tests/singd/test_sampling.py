@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from singd import KFAC, SINGD
 from singd.capture.statistics import Columns
 from singd.placement import DataParallel
-from singd.step.observer import StepObserver
+from singd.step import observer
 from tests.frozen import nets
 from tests.singd.runs import F64, batches, mlp, train
 
@@ -29,10 +29,10 @@ def statistics(
     model = nets.make(net, F64)
     optimizer = SINGD(model, layers="all", sample=every, **options)
     X = nets.batch(net, 0, F64)[0][:samples]
-    drawn = StepObserver.sampling
+    drawn = observer.sampling
     if phase is not None:
         drawn = lambda *_: (every, phase)  # noqa: E731
-    with mock.patch.object(StepObserver, "sampling", drawn):
+    with mock.patch.object(observer, "sampling", drawn):
         model(X).square().sum().backward()
     return {
         matrix.key: (
@@ -87,10 +87,9 @@ def test_fewer_rows_are_read() -> None:
 def test_rows_are_other_ones_at_every_step() -> None:
     model = mlp()
     optimizer = SINGD(model, T=1, sample=3)
-    matrix = optimizer._parts.parameters.matrices[0]
     phases = []
     for batch in batches(40):
-        phases.append(optimizer._observer.sampling(matrix)[1])
+        phases.append(observer.sampling(optimizer.param_groups[0])[1])
         train(model, optimizer, [batch])
     assert len(set(phases)) == 40
     assert 0.35 < sum(phases) / 40 < 0.65
