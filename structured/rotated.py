@@ -171,32 +171,23 @@ class Rotated(StructuredMatrix):
         """Batch shape of the basis, if members have one each."""
         return Size() if isinstance(self.Q, str) else self.Q.shape[:-2]
 
-    def __getitem__(self, index: Any) -> Any:
-        """As of any member, each with its own basis.
-
-        Raises:
-            IndexError: As of any member.
-            TypeError: If members of a batch of operators ``Q`` would have to be picked.
-        """
-        picked = super().__getitem__(index)
-        if not isinstance(picked, Rotated) or not self._bases:
-            return picked
+    def _picked(self, pick: Callable[[Tensor], Tensor]) -> Rotated:
+        """As of any member, each with its own basis."""
+        A = self.A._picked(pick)
+        if not self._bases:
+            return self._build([A])
         if not isinstance(self.Q, Tensor):
             raise TypeError(f"Rotated[k]: expected a tensor Q, got {type(self.Q).__name__}")
-        return Rotated(picked.A, self.Q.expand(self.shape)[index])
+        return Rotated(A, pick(self.Q.expand(self.shape)))
 
-    def sum(self, dim: int | Sequence[int] | None = None) -> Self:
-        """As of any member.
-
-        Raises:
-            IndexError: As of any member.
-            ValueError: If the members have a basis each.
-        """
-        if self._bases:
+    def _summed(self, dims: tuple[int, ...]) -> Self:
+        """As of any member, where those that are added have one basis."""
+        first = len(self.A.batch_shape) - len(self._bases)
+        if any(each >= first for each in dims):
             raise ValueError(
                 f"Rotated.sum: expected one basis Q for all, got a batch {list(self._bases)}"
             )
-        return super().sum(dim)
+        return self._build([self.A._summed(dims)])
 
     @property
     def mT(self) -> Rotated:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, Self, TypeAlias
 
@@ -114,7 +114,19 @@ class Member(Scaled):
                     f"got {each}"
                 )
         dims = tuple(each % count for each in given)
-        return self._map(lambda t: t.sum(dims) if dims else t.clone())
+        return self._summed(dims) if dims else self.clone()
+
+    def _summed(self, dims: tuple[int, ...]) -> Self:
+        """The sum over these batch dimensions; part by part, for a basis may be one's own."""
+        parts = [getattr(self, name) for name in self._fields]
+        return self._build(
+            [p._summed(dims) if isinstance(p, Member) else p.sum(dims) for p in parts]
+        )
+
+    def _picked(self, pick: Callable[[Tensor], Tensor]) -> Self:
+        """The members of the batch that ``pick`` takes of each tensor; part by part, as sums."""
+        parts = [getattr(self, name) for name in self._fields]
+        return self._build([p._picked(pick) if isinstance(p, Member) else pick(p) for p in parts])
 
     def __getitem__(self, index: Any) -> Any:
         """``A[k]``, members of the batch, views as of tensors; ``A[..., i, j]``, entries.
@@ -126,11 +138,11 @@ class Member(Scaled):
         """
         where = places(index, len(self.shape))
         if where is not None and where[-2:] == [slice(None)] * 2:
-            return self._map(lambda t: t[tuple(where[:-2])])
+            return self._picked(lambda t: t[tuple(where[:-2])])
         if isinstance(index, Tensor):
             taken = index.ndim if index.dtype == torch.bool else 1
             if taken <= len(self.batch_shape):
-                return self._map(lambda t: t[index])
+                return self._picked(lambda t: t[index])
         return super().__getitem__(index)
 
     @abstractmethod

@@ -3,7 +3,20 @@
 import pytest
 import torch
 
-from structured import Dense, Diagonal, Kronecker, Rotated, Structure, inverse_root, parse
+from structured import (
+    BlockUpper,
+    Dense,
+    Diagonal,
+    DirectSum,
+    Kronecker,
+    Rotated,
+    Strided,
+    Structure,
+    Tied,
+    Transposed,
+    inverse_root,
+    parse,
+)
 from structured.testing import assert_close
 
 
@@ -20,7 +33,7 @@ def test_rotated_members_with_a_basis_each():
     for index in (1, (0, 1), (slice(None), 1)):
         assert isinstance(A[index], Rotated)
     with pytest.raises(ValueError, match="expected one basis Q for all, got"):
-        A.sum(0)
+        A.sum(1)
     with pytest.raises(TypeError, match="expected a tensor Q, got Kronecker"):
         Rotated(A.A, Kronecker(Dense(Q[:, :2, :2]), Dense(Q[:, 2:, 2:])))[0]
 
@@ -95,3 +108,25 @@ def test_members_of_a_structure_of_bases_are_batches():
     assert moved.batch_shape == (2,)
     with pytest.raises(ValueError, match=r"a batch of Q that broadcasts with \[3\], got \[2\]"):
         Rotated(Diagonal(normal(3, 4)), Q)
+
+
+def test_compositions_of_members_with_a_basis_each():
+    Q = torch.linalg.qr(normal(2, 4, 4)).Q
+    R, D = Rotated(Diagonal(normal(3, 2, 4)), Q), Dense(normal(3, 2, 3, 3))
+    whole = [
+        DirectSum(R, D),
+        BlockUpper(R, normal(3, 2, 4, 3), D),
+        Transposed(R),
+        Tied(R, k=2),
+        Rotated(R, "cosine"),
+        Strided(R),
+        Strided(DirectSum(Rotated(R, Q), D)),
+    ]
+    for A in whole:
+        count = len(A.batch_shape)
+        for index in ((1,), (-1,), (slice(1, None),), (torch.tensor([2, 0]),), (..., 1)[:count]):
+            assert_close(A[index], A.to_dense()[index], f"{A}[{index}]")
+        assert_close(A.sum(0), A.to_dense().sum(0), f"sum of {A} over members of one basis")
+        if count > 1:
+            with pytest.raises(ValueError, match="expected one basis Q for all, got"):
+                A.sum(1)
