@@ -22,6 +22,7 @@ from singd.factors.calibration import require_calibrated
 from singd.factors.records import KroneckerFactors, WeightFactors
 from singd.factors.weights import Weights
 from singd.methods.options import in_range, integer
+from singd.update import precondition
 
 
 def weight_scores(factors: KroneckerFactors, model: nn.Module) -> dict[str, Tensor]:
@@ -178,8 +179,7 @@ def _surgery(one: WeightFactors, W: Tensor, removed: Tensor, update: bool) -> tu
         return float(L.solve(w.flatten(-2)[..., None]).square().sum()) / 2, W - w
 
     def product(X: Tensor) -> Tensor:
-        Y = K.apply(K.apply_transpose(X.mT)).mT
-        return C.apply(C.apply_transpose(Y))
+        return precondition(K, C, X)
 
     diagonal = C.squared_rows()[..., :, None] * K.squared_rows()[..., None, :]
     multipliers = conjugate.solve(lambda X: torch.where(removed, product(X), 0.0), w, diagonal)

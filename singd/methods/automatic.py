@@ -63,7 +63,7 @@ class Automatic(InverseFree):
         """Those of the averages at first, dense unless a side is wide; then those chosen."""
         if not measures(options):
             return super().structures(name, shape, input_structure, options)
-        limit = by_name(options["max_dim"], name, None)
+        limit = by_name(options["max_dim"], name)
         limit = MEASURED if limit is None else min(limit, MEASURED)
         *_, d_out, d_in = shape
         whole = (d_in <= limit and input_structure is None, d_out <= limit)

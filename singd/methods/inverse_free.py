@@ -97,7 +97,7 @@ class InverseFree(Method):
         self, name: str, shape: Sequence[int], input_structure: str | None, options: Options
     ) -> tuple[Structure, ...]:
         """The structures of K and C, as ``options`` or the defaults say for these sizes."""
-        given = by_name(options["structures"], name, None)
+        given = by_name(options["structures"], name)
         given = default_structures(shape) if given is None else given
         *_, d_out, d_in = shape
         sides = [(d_in, input_structure or given[0]), (d_out, given[1])]

@@ -99,11 +99,14 @@ def warn_of_limits(max_dim: Any, wide_structure: Any) -> None:
 # Of one matrix -----------------------------------------------------------------------------------
 
 
-def by_name(given: Any, name: str, default: Any) -> Any:
-    """An option; or, of a mapping from patterns, what the first pattern gives that matches."""
+def by_name(given: Any, name: str) -> Any:
+    """An option; or, of a mapping from patterns, what the first pattern gives that matches.
+
+    ``None`` if none does.
+    """
     if not isinstance(given, Mapping):
         return given
-    return next((value for pattern, value in given.items() if fnmatch(name, pattern)), default)
+    return next((value for pattern, value in given.items() if fnmatch(name, pattern)), None)
 
 
 def default_structures(shape: Sequence[int]) -> tuple[str, str]:
@@ -127,7 +130,7 @@ def default_structures(shape: Sequence[int]) -> tuple[str, str]:
 
 def within_limit(spec: StructureLike, n: int, name: str, options: Mapping[str, Any]) -> Structure:
     """The structure of a side of ``n``, or ``wide_structure`` beyond ``max_dim`` if that is set."""
-    limit, wide = by_name(options["max_dim"], name, None), options["wide_structure"]
+    limit, wide = by_name(options["max_dim"], name), options["wide_structure"]
     if limit is None and wide is not None:
         limit = MAX_DIM
     return parse((wide or "diagonal") if limit is not None and n > limit else spec).at(n)

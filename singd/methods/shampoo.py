@@ -29,9 +29,10 @@ import torch
 from torch import Tensor
 
 from singd.methods.base import Factors, Method, Options, Products
+from singd.methods.directions import apply_outer, product_of
 from singd.methods.options import choice, in_range, lr_cov, within_limit
 from singd.update import first_scale
-from structured import Diagonal, Operator, Outer, Structure, StructuredMatrix, parse
+from structured import Diagonal, Structure, StructuredMatrix, parse
 
 GROW = (3.4445, -4.7750, 2.0315)
 CONVERGE = (1.5, -0.5, 0.0)
@@ -109,16 +110,15 @@ class GradientCovariance(Method):
         """``S_i^-p`` of every mode, by its number."""
         if options["power"] == 0.5:
             return {f"{i}": symmetric_root(K) for i, K in enumerate(factors.K)}
-        found = {f"{i}": K.outer() for i, K in enumerate(factors.K)}
-        return {name: P for name, P in found.items() if not isinstance(P, Outer)}
+        found = {f"{i}": product_of(K) for i, K in enumerate(factors.K)}
+        return {name: P for name, P in found.items() if P is not None}
 
     def precondition(self, factors: Modes, G: Tensor, products: Products) -> Tensor:
         """``G x_1 S_1^-p ... x_k S_k^-p``; without a product ``S^-1`` is ``K K^T``."""
         D = G.to(factors.K[0].dtype)
         for i, K in enumerate(factors.K):
             D = D.reshape(*K.batch_shape, K.n, -1)
-            P: Operator | None = products.get(f"{i}")
-            D = (K.apply(K.apply_transpose(D)) if P is None else P.apply(D)).mT
+            D = apply_outer(K, products.get(f"{i}"), D).mT
         return D.reshape(G.shape).to(G.dtype)
 
 

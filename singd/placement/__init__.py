@@ -1,6 +1,6 @@
 """Placements: which ranks hold what. Nothing else in the package knows of ranks."""
 
-from singd.placement.base import Placement, Work
+from singd.placement.base import Placement, Statistics, Work
 from singd.placement.find import find_placement, unwrapped
 from singd.placement.holding import Holding, Kept, Slot
 from singd.placement.places import Demand
@@ -14,6 +14,7 @@ __all__ = [
     "OneProcess",
     "Placement",
     "Slot",
+    "Statistics",
     "Work",
     "find_placement",
     "unwrapped",

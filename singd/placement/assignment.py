@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from singd.capture.weight_matrix import WeightMatrix
+from singd.methods.options import by_name
 from singd.ops.dtensor import local
 from singd.ops.parts import Part
 from singd.placement.columns import has_rows
 from singd.placement.exchange import box_of
-from singd.placement.places import Demand, choose, owners, wanted_place
+from singd.placement.places import Demand, choose, owners
 from singd.placement.shards import Shard, shard_of
 from singd.placement.splits import Split, ends_of, split_of
 
@@ -104,7 +105,7 @@ class Assignment:
         Raises:
             ValueError: If that was asked for, and the structure does not fit.
         """
-        wanted = wanted_place(self.given, matrix.name)
+        wanted = by_name(self.given, matrix.name)
         if wanted not in (None, "shards"):
             return None
         found = shard_of(matrix, self.data, needed.blocks)

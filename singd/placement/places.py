@@ -25,10 +25,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import Any
 
 from singd.capture.weight_matrix import WeightMatrix
+from singd.methods.options import by_name
 
 PLACES = ("everywhere", "rows", "columns", "owned", "shards")
 
@@ -145,7 +145,7 @@ def choose(
     found: dict[WeightMatrix, str] = {}
     free = {}
     for matrix, demand in demands.items():
-        wanted = wanted_place(given, matrix.name)
+        wanted = by_name(given, matrix.name)
         if wanted in (None, "shards"):
             free[matrix] = demand
         else:
@@ -170,13 +170,6 @@ def choose(
     for matrix, demand in free.items():
         found[matrix] = instead if _may_have(instead, demand) else _fitting(best, demand)
     return found
-
-
-def wanted_place(given: Any, name: str) -> str | None:
-    """The place that was given for a parameter; ``None`` if none was."""
-    if not isinstance(given, Mapping):
-        return given
-    return next((place for pattern, place in given.items() if fnmatch(name, pattern)), None)
 
 
 def _may_have(place: str, demand: Demand) -> bool:

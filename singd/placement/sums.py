@@ -122,17 +122,14 @@ def complete_traces(
     """Statistics with the traces of whole sides, where a rank has summed a part of one."""
     found = dict(statistics)
     some = [m for m in statistics if m in parts]
-    sides = [statistics[m].input if parts[m].side == "input" else statistics[m].grad for m in some]
+    sides: list[Statistic] = [getattr(statistics[m], parts[m].side) for m in some]
     own = [
         parts[m].counted(one.value).trace() if one.trace is None else one.trace
         for m, one in zip(some, sides, strict=True)
     ]
     for m, side, trace in zip(some, sides, completed(own, [parts[m] for m in some]), strict=True):
-        whole = Statistic(side.value, side.kind, trace, parts[m])
-        if parts[m].side == "input":
-            found[m] = replace(found[m], input=whole)
-        else:
-            found[m] = replace(found[m], grad=whole)
+        whole: dict[str, Any] = {parts[m].side: Statistic(side.value, side.kind, trace, parts[m])}
+        found[m] = replace(found[m], **whole)
     return found
 
 

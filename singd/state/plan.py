@@ -122,7 +122,7 @@ def make_plan(rule: str, parts: Parts) -> Plan:
                 kind = rule
                 stored = nbytes(p) if group["momentum"] else 0
                 if any(parameters.group_of[m.weight]["graft"] == "adamw" for m in ours[p]):
-                    stored += len(grafting.state_names("adamw")) * nbytes(p) + counter
+                    stored += len(grafting.ADAMW_NAMES) * nbytes(p) + counter
                 if graft_of(group) == "running":
                     own_weight = sum(matrix.weight is p for matrix in ours[p])
                     stored += own_weight * nbytes(grafting.no_norms(p))

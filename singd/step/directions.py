@@ -172,29 +172,26 @@ def scale_by_kl(directions: Sequence[Direction], placement: Placement) -> Tensor
     Returns:
         The sum ``q`` that bounds go by, if it saw all directions.
     """
-    bounded = [d for d in directions if d.group["kl_clip"] is not None]
+    bounded: dict[int, list[Direction]] = {}
+    for d in directions:
+        if d.group["kl_clip"] is not None:
+            bounded.setdefault(id(d.group), []).append(d)
     if not bounded:
         return None
-    sums: list[Tensor] = []
-    while bounded:
-        group = bounded[0].group
-        same = [d for d in bounded if d.group is group]
-        bounded = [d for d in bounded if d.group is not group]
+    sums = []
+    for same in bounded.values():
         products = [
             inner_product(x, y)
             for d in same
             if d.gradient is not None
             for x, y in zip(d.holding.counted(d.value), d.holding.counted(d.gradient), strict=True)
         ]
-        sums.append(peak_lr(group) ** 2 * total(products))
+        sums.append(peak_lr(same[0].group) ** 2 * total(products))
     q = placement.complete(total(sums))
-    scales: list[tuple[Group, Tensor]] = []
-    for d in directions:
-        if d.group["kl_clip"] is not None:
-            d.scale = next((s for group, s in scales if group is d.group), None)
-            if d.scale is None:
-                d.scale = kl_scale(d.group["kl_clip"], q)
-                scales.append((d.group, d.scale))
+    for same in bounded.values():
+        scale = kl_scale(same[0].group["kl_clip"], q)
+        for d in same:
+            d.scale = scale
     return q if all(d.scale is not None for d in directions) else None
 
 

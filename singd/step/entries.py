@@ -14,7 +14,6 @@ from singd.ops.storage import Form, recognize
 
 State = MutableMapping[Any, dict[str, Any]]
 
-
 GRAFT_NORM = "graft_norm"
 """The member of the state that :mod:`singd.step.grafting` writes for every matrix."""
 

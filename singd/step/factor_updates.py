@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,11 @@ from singd.capture.statistics import KroneckerStatistics, side_by_side
 from singd.capture.weight_matrix import WeightMatrix
 from singd.methods.base import Averages, Method, Stack
 from singd.ops.stochastic_rounding import Rounding
-from singd.placement import Placement
+from singd.placement import Placement, Statistics
 from singd.step.batch import Batch, Proposal
 from singd.step.factor_store import FactorStore
 from singd.step.groups import Group, is_due
 
-Statistics = Mapping[WeightMatrix, KroneckerStatistics]
 Residuals = dict[WeightMatrix, dict[str, Tensor]]
 
 

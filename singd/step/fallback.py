@@ -7,7 +7,7 @@ hooks of optimizers see one step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,8 @@ from torch.optim.adamw import adamw
 
 from singd.methods.options import in_range
 from singd.ops.dtensor import local
+from singd.step.entries import State
 from singd.step.groups import Group, counter_device
-
-State = MutableMapping[Any, dict[str, Any]]
 
 
 class Fallback:

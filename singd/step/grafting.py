@@ -34,19 +34,17 @@ from singd.step.groups import counter_device
 RMS = 0.2
 """Root mean square of a direction under ``"running"`` and ``"rms"``."""
 
+ADAMW_NAMES = ("graft_exp_avg", "graft_exp_avg_sq")
+"""What is stored of a parameter under ``"adamw"``, like it; a step counter beside."""
+
 Averages = dict[Tensor, dict[str, Tensor]]
 """New moving averages, and counters, by parameter."""
-
-
-def state_names(graft: str | None) -> tuple[str, ...]:
-    """What is stored of a parameter, like it; a step counter beside."""
-    return ("graft_exp_avg", "graft_exp_avg_sq") if graft == "adamw" else ()
 
 
 def init(p: Tensor) -> dict[str, Tensor]:
     """AdamW's averages of a parameter before any step."""
     step = torch.zeros((), device=counter_device(p))
-    return {"step": step, **{name: torch.zeros_like(p) for name in state_names("adamw")}}
+    return {"step": step, **{name: torch.zeros_like(p) for name in ADAMW_NAMES}}
 
 
 def no_norms(like: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ def expected_values(parts: Parts, p: Tensor, group: Group) -> dict[str, Any]:
         group: Its group, as it will be.
     """
     found: dict[str, Any] = {"step": torch.zeros(()), "momentum_buffer": p}
-    found |= dict.fromkeys([*grafting.state_names("adamw")], p)
-    found |= dict.fromkeys(["exp_avg", "exp_avg_sq", "max_exp_avg_sq"], p)
+    names = (*grafting.ADAMW_NAMES, "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    found |= dict.fromkeys(names, p)
     for matrix in parts.parameters.matrices:
         if matrix.weight is p:
             found[state_key(matrix, GRAFT_NORM)] = torch.zeros(2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,8 @@ from singd.capture.weight_matrix import (
 from singd.layers import OPTIONAL
 from singd.methods.options import choice
 from singd.ops.dtensor import is_distributed
-from singd.step.entries import is_count
+from singd.step.entries import State, is_count
 from singd.step.groups import Group, counter_device
-
-State = MutableMapping[Any, dict[str, Any]]
 
 
 class Parameters:

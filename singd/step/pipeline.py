@@ -13,7 +13,7 @@ from singd.methods.base import Method
 from singd.ops.dtensor import local
 from singd.ops.profiling import scope
 from singd.ops.reductions import all_finite
-from singd.placement import Placement
+from singd.placement import Placement, Statistics
 from singd.step.batch import Proposal
 from singd.step.directions import (
     Direction,
@@ -27,7 +27,7 @@ from singd.step.directions import (
 )
 from singd.step.entries import State
 from singd.step.factor_store import FactorStore
-from singd.step.factor_updates import Normalization, Residuals, Statistics, update_factors
+from singd.step.factor_updates import Normalization, Residuals, update_factors
 from singd.step.fallback import Fallback
 from singd.step.groups import ChangedOptions, Group, is_due
 from singd.step.parameters import Parameters

@@ -59,10 +59,6 @@ class SkippedSteps:
         if cause and limit is not None and self.in_row >= limit > 0:
             raise FloatingPointError(f"{cause} in {self.in_row} steps in a row")
 
-    def forget(self) -> None:
-        """Forget a step that was deferred."""
-        self._pending = None
-
 
 def reading_waits(parameters: Iterable[Tensor]) -> bool:
     """Whether to read a number is to wait: where all parameters are on one CUDA device."""
