@@ -44,8 +44,11 @@ def shape(member: Member) -> Size:
     key = member.key(0)
     if key in _SHAPES:
         return _SHAPES[key]
-    meta = member.map(lambda t: torch.empty_like(t, device="meta"))
-    found = meta.map_static(lambda t: t.to("meta")).to_dense().shape
+
+    def on_meta(t: Tensor) -> Tensor:  # of its shape alone: fake tensors refuse what is not fake
+        return torch.empty(t.shape, dtype=t.dtype, device="meta")
+
+    found = member.map(on_meta).map_static(on_meta).to_dense().shape
     if not torch.compiler.is_compiling():  # a frame may not change what it has guarded
         _SHAPES[key] = found
     return found

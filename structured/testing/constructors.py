@@ -18,9 +18,10 @@ def constructors(A: StructuredMatrix) -> None:
 
     One stored tensor at a time has another shape. Where that is accepted, it has to be a member of
     another size or batch shape, one that is read back from its dense matrix. Of structures that say
-    ``dimensions`` or have a ``__post_init__`` of their own; others take what they are given.
+    ``dimensions`` or have a ``__post_init__`` of their own, and whose parts do; others take what
+    they are given.
     """
-    if not A.dimensions and type(A).__post_init__ is Stored.__post_init__:
+    if not _checks_shapes(A):
         return
     tensors = list(A.tensors())
     for i, t in enumerate(tensors):
@@ -36,6 +37,13 @@ def constructors(A: StructuredMatrix) -> None:
                 continue
             found = _fault(made)
             assert found is None, f"a constructor accepts {shapes}: {found}"
+
+
+def _checks_shapes(A: StructuredMatrix) -> bool:
+    fields = [getattr(A, name) for name in A._fields]
+    parts = [part for part in fields if isinstance(part, StructuredMatrix)]
+    own = A.dimensions or type(A).__post_init__ is not Stored.__post_init__
+    return bool(own or len(parts) == len(fields)) and all(map(_checks_shapes, parts))
 
 
 def _reshaped(t: Tensor) -> Iterator[Tensor]:

@@ -31,6 +31,13 @@ def test_law(law, algebra):
     check(algebra, laws=[law], sizes=ALGEBRAS[algebra], examples=cases(law))
 
 
+@pytest.mark.parametrize("law", [law for law in LAWS if law not in COMPILING])
+@pytest.mark.parametrize("spec", ["block_upper(in_basis, wasteful, 3)", "rotated(cyclic, cosine)"])
+def test_law_of_compositions(law, spec):
+    """Which say ``dimensions``, where their parts say nothing of shapes."""
+    check(spec, laws=[law], sizes=range(7), examples=4)
+
+
 @pytest.mark.parametrize("algebra", [Complex, Skewed, InBasis])  # without, with groups; with Q
 @pytest.mark.parametrize("law", COMPILING)
 def test_law_of_compiling(law, algebra):
