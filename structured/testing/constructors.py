@@ -6,6 +6,7 @@ Written as in ``laws.py``.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 from torch import Tensor
 
@@ -40,10 +41,10 @@ def constructors(A: StructuredMatrix) -> None:
 
 
 def _checks_shapes(A: StructuredMatrix) -> bool:
-    fields = [getattr(A, name) for name in A._fields]
-    parts = [part for part in fields if isinstance(part, StructuredMatrix)]
+    stored = [f for f in fields(A) if not f.metadata.get("static")]
+    parts = [getattr(A, f.name) for f in stored if not isinstance(getattr(A, f.name), Tensor)]
     own = A.dimensions or type(A).__post_init__ is not Stored.__post_init__
-    return bool(own or len(parts) == len(fields)) and all(map(_checks_shapes, parts))
+    return bool(own or len(parts) == len(stored)) and all(map(_checks_shapes, parts))
 
 
 def _reshaped(t: Tensor) -> Iterator[Tensor]:
