@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from singd.methods.automatic import UPDATES, Automatic
+from singd.methods.automatic import Automatic
 from singd.methods.budget import STATE, check_budget
 from singd.methods.inverse_free import InverseFree
 from singd.methods.options import warn_of_limits
@@ -18,7 +18,6 @@ from structured import StructureLike
 
 Structures: TypeAlias = tuple[StructureLike, StructureLike]
 Choice: TypeAlias = Structures | Mapping[str, Structures] | str | None
-
 
 class SINGD(KroneckerOptimizer):
     r"""IKFAC, INGD and SINGD (Lin et al., arXiv 2312.05705), trained like any other optimizer.
@@ -80,6 +79,8 @@ class SINGD(KroneckerOptimizer):
             ``mean(S_K) mean(S_C)``; otherwise in those of the curvature.
         scale_init: K and C start as ``mean(S)^(-1/2) I``, otherwise as ``I``.
         T: Number of steps between two updates of the factors.
+        burn_in: Number of first steps that all update the factors: they follow the curvature after
+            many updates only, and wide layers train faster once they do.
         lr_cov: Step size of the factors (beta_1), or a function of the step number; by default
             0.03 T, at most 0.3.
         alpha1: Riemannian momentum of the factors (alpha_1), in [0, 1); 0 under ``kfac_like``.
@@ -166,6 +167,7 @@ class SINGD(KroneckerOptimizer):
         structures: Choice = None,
         kfac_approx: str = "expand",
         *,
+        burn_in: int = 0,
         sample: int | str = 1,
         budget: float | Mapping[str, float] = STATE,
         kfac_like: bool = False,
@@ -218,7 +220,7 @@ class SINGD(KroneckerOptimizer):
             "structures": structures,
             "sample": sample,
             "budget": budget,
-            "burn_in": UPDATES if isinstance(structures, str) else 0,
+            "burn_in": burn_in,
             "kfac_approx": kfac_approx,
             "kfac_like": kfac_like,
             "preconditioner_dtype": preconditioner_dtype,

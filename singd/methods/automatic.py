@@ -185,7 +185,7 @@ class Automatic(InverseFree):
                 continue
             if max(both.batches() for both in factors.values()) < UPDATES:
                 options["burn_in"] = max(options["burn_in"], options["step"] + 1)
-            elif options["step"] >= options["burn_in"]:
+            else:
                 key = tuple(sorted(limits_of(options["budget"]).items()))
                 ready.setdefault(key, []).append((options, factors))
         found: dict[WeightMatrix, Any] = {}

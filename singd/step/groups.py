@@ -70,6 +70,7 @@ def check_group(group: Mapping[str, Any]) -> None:
         in_range(name, group[name], 0.0, float("inf"))
     in_range("momentum", group["momentum"], 0.0, 1.0, open_end=True)
     integer("T", group["T"], 1)
+    integer("burn_in", group.get("burn_in", 0), 0)
     sample = group["sample"]
     if isinstance(sample, str) and sample != "last":
         raise ValueError(f"sample: expected an integer >= 1 or 'last', got {sample!r}")
