@@ -138,7 +138,11 @@ def pages() -> dict[Path, str]:
             "structures": face.table(),
             "gpus": face.gpus(),
         },
-        EVIDENCE: {"suite": suite.evidence(results), "options": suite.variants()},
+        EVIDENCE: {
+            "suite": suite.evidence(results),
+            "options": suite.variants(),
+            "burn-in": suite.beside("burn_in=100"),
+        },
     }
     texts = {page: page.read_text() for page in parts}
     for page, contents in parts.items():

@@ -154,6 +154,18 @@ def variants(path: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
+def beside(options: str, path: Path = RESULTS) -> str:
+    """The default and one option, on all tasks with runs of both: a line for each."""
+    other = {r.task: r for r in read(path, options)}
+    lines = [f"| task | default | `{options}` |", "| --- | --: | --: |"]
+    for part, title in reversed(PARTS.items()):
+        lines.append(f"| **{title}** | | |")
+        for r in read(path):
+            if r.part == part and r.task in other:
+                lines.append(f"| {r.task} | {ratio(r)} | {ratio(other[r.task])} |")
+    return "\n".join(lines)
+
+
 def evidence(results: list[Result]) -> str:
     """What the page on evidence has of the suite."""
     if not results:

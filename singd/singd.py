@@ -19,6 +19,7 @@ from structured import StructureLike
 Structures: TypeAlias = tuple[StructureLike, StructureLike]
 Choice: TypeAlias = Structures | Mapping[str, Structures] | str | None
 
+
 class SINGD(KroneckerOptimizer):
     r"""IKFAC, INGD and SINGD (Lin et al., arXiv 2312.05705), trained like any other optimizer.
 

@@ -59,12 +59,12 @@ def ikfac(model: nn.Module, s: Mapping[str, float]) -> Any:
     return SINGD(model, structures=("dense", "dense"), kfac_like=True, **second_order(s))
 
 
-def singd(structures: Any = None) -> Make:
+def singd(structures: Any = None, **options: Any) -> Make:
     """INGD and SINGD, where the momentum is that of the factors."""
 
     def make(model: nn.Module, s: Mapping[str, float]) -> Any:
         own = second_order(s) | {"momentum": 0.9, "alpha1": s["momentum"]}
-        return SINGD(model, structures=structures, **own)
+        return SINGD(model, structures=structures, **own, **options)
 
     return make
 
@@ -85,6 +85,7 @@ OURS: dict[str, Make] = {
     "SINGD diagonal": both("diagonal"),
     "SINGD auto": singd("auto"),
     "SINGD": singd(),
+    "SINGD, burn-in": singd(burn_in=100),
 }
 
 CONSTANT = " (rms)"
