@@ -30,7 +30,7 @@ NUMBERS: dict[str, Range] = {
     "kl_clip": (0, math.inf, False),
     "factor_clip": (1e-6, 1, True),
 }
-INTEGERS = {"T": 1, "sample": 1, "max_dim": 0, "seed": None, "max_skipped": 0}
+INTEGERS = {"T": 1, "burn_in": 0, "sample": 1, "max_dim": 0, "seed": None, "max_skipped": 0}
 CHOICES: dict[str, tuple[Any, ...]] = {
     "loss_average": (None, "batch", "batch+sequence"),
     "kfac_approx": ("expand", "reduce"),
