@@ -196,12 +196,16 @@ class Accumulator:
         self._sum = sent if before is None else before
 
     @property
-    def is_unseen(self) -> bool:
-        """Whether there is a gradient that no pass brought, though all were to be captured."""
-        if not self.is_awaited or self.was_ignored or self.is_unread or self.total is not None:
+    def is_unseen(self) -> bool | None:
+        """Whether there is a gradient that no pass brought, though all were to be captured.
+
+        ``None`` if nothing is known on this rank: its module was not called, or has no gradient.
+        """
+        if self.was_ignored or self.is_unread or self.total is not None:
             return False
         grad = self.matrix.weight.grad
-        return grad is not None and self._is_nonzero(grad)
+        called = self.is_awaited or self.last_call < 0
+        return True if called and grad is not None and self._is_nonzero(grad) else None
 
     @property
     def is_unread(self) -> bool:

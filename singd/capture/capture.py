@@ -92,7 +92,7 @@ class Capture:
     def listen(self, matrix: WeightMatrix, module: nn.Module, x: Any) -> Listener | None:
         """Who listens to a use of ``module`` that begins, if anybody."""
         observer, accumulator = self._observer(), self.accumulators[matrix]
-        if observer is None or not matrix.weight.requires_grad:
+        if observer is None or not matrix.weight.requires_grad or _is_other(matrix, module):
             return None
         call = self._calls.current
         if is_dense(x) and isinstance(module, nn.Linear):
@@ -221,21 +221,26 @@ class Capture:
             )
         return found
 
-    def notice_unseen(self, matrices: Iterable[WeightMatrix]) -> None:
-        """Warn once of gradients that no backward pass brought, though a forward pass was captured.
+    def unseen(self, matrices: Iterable[WeightMatrix]) -> list[float]:
+        """Numbers whose sum over ranks is positive for gradients that no pass on any rank brought.
 
         Args:
-            matrices: Those whose factors would be updated.
+            matrices: Matrices, the same on every rank.
         """
-        if self._has_told:
-            return
-        unseen = [matrix for matrix in matrices if self.accumulators[matrix].is_unseen]
-        if unseen:
+        if self._has_told or torch.compiler.is_compiling():
+            return [0.0 for _ in matrices]
+        number = {None: 0.0, True: 1.0, False: -float(1 << 32)}
+        return [number[self.accumulators[matrix].is_unseen] for matrix in matrices]
+
+    def notice_unseen(self, unseen: Iterable[WeightMatrix]) -> None:
+        """Warn once of gradients that no backward pass brought, of these matrices."""
+        names = ", ".join(matrix.name for matrix in unseen)
+        if names:
             self._has_told = True
             warn_user(
-                f"{', '.join(m.name for m in unseen)}: no backward pass was seen that made the "
-                "gradient (it was written by hand, as after torch.autograd.grad, or zero_grad came "
-                "after the pass): factors stay as they are"
+                f"{names}: no backward pass was seen that made the gradient (it was written by "
+                "hand, as after torch.autograd.grad, or zero_grad came after the pass): factors "
+                "stay as they are"
             )
 
     def empty(self, matrix: WeightMatrix) -> KroneckerStatistics:
@@ -272,6 +277,14 @@ class Capture:
         """Forget all statistics."""
         for accumulator in self.accumulators.values():
             accumulator.discard()
+
+
+def _is_other(matrix: WeightMatrix, module: nn.Module) -> bool:
+    """Whether a functional call gave ``module`` a weight that is not made of the model's."""
+    weight = module._parameters.get(matrix.layer.weight)
+    if weight is None or weight is matrix.weight or is_distributed(matrix.weight):
+        return False
+    return weight.is_leaf
 
 
 class _Commit:

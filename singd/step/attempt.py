@@ -55,8 +55,6 @@ def attempt(
     agree(parts, state)
     _ensure_factors(parts, state)
     capture.loss_terms.check(_loss_averages(parts, groups), scale)
-    if parts.method.needs_activations and not torch.compiler.is_compiling():
-        capture.notice_unseen(parts.parameters.preconditioned())
     statistics = pad_statistics(parts, capture.collect())
     report = take_step(parts, statistics, state, scale=scale, descend=descend, observe=observe)
     capture.end_step()

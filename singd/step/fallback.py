@@ -41,6 +41,8 @@ class Fallback:
             self.options: dict[str, Any] = dict(AdamW([torch.zeros(0)], **given).defaults)
         except TypeError as error:
             raise ValueError(f"adamw: {error}") from error
+        if self.options["maximize"]:
+            raise ValueError("adamw: expected maximize=False, got True: negate the loss instead")
         self._ratio = _ratio(given["lr"], lr) if "lr" in given else ratio
         self._weight_decay: float | None = given.get("weight_decay")
 
@@ -127,7 +129,7 @@ class Fallback:
                 lr=own["lr_ratio"] * group["lr"],
                 weight_decay=decay,
                 eps=options["eps"],
-                maximize=options["maximize"],
+                maximize=False,
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,11 @@ def listed(params: Any, *, alone: bool = False) -> list[Any]:
         raise TypeError("params: expected an iterable of parameters or groups, got one tensor")
     if isinstance(params, set | frozenset):
         raise TypeError("params: expected an ordered collection of parameters, got a set")
+    if not isinstance(params, Iterable):
+        raise TypeError(
+            "params: expected an iterable of parameters or groups, got "
+            f"{type(params).__name__} (options such as lr are given by name)"
+        )
     return list(params)
 
 

@@ -235,18 +235,21 @@ def agree(parts: Parts, state: State) -> None:
         matrices = []  # nothing is seen of layers that could be refused
     verified = [capture.accumulators[matrix].verification for matrix in matrices]
     refused = [v.explained is False for v in verified]
+    unseen = capture.unseen(matrices)
     if placement.has_others:
         used = [p.grad is not None for p in everything]
         placement.check_same(
             lambda: [f"{parameters.name(p)} {list(p.shape)}" for p in everything],
             everything[0].device,
         )
-        numbers = placement.agree([*used, *refused, capture.count.terms], everything[0])
+        given = [*used, *refused, *unseen, capture.count.terms]
+        numbers = placement.agree(given, everything[0])
         capture.count.end_step(numbers.pop())
         for p, count in zip(everything, numbers, strict=False):
             if count and p.grad is None and isinstance(p, nn.Parameter):
                 p.grad = torch.zeros_like(p)
-        refused = [bool(count) for count in numbers[len(everything) :]]
+        numbers = numbers[len(everything) :]
+        refused, unseen = [bool(n) for n in numbers[: len(matrices)]], numbers[len(matrices) :]
     elsewhere = "what its layer is called with on another rank does not explain the gradient"
     reasons = {
         matrix: v.reason or elsewhere
@@ -255,6 +258,9 @@ def agree(parts: Parts, state: State) -> None:
     }
     if reasons:
         parameters.hand_over(reasons, state)
+    told = {matrix for matrix, number in zip(matrices, unseen, strict=True) if number > 0}
+    if told:
+        capture.notice_unseen(matrix for matrix in parameters.preconditioned() if matrix in told)
 
 
 def pad_statistics(parts: Parts, statistics: Statistics) -> Statistics:

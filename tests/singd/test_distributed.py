@@ -27,7 +27,8 @@ CASES: dict[str, dict[str, Any]] = {
         "a bad batch that is known later": {"bad": 2, "gpu": True},
         "a summed loss": {"options": {"loss_average": None}},
         "counted terms": {"count": True, "options": {"loss_average": None}},
-        "a use one rank does not have": {"odd": True},
+        "a use one rank does not have": {"net": "odd"},
+        "a branch one rank throws away": {"net": "called"},
     }.items()
 } | {
     f"{name}, wrapped": {"wrapped": True, "method": "SINGD", "micro": 3, **case}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -333,8 +334,10 @@ def test_a_new_structure_starts_from_the_identity(when: str) -> None:
     else:  # what was seen had the old structure, and is dropped
         for p, q in zip(fresh.parameters(), model.parameters(), strict=True):
             p.grad = q.grad.clone()
-    for o in (optimizer, other):
-        o.step()
+    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # gradients that no pass brought
+        other.step()
     for p, q in zip(model.parameters(), fresh.parameters(), strict=True):
         assert torch.equal(p, q)
     ones = torch.ones(5, dtype=F64)

@@ -414,6 +414,16 @@ def test_a_model_is_expected() -> None:
         SINGD([nn.Linear(1, 1)])  # type: ignore[arg-type]
 
 
+def test_a_rate_in_the_place_of_the_parameters_is_told_of() -> None:
+    with pytest.raises(TypeError, match=r"params: expected an iterable .* got float .* by name"):
+        SINGD(mlp(), 1e-3)  # type: ignore[arg-type]
+
+
+def test_the_other_parameters_do_not_go_uphill_alone() -> None:
+    with pytest.raises(ValueError, match=r"adamw: expected maximize=False, got True"):
+        SINGD(mlp(), adamw={"maximize": True})
+
+
 # The bound of the step ----------------------------------------------------------------------------
 
 

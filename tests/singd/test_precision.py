@@ -222,6 +222,7 @@ def test_steps_and_layers_round_independently() -> None:
     assert not torch.equal(*(factors(optimizer, layer.weight)["K"] for layer in model))
 
 
+@pytest.mark.filterwarnings("ignore:.*no backward pass was seen")
 @pytest.mark.parametrize("dtype", LOW)
 def test_weights_in_low_precision_move_by_small_steps(dtype: torch.dtype) -> None:
     """A gradient too small for a unit in the last place still arrives on average."""
