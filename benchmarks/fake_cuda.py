@@ -170,6 +170,7 @@ def backward(
     for matrix, accumulator in capture.accumulators.items():
         verification = accumulator.verification
         verification.explained, verification.passes = True, 5  # else it is verified, which waits
+        accumulator.last_call = capture.step
         name = names[matrix.module]
         if name not in unused and optimizer._observer.is_captured(matrix):
             x, g = (torch.empty(shape, device=DEVICE, dtype=dtype) for shape in seen[name])
