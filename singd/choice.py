@@ -13,6 +13,7 @@ from singd.methods.automatic import AUTO, MEASURED, Automatic
 from singd.methods.base import Options
 from singd.methods.budget import STATE, check_budget, choose
 from singd.methods.covariances import CountedCovariances
+from singd.methods.options import integer
 from singd.methods.structure_choice import CANDIDATES, StructureChoice
 from singd.optimizer import KroneckerOptimizer
 from singd.singd import SINGD
@@ -76,11 +77,12 @@ def choose_structures(
 
     Raises:
         TypeError: If ``losses`` is a tensor, or one of them is none or has several numbers.
-        ValueError: If there is no loss, none was made after the call (give a generator), or not
-            even the cheapest structures fit the budget.
+        ValueError: If there is no loss, none was made after the call (give a generator), ``T`` is
+            below 1, or not even the cheapest structures fit the budget.
     """
     if isinstance(losses, Tensor):
         raise TypeError("losses: expected several losses, made one after the other, got a tensor")
+    integer("T", T, 1)
     method = _Measuring(candidates)
     options = {"T": 1, "structures": AUTO, "budget": budget, "max_dim": max_dim}
     options |= {"loss_average": loss_average}

@@ -58,9 +58,11 @@ def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     return {"state": state, "param_groups": groups}
 
 
-def _as_text(value: Any) -> str:
+def _as_text(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return str(value)
+    if isinstance(value, Tensor) and value.numel() == 1:  # such as a learning rate
+        return value.item()
     raise TypeError(f"to_tensors: expected numbers, strings and dtypes, got {value!r}")
 
 

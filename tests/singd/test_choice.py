@@ -215,6 +215,8 @@ def test_errors_say_what_was_expected() -> None:
     for some, got in (([(1, 2)], "tuple"), ([1.0], "float"), ([torch.ones(2)], r"\[2\]")):
         with pytest.raises(TypeError, match=f"losses: expected tensors of one number, got {got}"):
             choose_structures(model, some)
+    with pytest.raises(ValueError, match="T: expected an integer >= 1, got 0"):
+        choose_structures(model, [], T=0)
     with pytest.raises(TypeError, match="losses: expected several losses"):
         choose_structures(model, next(losses(model)))
     with pytest.raises(ValueError, match=r"budget: expected at least \d+ numbers, got"):

@@ -127,3 +127,13 @@ def test_a_state_goes_through_named_tensors_and_text(method: Any) -> None:
     assert any(" q." in name for name in got)
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], expected[name]) for name in got)
+
+
+def test_a_learning_rate_that_is_a_tensor_is_written_as_a_number() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = SINGD(model, lr=torch.tensor(0.25), T=1)
+    model(torch.ones(4, 3)).square().mean().backward()
+    optimizer.step()
+    saved = convert.from_tensors(*convert.to_tensors(optimizer.state_dict()))
+    assert saved["param_groups"][0]["lr"] == 0.25
+    optimizer.load_state_dict(saved)
