@@ -9,7 +9,6 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from singd.capture import requests
 from singd.capture.weight_matrix import WeightMatrix
 from singd.methods.base import Factors, Method
 from singd.step.pipeline import Parts
@@ -76,8 +75,12 @@ class Passes:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Within this context forward passes are not captured."""
-        with requests.paused(self._parts.capture):
+        capture = self._parts.capture
+        before, capture.is_paused = capture.is_paused, True
+        try:
             yield
+        finally:
+            capture.is_paused = before
 
     def count_terms(self, terms: float | Tensor) -> None:
         """Say how many terms the loss of this backward pass is a mean over.
@@ -89,7 +92,12 @@ class Passes:
         Args:
             terms: Number of terms; a tensor costs no wait for the device.
         """
-        requests.count_terms(self._parts.capture, terms)
+        capture = self._parts.capture
+        seen = [m for m, a in capture.accumulators.items() if a.total is not None]
+        if not capture.is_sampled and any(m.weight.grad is None for m in seen):
+            capture.count.end_step()  # of gradients that were reset by the model
+            capture.discard()
+        capture.count.add(terms)
 
     def close(self) -> None:
         """Remove every hook from the model."""
@@ -109,9 +117,19 @@ class Passes:
         of them in here. Gradients are as before when it ends, and until the next step no other pass
         is captured.
         """
-        given = [p for group in self.param_groups for p in group["params"]]
-        with requests.sampled(self._parts.capture, given):
+        capture = self._parts.capture
+        capture.count.end_step()
+        capture.discard()
+        saved = [(p, p.grad) for group in self.param_groups for p in group["params"]]
+        for p, _ in saved:
+            p.grad = None
+        capture.is_sampled = False
+        try:
             yield
+        finally:
+            capture.is_sampled = True
+            for p, grad in saved:
+                p.grad = grad
 
     @property
     def skipped(self) -> int:

@@ -62,12 +62,17 @@ class WeightMatrix:
             return p.shape
         return torch.Size([len(range(p.shape[0])[self.rows]), *p.shape[1:]])
 
+    @property
+    def is_reshaped(self) -> bool:
+        """Whether the matrix is the weight in another shape, its numbers in the same order."""
+        own = type(self.layer)
+        return (own.to_matrix, own.from_matrix) == (Layer.to_matrix, Layer.from_matrix)
+
     @functools.cached_property
     def _is_plain(self) -> bool:
         """Whether the weight is its own matrix: asking the layer takes longer."""
-        own = type(self.layer)
-        plain = (own.to_matrix, own.from_matrix) == (Layer.to_matrix, Layer.from_matrix)
-        return plain and self.layer.shape(self.module) == tuple(self.part_shape(self.weight))
+        shape = tuple(self.part_shape(self.weight))
+        return self.is_reshaped and self.layer.shape(self.module) == shape
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         """A :meth:`part` of the weight, or of its gradient, as ``[..., d_out, d_in]``."""

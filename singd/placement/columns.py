@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from singd.capture.weight_matrix import WeightMatrix
-from singd.layers import Layer
 from singd.placement.base import Work
 from singd.placement.exchange import all_to_all
 from singd.placement.splits import Split, ends_of
@@ -24,11 +23,10 @@ def has_rows(matrix: WeightMatrix, splits: list[Split | None]) -> bool:
         matrix: Matrix.
         splits: How its parameters are split.
     """
-    layer = type(matrix.layer)
-    is_plain = (layer.to_matrix, layer.from_matrix) == (Layer.to_matrix, Layer.from_matrix)
     is_whole = matrix.rows is None and len(matrix.shape) == 2
     by_rows = all(split is not None and split.dim == 0 for split in splits)
-    return is_plain and is_whole and by_rows and matrix.weight.shape[0] == matrix.shape[0]
+    is_same = is_whole and matrix.is_reshaped and matrix.weight.shape[0] == matrix.shape[0]
+    return by_rows and is_same
 
 
 def direction_rows(

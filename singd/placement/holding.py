@@ -17,7 +17,7 @@ Kept = list[Tensor]
 """What is kept of equal matrices: see :class:`Holding`."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Slot:
     """The numbers of one parameter of a matrix that this rank holds: here all of them."""
 

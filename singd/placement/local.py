@@ -38,9 +38,8 @@ class LocalSlot(Slot):
             high = max(low, min(end, offset[0] + shape[0]))
             within[0] = slice(low - offset[0], high - offset[0]) if high > low else slice(0, 0)
             box[0] = slice(low - first, high - first)
-        object.__setattr__(self, "within", tuple(within))
-        object.__setattr__(self, "box", tuple(box))
-        object.__setattr__(self, "indices", _indices(matrix.part_shape(parameter), box))
+        self.within, self.box = tuple(within), tuple(box)
+        self.indices = _indices(matrix.part_shape(parameter), box)
 
     @property
     def shape(self) -> torch.Size:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +16,7 @@ from singd.placement.assignment import Assignment
 from singd.placement.base import Made, Work
 from singd.placement.columns import direction_rows
 from singd.placement.holding import Slot
-from singd.placement.shards import gather_rows
-from singd.placement.splits import Split
+from singd.placement.splits import Split, gathered
 
 
 class OwnDirections:
@@ -48,7 +48,8 @@ class OwnDirections:
         split = [(i, rest) for i, rest in enumerate(rests) if rest is not None]
         G = dict(enumerate(rows))
         if split:
-            found = gather_rows([rows[i] for i, _ in split], [rest for _, rest in split])
+            by_rows = [replace(rest, dim=1) for _, rest in split]  # of [matrices, rows, columns]
+            found = gathered([rows[i] for i, _ in split], by_rows)
             G |= zip([i for i, _ in split], found, strict=True)
         for i, (work, own, rest) in enumerate(zip(works, rows, rests, strict=True)):
             made = work.apply(G.pop(i))

@@ -225,7 +225,7 @@ class Sharded(OwnDirections, DataParallel):
             if p.grad is not None and split is None:
                 found[p] = whole(p.grad)
             elif p.grad is not None and split is not None:
-                packs.setdefault((split.group, p.grad.dtype), []).append((p, p.grad, split))
+                packs.setdefault(split.group, []).append((p, p.grad, split))
         for pack in packs.values():
             parameters, grads, splits = zip(*pack, strict=True)
             found |= zip(parameters, gathered(grads, splits), strict=True)

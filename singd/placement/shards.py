@@ -10,12 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from singd.capture.weight_matrix import WeightMatrix
-from singd.layers import Layer
 from singd.ops.dtensor import is_distributed
 from singd.ops.parts import Part
 from singd.placement.splits import Split, ends_of
@@ -48,10 +45,8 @@ def shard_of(
             where there are no such blocks.
     """
     split = _over_same_samples(matrix.weight, data)
-    layer = type(matrix.layer)
-    is_plain = (layer.to_matrix, layer.from_matrix) == (Layer.to_matrix, Layer.from_matrix)
     is_whole = matrix.rows is None and matrix.weight.ndim == len(matrix.shape) == 2
-    if split is None or not is_plain or not is_whole:
+    if split is None or not matrix.is_reshaped or not is_whole:
         return None
     by_rows = split.dim == 0
     n, k = split.ends[-1], blocks[by_rows]
@@ -110,37 +105,3 @@ def _splits(p: Any, data: Sequence[Any], *, over_data: bool) -> list[tuple[Split
             ends = ends_of(p.shape[dim], dist.get_world_size(group))
             found.append((Split(group, dim, ends), placement.is_shard()))
     return found
-
-
-def gather_rows(rows: Sequence[Tensor], splits: Sequence[Split]) -> list[Tensor]:
-    """All rows of tensors ``[matrices, rows, columns]`` from those of each rank.
-
-    Args:
-        rows: Those of this rank.
-        splits: How rows are split, all over one process group.
-    """
-    group = splits[0].group
-    ranks = range(dist.get_world_size(group))
-    found: dict[int, Tensor] = {}
-    for dtype in {t.dtype: None for t in rows}:
-        some = [i for i, t in enumerate(rows) if t.dtype == dtype]
-        shapes = [
-            [
-                torch.Size([len(rows[i]), side.stop - side.start, rows[i].shape[-1]])
-                for i in some
-                for side in [splits[i].side(rank)]
-            ]
-            for rank in ranks
-        ]
-        longest = max(sum(shape.numel() for shape in own) for own in shapes)
-        flat = torch.cat([rows[i].flatten() for i in some])
-        mine = torch.nn.functional.pad(flat, (0, longest - len(flat)))
-        received = mine.new_empty(len(ranks), longest)
-        dist.all_gather(list(received.unbind()), mine, group=group)
-        pieces = []
-        for own, row in zip(shapes, received, strict=True):
-            counts = [shape.numel() for shape in own]
-            cut = row[: sum(counts)].split(counts)
-            pieces.append([t.view(shape) for t, shape in zip(cut, own, strict=True)])
-        found |= {i: torch.cat([each[j] for each in pieces], 1) for j, i in enumerate(some)}
-    return [found[i] for i in range(len(rows))]

@@ -36,10 +36,10 @@ class Split:
         """What a rank holds along :attr:`dim`."""
         return slice(self.ends[rank - 1] if rank else 0, self.ends[rank])
 
-    def shape(self, whole: torch.Size, rank: int) -> torch.Size:
-        """The shape of a rank's part."""
+    def shape(self, other: torch.Size, rank: int) -> torch.Size:
+        """The shape of a rank's part, from that of the whole or of another part."""
         side = self.side(rank)
-        return torch.Size([*whole[: self.dim], side.stop - side.start, *whole[self.dim + 1 :]])
+        return torch.Size([*other[: self.dim], side.stop - side.start, *other[self.dim + 1 :]])
 
 
 def split_of(p: Any) -> Split | None:
@@ -61,26 +61,28 @@ def ends_of(size: int, ranks: int) -> tuple[int, ...]:
 
 
 def gathered(tensors: Sequence[Tensor], splits: Sequence[Split]) -> list[Tensor]:
-    """Whole tensors from the parts of all ranks, by one collective.
+    """Whole tensors from the parts of all ranks, by one collective for each data type.
 
     Args:
-        tensors: DTensors of one data type.
+        tensors: DTensors, or the parts of this rank.
         splits: How each is split, all over one process group.
     """
-    group, shapes = splits[0].group, [t.shape for t in tensors]
-    ranks = dist.get_world_size(group)
-    parts = [
-        [split.shape(shape, rank) for shape, split in zip(shapes, splits, strict=True)]
-        for rank in range(ranks)
-    ]
-    longest = max(sum(shape.numel() for shape in own) for own in parts)
-    flat = torch.cat([local(t).flatten() for t in tensors])
-    mine = torch.nn.functional.pad(flat, (0, longest - len(flat)))
-    received = mine.new_empty(ranks, longest)
-    dist.all_gather(list(received.unbind()), mine, group=group)
-    found: list[list[Tensor]] = [[] for _ in tensors]
-    for own, row in zip(parts, received, strict=True):
-        pieces = row[: sum(shape.numel() for shape in own)].split([s.numel() for s in own])
-        for pile, piece, shape in zip(found, pieces, own, strict=True):
-            pile.append(piece.view(shape))
-    return [torch.cat(pile, split.dim) for pile, split in zip(found, splits, strict=True)]
+    group = splits[0].group
+    ranks = range(dist.get_world_size(group))
+    found: dict[int, Tensor] = {}
+    for dtype in {t.dtype: None for t in tensors}:
+        some = [i for i, t in enumerate(tensors) if t.dtype == dtype]
+        shapes = [[splits[i].shape(tensors[i].shape, rank) for i in some] for rank in ranks]
+        longest = max(sum(shape.numel() for shape in own) for own in shapes)
+        flat = torch.cat([local(tensors[i]).flatten() for i in some])
+        mine = torch.nn.functional.pad(flat, (0, longest - len(flat)))
+        received = mine.new_empty(len(ranks), longest)
+        dist.all_gather(list(received.unbind()), mine, group=group)
+        pieces = []
+        for own, row in zip(shapes, received, strict=True):
+            counts = [shape.numel() for shape in own]
+            cut = row[: sum(counts)].split(counts)
+            pieces.append([t.view(shape) for t, shape in zip(cut, own, strict=True)])
+        for i, parts in zip(some, zip(*pieces, strict=True), strict=True):
+            found[i] = torch.cat(parts, splits[i].dim)
+    return [found[i] for i in range(len(tensors))]

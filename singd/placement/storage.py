@@ -16,8 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from singd.capture.weight_matrix import WeightMatrix
 from singd.ops.parts import Part
 from singd.placement.exchange import all_to_all
-from singd.placement.shards import gather_rows
-from singd.placement.splits import Split, ends_of
+from singd.placement.splits import Split, ends_of, gathered
 
 Item = tuple[WeightMatrix, Tensor, Tensor | None]
 """A matrix, a tensor of the shape of one of its factors', and that of the rank that has it."""
@@ -61,9 +60,8 @@ def _evened(held: Tensor, ends: Sequence[int], group: Any) -> Tensor:
     me, ranks = dist.get_rank(group), dist.get_world_size(group)
     if tuple(ends) == ends_of(ends[-1], ranks):
         return held
-    columns = held[None].flatten(2) if held.ndim > 1 else held[None, :, None]
-    (every,) = gather_rows([columns], [Split(group, 0, tuple(ends))])
-    return _rows(every.view(ends[-1], *held.shape[1:]), me, ranks)
+    (every,) = gathered([held], [Split(group, 0, tuple(ends))])
+    return _rows(every, me, ranks)
 
 
 def _spread(items: Sequence[Item], owners: Sequence[int], group: Any) -> list[Tensor]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from singd.capture import requests
 from singd.capture.weight_matrix import WeightMatrix
 from singd.methods.base import Options
 from singd.ops import cuda_graph
@@ -85,8 +84,15 @@ def ensure(parts: Parts, groups: Sequence[Group], state: State) -> None:
 
 
 def _ensure_factors(parts: Parts, state: State) -> None:
+    """Make factors that are missing, and forget statistics that are of no use to them."""
     changed = parts.store.ensure(parts.parameters.preconditioned(), state, parts.placement)
-    requests.restart(parts.capture, changed)
+    for matrix, is_restructured in changed.items():
+        accumulator = parts.capture.accumulators.get(matrix)
+        total = None if accumulator is None else accumulator.total
+        if accumulator is None or total is None:
+            continue
+        if is_restructured or "whitened" in (total.input.kind, total.grad.kind):
+            accumulator.discard(held=True)
 
 
 def revise(parts: Parts, groups: Sequence[Group], state: State) -> None:

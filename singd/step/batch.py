@@ -62,8 +62,7 @@ class Encoded:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Encoded:
         """``function`` of every tensor that is stored."""
-        tensors = {name: [function(t) for t in own] for name, own in self.tensors.items()}
-        return Encoded(self.like, self.forms, tensors)
+        return self.changed({n: [function(t) for t in own] for n, own in self.tensors.items()})
 
     def changed(self, tensors: Mapping[str, Sequence[Tensor]]) -> Encoded:
         """The same factors with other tensors."""

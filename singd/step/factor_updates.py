@@ -64,12 +64,11 @@ def update_factors(
         Proposal(batch, batch.stored, store.products(batch), []) for batch in store.batches
     ]
     by_group: dict[int, list[tuple[Proposal, list[WeightMatrix]]]] = {}
-    for place, proposal in enumerate(proposals):
-        batch = proposal.batch
-        if is_due(batch.group):
-            first = next(i for i, p in enumerate(proposals) if p.batch.group is batch.group)
-            for some in _due(store.method, batch, statistics):
-                by_group.setdefault(first, []).append((proposals[place], some))
+    for proposal in proposals:
+        group = proposal.batch.group
+        if is_due(group):
+            for some in _due(store.method, proposal.batch, statistics):
+                by_group.setdefault(id(group), []).append((proposal, some))
     for due in by_group.values():
         group = due[0][0].batch.group
         rounding = Rounding(group["seed"], group["step"])
