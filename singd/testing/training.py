@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from singd.optimizer import KroneckerOptimizer
+from singd.testing.conformance import training as conformance
 
 TOLERANCE = 1e-9
 """Relative difference of numbers in float64 that rounding may explain."""
@@ -69,8 +70,7 @@ def grad(p: Tensor) -> Tensor:
 
 def tensors(entry: Mapping[str, Any]) -> list[Tensor]:
     """Copies of the tensors in the state of a parameter."""
-    values = [v if isinstance(v, list) else [v] for v in entry.values()]
-    return [t.detach().clone() for each in values for t in each if isinstance(t, Tensor)]
+    return [t.detach().clone() for t in conformance.tensors(dict(entry))]
 
 
 def assert_same(

@@ -68,8 +68,7 @@ def run_alone(page: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     os.chdir(folder)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with warnings.catch_warnings(action="error"):
             for message in FOREIGN:
                 warnings.filterwarnings("ignore", message)
             warnings.filterwarnings("ignore", module="lightning")

@@ -98,8 +98,7 @@ def sketch(start: nn.Module, end: nn.Module) -> list[float]:
 def record(name: str, rank: int = 0) -> Record:
     """Train one configuration, and take down where it ends."""
     case = CASES[name]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         run = Run(case, rank)
         WAYS[case.way](run)
     weights = joined({k: digest([v]) for k, v in run.model.state_dict().items()})

@@ -112,8 +112,7 @@ def test_one_that_is_broken_falls_back_for_good(kernel: Any, reason: str) -> Non
         assert torch.equal(twice(x), 2 * x)
     assert len(warned) == 1
     calls = twice.kernel.calls
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         for _ in range(2):
             assert torch.equal(twice(x), 2 * x)
     assert twice.kernel.calls == calls
@@ -290,8 +289,7 @@ def _squares(device: torch.device, dtypes: Any) -> Iterator[tuple[Tensor]]:
 def test_a_variable_turns_all_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STRUCTURED_KERNELS", "0")
     twice = guarded(raises)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         assert torch.equal(twice(numbers()), 2 * numbers())
     assert twice.kernel.calls == 0
     (row,) = twice.status()
@@ -318,8 +316,7 @@ def test_a_graph_that_is_recorded_leaves_the_check_for_the_next_use(
 def test_the_kernels_of_structured_pass(dtype: torch.dtype) -> None:
     X = integers(9, 30, bound=3, dtype=dtype, device=DEVICE)
     out = torch.ones(9, 9, device=DEVICE)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         squares, product = OPERATORS.sums_of_squares(X), OPERATORS.symmetric_product(X)
         OPERATORS.add_symmetric_product_(out, X, 2.0, 1.0)
     exact = X.double() @ X.double().mT

@@ -57,8 +57,7 @@ def assert_alike(found: Snapshot, expected: Snapshot) -> None:
 
 
 def test_by_kernels(plainly: Snapshot) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         assert_alike(trained(), plainly)
     used = {row.kernel.removeprefix("singd::"): row for row in kernels.status()}
     assert used.keys() == {"stochastic_round", "momentum_step_", "inner_product"}

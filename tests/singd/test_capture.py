@@ -166,8 +166,7 @@ def test_a_pause_counts_when_the_model_is_called_not_when_it_is_recomputed(later
 def test_gradients_that_no_pass_brought_are_told_of_once(given: Any) -> None:
     model = mlp()
     optimizer = given(model, T=2, lr=0.05)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True, action="always") as caught:
         for X, y in batches(6):
             loss = mean_loss(model(X), y)
             parameters = list(model.parameters())

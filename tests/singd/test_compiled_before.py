@@ -38,8 +38,7 @@ def a_function(model):
 
 def train(optimizer, call, steps=3):
     """What the optimizer says meanwhile."""
-    with warnings.catch_warnings(record=True) as record:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True, action="always") as record:
         for _ in range(steps):
             optimizer.zero_grad()
             cross_entropy(call(X), TARGETS).backward()

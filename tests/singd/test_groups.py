@@ -189,8 +189,7 @@ def test_parameters_that_are_new_in_the_model_are_named_once(change: Any, names:
     optimizer = SINGD(model, T=1, lr=0.05)
     train(model, optimizer, batches(1))
     change(model)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True, action="always") as caught:
         for X, y in batches(2):
             optimizer.zero_grad()
             mean_loss(model(X), y).backward()
@@ -215,8 +214,7 @@ def test_parameters_that_thaw_and_were_not_given_are_named_once() -> None:
     model = mlp()
     model[0].requires_grad_(False)
     optimizer = SINGD(model, T=1, lr=0.05)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True, action="always") as caught:
         for step, (X, y) in enumerate(batches(4)):
             model[0].requires_grad_(step > 1)
             optimizer.zero_grad()

@@ -72,8 +72,7 @@ def said(
     model = net("linear") if model is None else model
     optimizer = method(model, T=1, loss_average=loss_average)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True, action="always") as caught:
         for _ in range(3):
             optimizer.zero_grad()
             for _ in range(micro):
@@ -120,8 +119,7 @@ def test_methods_of_gradients_have_no_such_option(method: Any) -> None:
     optimizer = method(model)
     x = torch.randint(C, (N, P))
     flat_ce(model(x), x).backward()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         optimizer.step()
 
 

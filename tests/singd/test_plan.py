@@ -136,8 +136,7 @@ def test_a_use_that_hooks_do_not_see_is_noticed_with_one_warning() -> None:
     model = Penalized()
     optimizer = SINGD(model, T=1)
     assert rules(optimizer)["fc.weight"] == "SINGD"
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True, action="always") as caught:
         train(model, optimizer, batches(4))
     assert len(caught) == 1
     assert str(caught[0].message).startswith("fc.weight: ")
@@ -180,8 +179,7 @@ def test_a_use_that_begins_later_is_noticed_too_with_one_warning(
 ) -> None:
     model = Bypassed()
     optimizer = SINGD(model, T=T, lr=0.01)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True, action="always") as caught:
         train(model, optimizer, batches(start))
         model.how = how
         train(model, optimizer, batches(20 * T))
@@ -524,8 +522,7 @@ def test_a_gradient_that_comes_late_raises_no_false_alarm(
         loss = mean_loss(model(X), y)
         if between:
             optimizer.zero_grad()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with warnings.catch_warnings(action="error"):
             loss.backward()
             optimizer.step()
     assert optimizer.param_groups[0]["handed_over"] == ()
@@ -543,8 +540,7 @@ def test_gradients_of_zeros_raise_no_false_alarm() -> None:
         zero = 0.0 * sum(p.sum() for p in experts.parameters())
         (experts[step // 2](X).square().mean() + zero).backward()
         attention(X[None], X[None], X[None])[1].square().sum().backward()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with warnings.catch_warnings(action="error"):
             for optimizer in optimizers:
                 optimizer.step()
     assert all(optimizer.param_groups[0]["handed_over"] == () for optimizer in optimizers)

@@ -211,8 +211,7 @@ def test_a_subclass_is_read_right_or_trained_by_adamw(method: Any, name: str) ->
     options: dict[str, Any] = {"layers": "all"} if method is SINGD else {}
     optimizer = method(model, T=1, lr=0.05, kl_clip=1e-2, graft=None, **options)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True, action="always") as caught:
         for step in range(3):
             optimizer.zero_grad()
             model(x).square().mean().backward()

@@ -15,6 +15,7 @@ from singd.testing.conformance.training import (
     assert_near,
     assert_same,
     batches,
+    moved,
     net,
     train,
     weights,
@@ -89,8 +90,8 @@ def own_rates(make: Make) -> None:
         if later:
             optimizer.param_groups[1]["lr"] = 0.0
         train(model, optimizer, batches(3))
-        moved = [not torch.equal(a, b) for a, b in zip(weights(model), weights(net()), strict=True)]
-        assert moved == [True] * 4 + [False] * 2, f"moved: {moved}; expected the first four"
+        got = moved(model)
+        assert got == [True] * 4 + [False] * 2, f"moved: {got}; expected the first four"
 
 
 def own_decays(make: Make) -> None:
@@ -141,8 +142,7 @@ def added_groups(make: Make) -> None:
     optimizer.add_param_group({**second, **OWN})
     assert optimizer.param_groups[1]["lr"] == 0.01, "the group has not the default lr"
     train(model, optimizer, batches(2))
-    moved = [not torch.equal(a, b) for a, b in zip(weights(model), weights(net()), strict=True)]
-    assert all(moved), "a parameter of the new group did not move"
+    assert all(moved(model)), "a parameter of the new group did not move"
 
 
 def frozen(make: Make) -> None:
@@ -163,8 +163,7 @@ def schedules(make: Make) -> None:
         model = net()
         optimizer = make(model, halves(model), lr=0.01)
         reference = SGD([{"params": nn.Linear(1, 1).parameters()}], lr=0.01, momentum=0.9)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with warnings.catch_warnings(action="error"):
             both = schedule(optimizer), schedule(reference)
             found: list[tuple[float, float]] = []
             losses = []

@@ -112,8 +112,7 @@ def complex_parameters(make: Make) -> None:
     runs = []
     for real in (True, False):
         model = _Complex(real)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with warnings.catch_warnings(action="error"):
             optimizer = make(model)
             for _ in range(5):
                 optimizer.zero_grad()
@@ -121,8 +120,7 @@ def complex_parameters(make: Make) -> None:
                 optimizer.step()
         runs.append([t if real else torch.view_as_real(t) for t in weights(model)])
     assert_near(runs[1], runs[0], "complex parameters")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         layers = nn.Sequential(nn.Linear(4, 3, dtype=torch.complex64), nn.Tanh())
         optimizer = make(layers)
         before = weights(layers)

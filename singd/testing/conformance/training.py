@@ -76,6 +76,11 @@ def weights(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
+def moved(model: nn.Module) -> list[bool]:
+    """Which parameters of a :func:`net` are no longer as they were made."""
+    return [not torch.equal(a, b) for a, b in zip(weights(model), weights(net()), strict=True)]
+
+
 def trained(make: Make, count: int = 3, **options: Any) -> tuple[nn.Module, Optimizer]:
     """A model and its optimizer after some steps."""
     model = net()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from singd.ops.dtensor import local, whole
 from singd.testing.conformance.training import Make
@@ -33,20 +34,31 @@ def snapshot(model: Any, optimizer: Any) -> Ends:
     return found
 
 
-def uneven_shares(make: Make, setting: Setting, **shares: Any) -> Ends:
-    """Ranks have different numbers of samples, and parameters fewer rows than there are ranks."""
-    model = setting.shard(net())
+def trained(
+    make: Make,
+    setting: Setting,
+    model: Any,
+    before: Callable[[int], Any] = lambda step: None,
+    **shares: Any,
+) -> Ends:
+    """A model is trained; ``before`` is called before every step, with its number."""
     optimizer = make(model)
-    for X, y in batches():
+    for step, (X, y) in enumerate(batches()):
         optimizer.zero_grad()
         setting.backward(model, X, y, **shares)
+        before(step)
         optimizer.step()
     return snapshot(model, optimizer)
 
 
+def uneven_shares(make: Make, setting: Setting) -> Ends:
+    """Ranks have different numbers of samples, and parameters fewer rows than there are ranks."""
+    return trained(make, setting, setting.shard(net()))
+
+
 def a_rank_without_samples(make: Make, setting: Setting) -> Ends:
     """The last rank has none."""
-    return uneven_shares(make, setting, empty=True)
+    return trained(make, setting, setting.shard(net()), empty=True)
 
 
 def passes_that_are_not_reduced(make: Make, setting: Setting) -> Ends:
@@ -112,39 +124,26 @@ def parameters_that_are_not_sharded(make: Make, setting: Setting) -> Ends:
     """:func:`fully_shard` leaves some alone: nobody else averages their gradients."""
     model: Any = net()
     kept = {model[3].weight, model[1].norm.weight}
-    setting.shard(model, **({} if setting.layout is None else {"ignored_params": kept}))
-    optimizer = make(model)
-    for X, y in batches():
-        optimizer.zero_grad()
-        setting.backward(model, X, y)
-        optimizer.step()
-    return snapshot(model, optimizer)
+    setting.shard(model, ignored_params=kept)
+    return trained(make, setting, model)
 
 
 def a_gradient_that_is_not_finite(make: Make, setting: Setting) -> Ends:
     """One number on one rank: all of them do as one process does."""
     model = setting.shard(net())
-    optimizer = make(model)
-    for step, (X, y) in enumerate(batches()):
-        optimizer.zero_grad()
-        setting.backward(model, X, y)
+
+    def spoil(step: int) -> None:
         spoiled = (None, model[0].weight, model[1].norm.bias, None)[step]
         if spoiled is not None and setting.is_first:
             local(spoiled.grad).view(-1)[0] = float("nan")
-        optimizer.step()
-    return snapshot(model, optimizer)
+
+    return trained(make, setting, model, spoil)
 
 
 def clipped_gradients(make: Make, setting: Setting) -> Ends:
     """By PyTorch, as DTensors."""
     model = setting.shard(net())
-    optimizer = make(model)
-    for X, y in batches():
-        optimizer.zero_grad()
-        setting.backward(model, X, y)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        optimizer.step()
-    return snapshot(model, optimizer)
+    return trained(make, setting, model, lambda _: clip_grad_norm_(model.parameters(), 0.1))
 
 
 def noise(make: Make, setting: Setting) -> Ends:

@@ -154,8 +154,7 @@ def test_factors_without_the_scale_are_refused_and_bad_ones_reported() -> None:
         require_calibrated(factors, "posterior")
     with pytest.warns(UserWarning, match=r"residual of at most 0.3 .* got 0.weight"):
         require_calibrated(calibrate(factors, model, loader), "posterior")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         require_calibrated(calibrate(factors, model, loader, refit=0.1), "posterior")
 
 
