@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from singd.testing.conformance.training import tensors
+
 F64 = torch.float64
 Snapshot = dict[str, Tensor]
 
@@ -24,6 +26,11 @@ def _everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[
             for i, t in enumerate(value if isinstance(value, list) else [value]):
                 if isinstance(t, Tensor):
                     yield f"{name} {key}[{i}]", t
+
+
+def stored(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all tensors in the state."""
+    return sum(t.nbytes for t in tensors(optimizer.state))
 
 
 def raw_bytes(state: Snapshot) -> dict[str, bytes]:

@@ -20,6 +20,7 @@ from singd.capture.weight_matrix import WeightMatrix
 from singd.methods.automatic import UPDATES
 from singd.methods.structure_choice import DAMPING
 from singd.placement.replicated import OneProcess
+from tests.singd.runs import stored
 
 
 class Attention(nn.Module):
@@ -58,12 +59,6 @@ def train(model: nn.Module, optimizer: Any, steps: int, start: int = 0) -> list[
         optimizer.step()
         losses.append(float(loss.detach()))
     return losses
-
-
-def stored(optimizer: SINGD) -> int:
-    tensors = (v for entry in optimizer.state.values() for v in entry.values())
-    lists = (v if isinstance(v, list) else [v] for v in tensors)
-    return sum(t.numel() * t.element_size() for each in lists for t in each)
 
 
 @settings(max_examples=8)

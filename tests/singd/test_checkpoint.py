@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from singd import convert
+from singd.testing.conformance.training import tensors
 from structured import Diagonal
 from tests.singd.paper import KFAC, SINGD
 from tests.singd.runs import Snapshot, batches, mean_loss, mlp, snapshot
@@ -119,15 +120,6 @@ def test_float32_factors_of_bfloat16_weights_stay_float32() -> None:
     state = fresh.state[model.layers[0].weight]
     assert {t.dtype for name in ("K", "C", "m_K", "m_C") for t in state[name]} == {torch.float32}
     assert state["momentum_buffer"].dtype == torch.bfloat16
-
-
-def tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    children = (
-        value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
-    )
-    return [t for child in children for t in tensors(child)]
 
 
 @pytest.mark.parametrize("method", METHODS)

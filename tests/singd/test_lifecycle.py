@@ -21,7 +21,17 @@ from torch import Tensor, nn
 
 from singd.layers import OPTIONAL
 from tests.singd.paper import KFAC, SINGD
-from tests.singd.runs import F64, batches, distance, factors, mean_loss, mlp, snapshot, train
+from tests.singd.runs import (
+    F64,
+    batches,
+    distance,
+    factors,
+    mean_loss,
+    mlp,
+    snapshot,
+    stored,
+    train,
+)
 
 FORMS: Any = ("bfloat16+8", "int8")
 METHODS: dict[str, Any] = {
@@ -309,12 +319,6 @@ def test_an_option_that_is_changed_counts_from_then_on(option: str, value: Any) 
         runs[0][k].shape != runs[1][k].shape or not torch.equal(runs[0][k], runs[1][k])
         for k in runs[0]
     )
-
-
-def stored(optimizer: torch.optim.Optimizer) -> int:
-    values = [v for s in optimizer.state.values() for v in s.values()]
-    tensors = [t for v in values for t in (v if isinstance(v, list) else [v])]
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 @pytest.mark.parametrize("when", ["before backward", "before step"])

@@ -17,7 +17,7 @@ from singd import Layer, register_layer
 from singd.layers import LAYERS, OPTIONAL
 from singd.methods.inverse_free import InverseFree
 from tests.singd.paper import KFAC, SINGD
-from tests.singd.runs import F64, batches, mean_loss, mlp, train
+from tests.singd.runs import F64, batches, mean_loss, mlp, stored, train
 
 
 class Net(nn.Module):
@@ -38,17 +38,6 @@ class Net(nn.Module):
         h = self.embed(x).mT
         h = self.norm(self.up(self.conv(h)).mT)
         return self.frozen(self.second(self.first(h).tanh())) * self.scale
-
-
-def stored(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in the state."""
-
-    def size(value: Any) -> int:
-        if isinstance(value, Tensor):
-            return value.numel() * value.element_size()
-        return sum(map(size, value)) if isinstance(value, list) else 0
-
-    return sum(size(v) for state in optimizer.state.values() for v in state.values())
 
 
 METHODS: dict[str, Any] = {
