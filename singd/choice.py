@@ -17,6 +17,7 @@ from singd.methods.options import integer
 from singd.methods.structure_choice import CANDIDATES, StructureChoice
 from singd.optimizer import KroneckerOptimizer
 from singd.singd import SINGD
+from structured import parse
 
 RULE = (
     *("kfac_like", "relative_damping", "scale_init", "alpha1", "lr_cov", "factor_clip"),
@@ -28,8 +29,7 @@ RULE = (
 class _Measuring(Automatic):
     """Averages the curvature and never chooses."""
 
-    def __init__(self, candidates: Sequence[str]) -> None:
-        super().__init__(candidates)
+    def __init__(self) -> None:
         self.averages: Mapping[WeightMatrix, CountedCovariances] = {}
         self.told: Any = ()
 
@@ -83,7 +83,11 @@ def choose_structures(
     if isinstance(losses, Tensor):
         raise TypeError("losses: expected several losses, made one after the other, got a tensor")
     integer("T", T, 1)
-    method = _Measuring(candidates)
+    if isinstance(candidates, str) or not candidates:
+        raise ValueError(f"candidates: expected one spec or more, got {candidates!r}")
+    for spec in candidates:
+        parse(spec)
+    method = _Measuring()
     options = {"T": 1, "structures": AUTO, "budget": budget, "max_dim": max_dim}
     options |= {"loss_average": loss_average}
     optimizer = KroneckerOptimizer(model, method, None, options, layers=layers)

@@ -7,14 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+TOLERANCE = 1e-9
+"""Norm of the residual relative to that of the right-hand side, both by the preconditioner."""
+
 
 def solve(
-    product: Callable[[Tensor], Tensor],
-    b: Tensor,
-    diagonal: Tensor,
-    *,
-    tolerance: float = 1e-9,
-    limit: int = 10_000,
+    product: Callable[[Tensor], Tensor], b: Tensor, diagonal: Tensor, *, limit: int = 10_000
 ) -> Tensor:
     """``x`` with ``A x = b`` for a symmetric positive semi-definite ``A`` and ``b`` in its range.
 
@@ -22,7 +20,6 @@ def solve(
         product: ``A`` of a tensor like ``b``.
         b: Right-hand side, of any shape.
         diagonal: Positive numbers like ``b``, near to the diagonal of ``A``: the preconditioner.
-        tolerance: Norm of the residual relative to that of ``b``, both by the preconditioner.
         limit: Largest number of products.
 
     Raises:
@@ -33,7 +30,7 @@ def solve(
     p, rz = z, (r * z).sum()
     start = rz
     for _ in range(limit):
-        if bool(rz <= tolerance**2 * start):
+        if bool(rz <= TOLERANCE**2 * start):
             return x
         if not bool(rz.isfinite()):
             break
@@ -45,5 +42,5 @@ def solve(
         p, rz = z + (new / rz) * p, new
     left = float((rz / start).sqrt())
     raise RuntimeError(
-        f"conjugate gradients: expected {tolerance:g} in {limit} steps, got {left:g}"
+        f"conjugate gradients: expected {TOLERANCE:g} in {limit} steps, got {left:g}"
     )

@@ -31,21 +31,11 @@ class Automatic(InverseFree):
     """Averages the whole curvature, then goes on as SINGD with the structures that lose the least.
 
     Until then directions are those of diagonal factors, and every step is one of averaging.
-
-    Args:
-        candidates: Specs that are compared on every side; the cheapest are taken in any case.
     """
 
     identity = tuple(name for name in InverseFree.identity if name != "structures")
     revises = True
     members_of: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # averages are of whole sides
-
-    def __init__(self, candidates: Sequence[str] = CANDIDATES) -> None:
-        if isinstance(candidates, str) or not candidates:
-            raise ValueError(f"candidates: expected one spec or more, got {candidates!r}")
-        for spec in candidates:
-            parse(spec)
-        self.candidates = tuple(candidates)
 
     def check(self, options: Options) -> None:
         """Raise ``ValueError`` if an option is out of range."""
@@ -199,7 +189,7 @@ class Automatic(InverseFree):
                     f"{', '.join(dict.fromkeys(unseen))}: without gradients when structures were "
                     "chosen, so factors are diagonal"
                 )
-            choice = choose(some, self.candidates, agree, sent)
+            choice = choose(some, CANDIDATES, agree, sent)
             for options, factors in some:
                 names = [*dict.fromkeys(matrix.name for matrix in factors)]
                 options["structures"] = {name: choice[name] for name in names}

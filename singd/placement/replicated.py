@@ -21,6 +21,8 @@ from singd.capture.weight_matrix import WeightMatrix
 from singd.placement.base import Placement, Statistics
 from singd.placement.places import Demand
 
+_PACK = 1 << 24  # numbers from which no more are reduced at a time: they are copied for it
+
 
 class OneProcess(Placement):
     """There is one rank."""
@@ -148,18 +150,15 @@ def sum_(t: Tensor, groups: Iterable[Any]) -> Tensor:
     return t
 
 
-def sum_packed_(
-    summands: Sequence[Summand], groups: Sequence[Any], size: int = 1 << 24, to: int | None = None
-) -> None:
+def sum_packed_(summands: Sequence[Summand], groups: Sequence[Any], to: int | None = None) -> None:
     """:func:`sum_` of many tensors, in few reductions; of symmetric matrices one half is sent.
 
     Args:
         summands: Tensors, changed in place.
         groups: Process groups of a mesh; one, if the sum is for one rank.
-        size: Numbers from which no more are reduced at a time: they are copied for it.
         to: The rank that needs the sum, if not all do.
     """
-    for pack in _packs(summands, size) if groups else ():
+    for pack in _packs(summands) if groups else ():
         flat = torch.cat([s.sent() for s in pack])
         if to is None:
             sum_(flat, groups)
@@ -170,8 +169,8 @@ def sum_packed_(
                 s.receive_(piece)
 
 
-def _packs(summands: Iterable[Summand], size: int) -> Iterator[list[Summand]]:
-    """Tensors of one data type and device, together ``size`` numbers or little more."""
+def _packs(summands: Iterable[Summand]) -> Iterator[list[Summand]]:
+    """Tensors of one data type and device, together :data:`_PACK` numbers or little more."""
     alike: dict[Any, list[Summand]] = {}
     for s in summands:
         alike.setdefault((s.tensor.dtype, s.tensor.device), []).append(s)
@@ -179,7 +178,7 @@ def _packs(summands: Iterable[Summand], size: int) -> Iterator[list[Summand]]:
         pack: list[Summand] = []
         for s in same:
             pack.append(s)
-            if sum(each.numel() for each in pack) >= size:
+            if sum(each.numel() for each in pack) >= _PACK:
                 yield pack
                 pack = []
         if pack:

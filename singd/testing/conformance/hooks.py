@@ -125,7 +125,7 @@ def _load_by_hooks(optimizer: Optimizer, wrapped: dict[str, Any], way: str) -> l
 
 
 def hooks_that_change_state(make: Make) -> None:
-    """A hook that scales every number in the state of a parameter counts."""
+    """What a hook changes in the options of a state that is loaded counts."""
     model, optimizer = trained(make, 4)
     runs = []
     for changed in (False, True):
