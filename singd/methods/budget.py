@@ -24,7 +24,7 @@ from singd.methods.structure_choice import (
     StructureChoice,
     cheapest,
     fewest_nats,
-    listed,
+    in_words,
     needed,
     options_of,
 )
@@ -121,7 +121,7 @@ def choose(
             of_name.setdefault(matrix.name, {})[matrix] = both, options
     limits = limits_within(groups)
     most = limits.pop("sent", math.inf)
-    count = _Counted() if "flops" in limits else _nothing
+    count = _Counted() if "flops" in limits else lambda *_: 0.0
     sides = {
         (name, side): _table(matrices, side, candidates, agree, count)
         for name, matrices in of_name.items()
@@ -143,8 +143,8 @@ def _within(
     if not short or strict:
         return fewest_nats(sides, limits), limits
     warn_user(
-        f"budget: expected at least {listed(least, short)} for the factors, got "
-        f"{listed(limits, short)}: all take their cheapest structures"
+        f"budget: expected at least {in_words(least, short)} for the factors, got "
+        f"{in_words(limits, short)}: all take their cheapest structures"
     )
     limits = limits | {cost: least[cost] for cost in short}
     return cheapest(sides, limits), limits
@@ -185,7 +185,3 @@ class _Counted:
             found = flops_of(InverseFree(), matrix.shape, both, options, matrix.weight.dtype)
             self._known[key] = found.in_step()
         return self._known[key]
-
-
-def _nothing(matrix: WeightMatrix, side: int, options: Options, spec: str) -> float:
-    return 0.0

@@ -156,7 +156,7 @@ def needed(chosen: Chosen, costs: Iterable[str]) -> dict[str, float]:
     return {cost: sum(getattr(option, cost) for option in chosen.values()) for cost in costs}
 
 
-def listed(amounts: Mapping[str, float], costs: Iterable[str]) -> str:
+def in_words(amounts: Mapping[str, float], costs: Iterable[str]) -> str:
     """Amounts of costs in words."""
     return " and ".join(f"{amounts[cost]:,.0f} {cost}" for cost in costs)
 
@@ -179,7 +179,7 @@ def fewest_nats(sides: Sides, limits: Mapping[str, float]) -> Chosen:
     short = [cost for cost, top in limits.items() if top < least[cost]]
     if short:
         raise ValueError(
-            f"budget: expected at least {listed(least, short)}, got {listed(limits, short)}"
+            f"budget: expected at least {in_words(least, short)}, got {in_words(limits, short)}"
         )
     together = {cost: 1 / max(top, 1) for cost, top in limits.items()}
     alone = [{cost: weight} for cost, weight in together.items()] if len(limits) > 1 else []

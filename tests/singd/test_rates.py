@@ -7,24 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR
 
 from singd import KFAC, SINGD
 from singd.step import pipeline
+from singd.testing.conformance.training import assert_same, weights
 from tests.singd.runs import F64, batches, mean_loss, mlp, train
 
 BOUND: dict[str, Any] = {"T": 1, "kl_clip": 1e-3, "graft": None}
-
-
-def weights(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def assert_same(got: list[Tensor], expected: list[Tensor]) -> None:
-    for a, b in zip(got, expected, strict=True):
-        assert torch.equal(a, b)
 
 
 def by_hand(optimizer: Any) -> None:
@@ -96,7 +88,7 @@ def test_the_rate_of_a_step_that_moved_nothing_does_not_count(
         optimizer.param_groups[0]["lr"] = lr * 0 + 0.05
         train(model, optimizer, batches(5)[2:])
         ends.append(weights(model))
-    assert_same(*ends)
+    assert_same(*ends, "weights")
 
 
 def test_the_rate_of_a_group_that_was_added_counts_from_its_first_step() -> None:
@@ -109,7 +101,7 @@ def test_the_rate_of_a_group_that_was_added_counts_from_its_first_step() -> None
         optimizer.param_groups[1]["lr"] = 0.05
         train(model, optimizer, batches(5)[2:])
         ends.append(weights(model))
-    assert_same(*ends)
+    assert_same(*ends, "weights")
 
 
 def test_groups_remember_their_own_rates() -> None:
