@@ -72,7 +72,7 @@ def attempt(
         group["step"] += 1
     for group in stepped if report.cause is None else ():
         keep_peak_lr(group, report.found_inf)
-    if parts.method.revises and report.cause is None:
+    if parts.method.revises:
         revise(parts, groups, state)
     return report
 

@@ -213,6 +213,21 @@ def test_only_batches_with_a_curvature_are_averaged(kinds: list[str], T: int) ->
         assert lost == pytest.approx(choice.nats_of(name), rel=1e-6, abs=1e-6)
 
 
+@pytest.mark.parametrize("skipped", range(5))
+def test_skipped_steps_delay_the_choice_by_themselves_alone(skipped: int) -> None:
+    model = network()
+    optimizer = SINGD(model, structures="auto", T=10)
+    for X, y in itertools.islice(batches(), skipped):
+        (float("nan") * cross_entropy(model(X), y)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    (group,) = optimizer.param_groups
+    train(model, optimizer, UPDATES - 1)
+    assert group["structures"] == "auto"
+    train(model, optimizer, 1)
+    assert group["structures"] != "auto"
+
+
 def test_structures_may_be_chosen_again() -> None:
     model = network()
     optimizer = SINGD(model, structures="auto", budget=1.1, T=1, lr=0.0)
