@@ -92,15 +92,20 @@ class Capture:
     def listen(self, matrix: WeightMatrix, module: nn.Module, x: Any) -> Listener | None:
         """Who listens to a use of ``module`` that begins, if anybody."""
         observer, accumulator = self._observer(), self.accumulators[matrix]
-        if observer is None or not matrix.weight.requires_grad or _is_other(matrix, module):
+        if observer is None or not matrix.weight.requires_grad:
             return None
+        weight = module._parameters.get(matrix.layer.weight)
+        if weight is not None and weight is not matrix.weight:
+            if is_distributed(matrix.weight):
+                self._meet(accumulator, weight)
+            elif weight.is_leaf:  # of a functional call, and not made of the model's
+                return None
         call = self._calls.current
         if is_dense(x) and isinstance(module, nn.Linear):
             call.use(x)
         elif is_dense(x) and isinstance(matrix.layer, Convolution):
             call.use_images(x if x.ndim == matrix.weight.ndim else x[None])
         accumulator.last_call = self.step
-        self._meet(accumulator, module)
         made_in = torch._C._current_graph_task_id()
         ignored = self.is_paused or self.is_sampled or not observer.is_captured(matrix)
         if made_in != -1 and accumulator.was_ignored != accumulator.is_awaited:
@@ -115,20 +120,16 @@ class Capture:
 
         return listener
 
-    def _meet(self, accumulator: Accumulator, module: nn.Module) -> None:
-        """Watch the parameter that ``module`` has in this pass, if the model's is sharded.
+    def _meet(self, accumulator: Accumulator, weight: nn.Parameter) -> None:
+        """Watch the parameter that a module has in this pass, as the model's is sharded.
 
         Gradients of a pass are of it, as long as they are not reduced. It is the same object in
         every pass.
         """
-        matrix = accumulator.matrix
-        weight = module._parameters.get(matrix.layer.weight)
-        if not is_distributed(matrix.weight) or weight is None:
-            return
-        if weight is not matrix.weight and weight is not accumulator.met:
+        if weight is not accumulator.met:
             accumulator.met = weight
-            hook = weight.register_post_accumulate_grad_hook(_Commit(self, matrix))
-            self._handles.append(hook)
+            commit = _Commit(self, accumulator.matrix)
+            self._handles.append(weight.register_post_accumulate_grad_hook(commit))
 
     def refuse(self, matrix: WeightMatrix, reason: str) -> None:
         """Leave a weight to AdamW from the next step on."""
@@ -277,14 +278,6 @@ class Capture:
         """Forget all statistics."""
         for accumulator in self.accumulators.values():
             accumulator.discard()
-
-
-def _is_other(matrix: WeightMatrix, module: nn.Module) -> bool:
-    """Whether a functional call gave ``module`` a weight that is not made of the model's."""
-    weight = module._parameters.get(matrix.layer.weight)
-    if weight is None or weight is matrix.weight or is_distributed(matrix.weight):
-        return False
-    return weight.is_leaf
 
 
 class _Commit:
