@@ -10,7 +10,8 @@ Trains a CNN and a vision transformer on 4000 digits with every method of
 * ``state``: bytes of the optimizer's state, relative to those of the weights;
 * ``memory``: peak bytes of a training step (weights, gradients, state, activations and what the
   step makes on its way) relative to SGD in the same precision;
-* ``time``: processor time of a training step, relative to SGD in the same precision;
+* ``time``: processor time of a training step, relative to SGD in the same precision; that of
+  ``SINGD(model)`` is of steps of its burn-in, all of which update the factors;
 * ``accuracy``: on 1000 other digits after the last step, mean and standard deviation over seeds.
 
 Curves go to ``benchmarks/out/demo.png``, numbers to ``benchmarks/out/demo.csv``. The exit status is

@@ -137,7 +137,7 @@ def sync(run: Run) -> list[Row]:
             layers = [torch.nn.Linear(32, 32) for _ in range(3)]
             model = torch.nn.Sequential(*layers).to(run.device, dtype)
             options: dict[str, Any] = {} if "default" in what else {"max_skipped": None}
-            optimizer = SINGD(model, T=1, **options)
+            optimizer = SINGD(model, T=1, burn_in=0, **options)
             x = torch.randn(16, 32, device=run.device, dtype=dtype)
 
             def step(model=model, optimizer=optimizer, x=x) -> None:
@@ -371,10 +371,9 @@ def optimizer(method: str, model: torch.nn.Module) -> torch.optim.Optimizer:
     if method == "KFAC":
         return KFAC(model, lr=1e-6, T=T, max_skipped=None)
     specs = {"SINGD diagonal": "diagonal", "SINGD block-diagonal": "block_diagonal(30)"}
-    pair = (specs.get(method, "dense"),) * 2
-    return SINGD(
-        model, lr=1e-6, T=T, structures=pair, kfac_like=method == "IKFAC", max_skipped=None
-    )
+    options: dict[str, Any] = {"lr": 1e-6, "T": T, "burn_in": 0, "max_skipped": None}
+    options["structures"] = (specs.get(method, "dense"),) * 2
+    return SINGD(model, kfac_like=method == "IKFAC", **options)
 
 
 def steps(*models: str, methods: tuple[str, ...]) -> Callable[[Run], list[Row]]:

@@ -37,7 +37,8 @@ def adamw(model: nn.Module, **options: Any) -> Optimizer:
 
 
 def singd(*structures: str, **fixed: Any) -> Callable[..., Optimizer]:
-    """SINGD with one structure for both factors."""
+    """SINGD with one structure for both factors, without a burn-in, as in the paper."""
+    fixed = {"burn_in": 0, "damping": 1e-3, **fixed}
 
     def make(model: nn.Module, **options: Any) -> Optimizer:
         return SINGD(model, structures=structures * 2, **fixed, **options)

@@ -59,6 +59,7 @@ def make(name: str, model: nn.Module, T: int, *, peer: bool = False) -> Any:
 
     if method == "kfac":
         return KFAC(model, **options)
+    options["burn_in"] = 0
     if method == "ikfac":
         return SINGD(model, structures=("dense", "dense"), kfac_like=True, **options)
     structure, _, embeddings = structure.partition("+")

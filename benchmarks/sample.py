@@ -34,7 +34,8 @@ TOKENS, WIDTHS, TURNS = (8, 512), (256, 1024), 7
 
 def spec(sample: int) -> str:
     """The method of the suite."""
-    return f"singd:sample={sample}" if sample > 1 else "singd"
+    fixed = "singd:burn_in=0,damping=0.001"
+    return f"{fixed},sample={sample}" if sample > 1 else fixed
 
 
 def losses(out: Path) -> dict[tuple[str, int], float]:
@@ -76,7 +77,7 @@ def times(T: int) -> dict[str, float]:
     for sample in SAMPLES:
         models[f"{sample}"] = net()
         optimizers[f"{sample}"] = SINGD(
-            models[f"{sample}"], T=T, sample=sample, structures=("dense", "dense")
+            models[f"{sample}"], T=T, burn_in=0, sample=sample, structures=("dense", "dense")
         )
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for turn, (name, model) in product(range(TURNS + 1), models.items()):

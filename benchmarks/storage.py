@@ -45,6 +45,7 @@ class Run:
         self.optimizer = SINGD(
             self.model,
             T=T,
+            burn_in=0,
             structures=(structure, structure),
             preconditioner_dtype=(FORMS[form], FORMS[form]),
             keep_products="no products" not in form,

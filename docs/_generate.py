@@ -141,7 +141,7 @@ def pages() -> dict[Path, str]:
         EVIDENCE: {
             "suite": suite.evidence(results),
             "options": suite.variants(),
-            "burn-in": suite.beside("burn_in=100"),
+            "burn-in": suite.beside("burn_in=0", "burn_in=0,damping=0.001"),
         },
     }
     texts = {page: page.read_text() for page in parts}

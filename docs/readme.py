@@ -94,7 +94,7 @@ def why(results: list[suite.Result]) -> str:
     )
     tuned = (
         "- **Nothing to tune.** With nothing set, the test loss is at most that of AdamW at the "
-        f"best of five rates on {suite.wins(results)} held-out tasks of a few hundred steps.\n"
+        f"best of five rates on {suite.wins(results)} tasks of a few hundred steps.\n"
     )
     return (tuned if results else "") + (
         "- **No matrix is inverted.** So it trains in bfloat16, where a small CNN comes within "

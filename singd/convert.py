@@ -217,7 +217,10 @@ def from_pypi(
         if len(found) > 1:
             raise ValueError("from_pypi: a group holds parameters of several groups there")
         for group in found:
-            packed |= {k: group[k] for k in _OPTIONS if k in group} | {"step": saved["steps"]}
+            packed |= {k: group[k] for k in _OPTIONS if k in group} | {
+                "step": saved["steps"],
+                "burn_in": 0,
+            }
     return state
 
 

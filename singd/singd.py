@@ -44,9 +44,9 @@ class SINGD(KroneckerOptimizer):
     No matrix is inverted or decomposed. The length of a step does not depend on the gradient's, so
     ``lr`` means about what it means in AdamW, which trains every other parameter at that rate. The
     loss may be multiplied by any number: K and C start at the scale of the first statistics, and
-    ``damping`` is relative to them. The paper's bare rule is ``lr=0.1, structures=("dense",
-    "dense"), graft=None, factor_clip=None, relative_damping=False, scale_init=False,
-    decoupled_weight_decay=False``.
+    ``damping`` is relative to them. The paper's bare rule is ``lr=0.1, damping=0.001,
+    structures=("dense", "dense"), graft=None, factor_clip=None, relative_damping=False,
+    scale_init=False, burn_in=0, decoupled_weight_decay=False``.
 
     Args:
         model: Model to train; its supported layers are hooked.
@@ -81,7 +81,7 @@ class SINGD(KroneckerOptimizer):
         scale_init: K and C start as ``mean(S)^(-1/2) I``, otherwise as ``I``.
         T: Number of steps between two updates of the factors.
         burn_in: Number of first steps that all update the factors: they follow the curvature after
-            many updates only, and wide layers train faster once they do.
+            tens of updates only, and wide layers train faster once they do.
         lr_cov: Step size of the factors (beta_1), or a function of the step number; by default
             0.03 T, at most 0.3.
         alpha1: Riemannian momentum of the factors (alpha_1), in [0, 1); 0 under ``kfac_like``.
@@ -159,7 +159,7 @@ class SINGD(KroneckerOptimizer):
         params: Iterable[Any] | None = None,
         lr: float = 3e-3,
         momentum: float = 0.9,
-        damping: float = 0.001,
+        damping: float = 0.01,
         alpha1: float = 0.0,
         weight_decay: float = 0.0,
         T: int = 10,
@@ -168,7 +168,7 @@ class SINGD(KroneckerOptimizer):
         structures: Choice = None,
         kfac_approx: str = "expand",
         *,
-        burn_in: int = 0,
+        burn_in: int = 100,
         sample: int | str = 1,
         budget: float | Mapping[str, float] = STATE,
         kfac_like: bool = False,

@@ -22,6 +22,8 @@ BARE: dict[str, Any] = {
     "factor_clip": None,
     "relative_damping": False,
     "scale_init": False,
+    "burn_in": 0,
+    "damping": 1e-3,
     "decoupled_weight_decay": False,
     "structures": ("dense", "dense"),
 }

@@ -101,7 +101,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "INGD, bounded": ours(**BOUNDED),
     "SINGD diagonal, bounded": ours(structures=("diagonal", "diagonal"), **BOUNDED),
     "SINGD, library's default": lambda model, **options: SINGD(
-        model, lr=0.1 * options["lr"], max_skipped=None, graft="rms"
+        model, lr=0.1 * options["lr"], damping=1e-3, max_skipped=None, graft="rms", burn_in=0
     ),
 }
 
@@ -160,8 +160,8 @@ def of_layer(method: str, condition: float, dtype: torch.dtype, updates: int = U
     if method == "KFAC, inverted there":
         return spread(inverted_there(exact.to(dtype), damping).double(), target)
     layer = nn.Linear(N, 1, bias=False, dtype=dtype)
-    options: dict[str, Any] = BARE | {"kfac_like": True, "lr_cov": 0.1, "T": 1}
-    optimizer = SINGD(layer, damping=damping, max_skipped=None, **options)
+    options: dict[str, Any] = BARE | {"kfac_like": True, "lr_cov": 0.1, "T": 1, "damping": damping}
+    optimizer = SINGD(layer, max_skipped=None, **options)
     for _ in range(updates):
         optimizer.zero_grad()
         layer(X).mean().backward()

@@ -53,7 +53,7 @@ def training(task: str, structures: tuple[str, str], seed: int, steps: int) -> T
     setting = protocol.FIXED["SINGD"]
     made = Training(Trial(task, "SINGD", "final", setting, seed, steps))
     options = {"lr": setting["rate"], "weight_decay": setting["decay"], "damping": DAMPING}
-    made.optimizer = SINGD(made.model, structures=structures, graft="rms", **options)
+    made.optimizer = SINGD(made.model, structures=structures, graft="rms", burn_in=0, **options)
     made.rates = [group["lr"] for group in made.optimizer.param_groups]
     return made
 

@@ -56,21 +56,27 @@ def kfac(model: nn.Module, s: Mapping[str, float]) -> Any:
 
 
 def ikfac(model: nn.Module, s: Mapping[str, float]) -> Any:
-    return SINGD(model, structures=("dense", "dense"), kfac_like=True, **second_order(s))
+    dense: dict[str, Any] = {"structures": ("dense", "dense"), "kfac_like": True, "burn_in": 0}
+    return SINGD(model, **dense, **second_order(s))
+
+
+def inverse_free(s: Mapping[str, float]) -> dict[str, Any]:
+    """The numbers as options of INGD and SINGD, where the momentum is that of the factors."""
+    return second_order(s) | {"momentum": 0.9, "alpha1": s["momentum"]}
 
 
 def singd(structures: Any = None, **options: Any) -> Make:
-    """INGD and SINGD, where the momentum is that of the factors."""
+    """SINGD and, with dense structures, INGD."""
 
     def make(model: nn.Module, s: Mapping[str, float]) -> Any:
-        own = second_order(s) | {"momentum": 0.9, "alpha1": s["momentum"]}
-        return SINGD(model, structures=structures, **own, **options)
+        return SINGD(model, structures=structures, **inverse_free(s), **options)
 
     return make
 
 
 def both(structure: str) -> Make:
-    return singd((structure, structure))
+    """One structure on both sides, and updates at every T-th step alone, as in the paper."""
+    return singd((structure, structure), burn_in=0)
 
 
 OF_OTHERS: dict[str, Make] = {"SGD": sgd, "AdamW": adamw, "Muon": muon, "SOAP": soap}
@@ -83,9 +89,9 @@ OURS: dict[str, Make] = {
     "SINGD hierarchical": both("hierarchical(8, 8)"),
     "SINGD Toeplitz": both("lower_toeplitz"),
     "SINGD diagonal": both("diagonal"),
-    "SINGD auto": singd("auto"),
+    "SINGD auto": singd("auto", burn_in=0),
+    "SINGD, no burn-in": singd(burn_in=0),
     "SINGD": singd(),
-    "SINGD, burn-in": singd(burn_in=100),
 }
 
 CONSTANT = " (rms)"

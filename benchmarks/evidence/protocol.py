@@ -144,7 +144,8 @@ OWN: dict[str, Setting] = {
     "KFAC": {"averaging": 0.3, "momentum": 0.9, "damping": 1e-3},
     "IKFAC": {"averaging": 0.3, "momentum": 0.9, "damping": 1e-3},
 }
-DEFAULTS = {"averaging": 0.3, "momentum": 0.0, "damping": 1e-3}  # of INGD and SINGD
+DEFAULTS = {"averaging": 0.3, "momentum": 0.0, "damping": 1e-3}  # of INGD and others
+OWN["SINGD"] = DEFAULTS | {"damping": 1e-2}
 FIXED = {name: COMMON | OWN.get(name.removesuffix(CONSTANT), DEFAULTS) for name in METHODS}
 
 

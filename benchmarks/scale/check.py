@@ -73,7 +73,7 @@ def measured(_: Any, K: str, C: str, place: str) -> list[float]:
     """Bytes of state, of statistics, and sent; multiply-adds of a step; on this rank."""
     model = sharded()
     structures = (K, C)
-    optimizer = SINGD(model, T=INTERVAL, structures=structures, places=place)
+    optimizer = SINGD(model, T=INTERVAL, burn_in=0, structures=structures, places=place)
     for _step in range(WARM):
         train(model, optimizer)
         optimizer.step()

@@ -72,7 +72,8 @@ class WhitenedMuon(Muon):
         super().__init__(model, lr=lr)
         hidden = [p for part in self.parts[1:] for g in part.param_groups for p in g["params"]]
         one_sided = ("dense", "scaled_identity")
-        self.inputs = SINGD(model, hidden, structures=one_sided, graft=None) if hidden else None
+        fixed: dict[str, Any] = {"graft": None, "burn_in": 0, "damping": 1e-3}
+        self.inputs = SINGD(model, hidden, structures=one_sided, **fixed) if hidden else None
 
     def step(self) -> None:
         if self.inputs is not None:

@@ -56,7 +56,7 @@ def muon(model: nn.Module, lr: float = 3e-3) -> Any:
 
 
 def singd(model: nn.Module, lr: float = 3e-3) -> Any:
-    return SINGD(model, lr=lr, weight_decay=0.1, burn_in=100, adamw={"betas": BETAS})
+    return SINGD(model, lr=lr, weight_decay=0.1, adamw={"betas": BETAS})
 
 
 def kl_shampoo(model: nn.Module, lr: float = 3e-3) -> Any:

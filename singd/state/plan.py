@@ -51,7 +51,8 @@ class Plan:
     def sent_bytes(self) -> float:
         """Bytes that this rank sends in a step, on average, for statistics, factors and directions.
 
-        Those that any optimizer needs, such as FSDP2's own, are not counted.
+        Steps of a burn-in, each of which updates the factors, send more. What any optimizer needs,
+        such as what FSDP2 itself sends, is not counted.
         """
         return sum(row.sent_bytes for row in self.rows)
 
@@ -59,7 +60,8 @@ class Plan:
     def flops(self) -> float:
         """Floating-point operations in a step for factors and directions, on average.
 
-        Those of statistics, which grow with the batch, and of the moves of weights are not counted.
+        Steps of a burn-in take more. Operations of statistics, which grow with the batch, and of
+        the moves of weights are not counted.
         """
         return sum(row.flops for row in self.rows)
 

@@ -26,7 +26,7 @@ AUTOENCODER = "deep autoencoder"
 )
 @pytest.mark.parametrize("form", [BARE, {"structures": ("dense", "dense")}])
 def test_with_its_terms_the_rule_is_that_of_the_library(variant, options, form):
-    given = form | {"lr": 1e-3, "lr_cov": 0.1, "damping": 1e-3, "T": 2}
+    given = form | {"lr": 1e-3, "lr_cov": 0.1, "damping": 1e-3, "T": 2, "burn_in": 0}
 
     def train(make):
         return common.train(AUTOENCODER, make, steps=5).last

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from docs import rivals
 
+BEFORE = "burn_in=0,damping=0.001"
 HEAD = "task,part,method,options,seed,steps,batch,test loss,seconds,state bytes"
 
 
@@ -27,7 +28,7 @@ def test_methods_at_the_best_of_their_rates(tmp_path: Path) -> None:
     assert table == [
         "| `SOAP` | best of 2 | 1 | 1 of 2 | 1.750 | 3.00 (B) | 2.00 |",
         "| | 3e-3 | 1 | 0 of 2 | inf | inf (A) | |",
-        '| `SINGD(structures=("dense", "scaled_identity"))` | best of 1 '
+        '| `SINGD(structures=("dense", "scaled_identity"), burn_in=0)` | best of 1 '
         "| 1 | 0 of 1 | 2.000 | 2.00 (A) | 2.00 |",
         "| | 3e-3 | 1 | 0 of 1 | 2.000 | 2.00 (A) | |",
         "| `SOAP(rank=16)` | best of 1 | 1 | 0 of 1 | 2.500 | 2.50 (A) | 0.50 |",
@@ -56,10 +57,10 @@ def test_the_standard_error_is_that_over_the_seeds_of_all_runs(tmp_path: Path) -
 def test_structures_beside_those_chosen_within_their_bytes(tmp_path: Path) -> None:
     rows = [
         "A,held out,adamw,lr=1,0,9,1,2.0,1,200",
-        "A,held out,singd,,0,9,1,1.0,1,300",
-        "A,held out,singd,structures='auto',0,9,1,1.5,1,310",
-        "A,held out,singd,\"structures=('diagonal','diagonal')\",0,9,1,4.0,1,100",
-        "A,held out,automatic,like='diagonal',0,9,1,3.0,1,90",
+        f'A,held out,singd,"{BEFORE}",0,9,1,1.0,1,300',
+        f"A,held out,singd,\"structures='auto',{BEFORE}\",0,9,1,1.5,1,310",
+        f"A,held out,singd,\"structures=('diagonal','diagonal'),{BEFORE}\",0,9,1,4.0,1,100",
+        f"A,held out,automatic,\"like='diagonal',{BEFORE}\",0,9,1,3.0,1,90",
     ]
     table = rivals.equal_bytes(written(tmp_path / "equal_bytes.csv", rows)).splitlines()[2:]
     assert table == [

@@ -60,11 +60,21 @@ def test_what_is_said(results: list[suite.Result]) -> None:
     assert "**Development**, 1 tasks: AdamW is ahead on 1: C (inf)" in text
     assert "| A | 0.500 | 1 | 2 | 2 | 1.20 |" in text
     assert text.index("| B |") < text.index("| A |") < text.index("| C |")
-    assert suite.wins(results) == "1 of 2"
-    assert suite.worst(results) == "The worst is B, where the test loss is 2.00 times AdamW's."
+    assert suite.wins(results) == "1 of 3"
+    assert suite.worst(results[1:]) == "The worst is B, where the test loss is 2.00 times AdamW's."
     assert "ahead on none" in suite.evidence(results[2:])
-    assert suite.worst(results[2:]) == "On no held-out task is AdamW ahead."
+    assert suite.worst(results[2:]) == "On no task is AdamW ahead."
 
 
 def test_without_results() -> None:
     assert "not been run yet" in suite.evidence([])
+
+
+def test_options_beside_the_default(results: list[suite.Result], tmp_path: Path) -> None:
+    path = tmp_path / "suite.csv"
+    path.write_text(path.read_text() + 'B,held out,singd,"lr=5,T=2",0,9,1,0.25,1,240\n')
+    lines = suite.beside("lr=5,T=2", path=path).splitlines()
+    assert lines[0] == "| task | default | `lr=5, T=2` |"
+    assert [line for line in lines if line.startswith(("| A", "| B", "| C"))] == [
+        "| B | 2.000 ± 0.500 | 0.125 |"
+    ]

@@ -71,7 +71,7 @@ def train(rank: int, ranks: int, folder: str, meeting: str, kill: str) -> None:
     page["dist"] = dist
     setting = Setting(Layout(init_device_mesh("cpu", (ranks,))), ranks)
     model = setting.shard(net())
-    optimizer = SINGD(model, T=2, places="owned")
+    optimizer = SINGD(model, T=2, burn_in=0, places="owned")
     first = page["load"](folder, model, optimizer)
     for step, (X, y) in enumerate(batches(STEPS)[first:], first):
         optimizer.zero_grad()

@@ -27,6 +27,7 @@ OPTIONS: dict[str, Any] = {
     "damping": 1e-3,
     "weight_decay": 0.01,
     "T": 2,
+    "burn_in": 0,
     "lr_cov": 0.3,
     "alpha1": 0.5,
     "loss_average": "batch",

@@ -55,7 +55,7 @@ def structures_by_budget(setting: Setting) -> Ends:
     else:
         losses = (setting.loss(model(X[share]), y[share]) for _ in range(1))
     chosen = choose_structures(model, losses, budget=0.75)
-    optimizer = SINGD(model, T=2, structures=chosen)
+    optimizer = SINGD(model, T=2, burn_in=0, structures=chosen)
     for X, y in batches():
         optimizer.zero_grad()
         setting.backward(model, X, y)

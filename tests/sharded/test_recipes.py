@@ -76,7 +76,7 @@ def alone() -> dict[str, torch.Tensor]:
     """One process that is never interrupted."""
     setting = Setting(None, 2)
     model = net()
-    optimizer = SINGD(model, T=2)
+    optimizer = SINGD(model, T=2, burn_in=0)
     for X, y in batches(recipes.STEPS):
         optimizer.zero_grad()
         setting.backward(model, X, y)

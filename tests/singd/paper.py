@@ -23,7 +23,7 @@ class SINGD(singd.SINGD):
 
     def __init__(self, model: nn.Module, *args: Any, **options: Any) -> None:
         bare: dict[str, Any] = {"structures": ("dense", "dense"), "lr_cov": 0.3}
-        bare |= {"relative_damping": False, "scale_init": False}
+        bare |= {"damping": 1e-3, "relative_damping": False, "scale_init": False, "burn_in": 0}
         super().__init__(model, *args, **{**RULE, **bare, **options})
 
 

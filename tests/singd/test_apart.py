@@ -64,7 +64,7 @@ def trained(net: str, spec: tuple[str, str], length: str, frozen: bool) -> list[
         next(p for n, p in model.named_parameters() if n.endswith("bias")).requires_grad_(False)
     options = {"kl_clip": 1e-2 if "kl_clip" in length else None}
     options["graft"] = length.removeprefix("kl_clip").removeprefix(" and ") or None
-    optimizer = SINGD(model, structures=spec, T=2, **options)
+    optimizer = SINGD(model, structures=spec, T=2, burn_in=0, **options)
     for _ in range(3):
         optimizer.zero_grad()
         x = torch.randn(8, 6, dtype=torch.float64)

@@ -51,6 +51,19 @@ def test_while_it_lasts_it_is_T_1(structures: Any) -> None:
     torch.testing.assert_close(*ended, rtol=0, atol=0)
 
 
+def ended(steps: int, **options: Any) -> list[Tensor]:
+    """The weights after these steps."""
+    model = mlp()
+    train(model, SINGD(model, **options), batches(steps))
+    return [p.detach() for p in model.parameters()]
+
+
+def test_by_default_it_takes_a_hundred_steps() -> None:
+    found, expected = ended(109, T=7), ended(109, T=7, burn_in=100)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert not all(map(torch.equal, found, ended(109, T=7, burn_in=99)))
+
+
 def test_it_goes_on_where_it_was_saved() -> None:
     ended = []
     for saved in (False, True):

@@ -132,6 +132,24 @@ def test_a_learning_rate_that_is_a_tensor_is_saved(tmp_path: Path) -> None:
     assert float(resumed.param_groups[0]["peak_lr"]) == pytest.approx(0.1)
 
 
+def test_no_step_of_the_burn_in_is_recorded(recorded: list[Graph]) -> None:
+    """Its replays would update the factors in every step, by the step size of the burn-in."""
+    model, x = network(), torch.randn(5, 2, 4, 4)
+    optimizer = SINGD(model, max_skipped=None, burn_in=3)
+    for left in (2, 1, 0):
+        iterate(model, optimizer, x)
+        before = [p.detach().clone() for p in model.parameters()]
+        recorded.append(Graph())
+        with recorded[0]:
+            if left:
+                with pytest.raises(RuntimeError, match="burn_in=0 or at least 3 steps before"):
+                    iterate(model, optimizer, x)
+            else:
+                iterate(model, optimizer, x)
+        recorded.pop()
+        assert all(map(torch.equal, before, model.parameters())) == bool(left)
+
+
 def test_replays_round_by_new_numbers(recorded: list[Graph]) -> None:
     model = network(torch.bfloat16)
     optimizer = SINGD(model, T=1, max_skipped=None)

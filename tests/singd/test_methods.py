@@ -20,7 +20,7 @@ from tests.singd import paper
 Make = Callable[..., KroneckerOptimizer]
 
 METHODS: dict[str, Make] = {
-    "SINGD": lambda model, params: SINGD(model, params, T=2),
+    "SINGD": lambda model, params: SINGD(model, params, T=2, burn_in=0),
     "SINGD, structured": lambda model, params: SINGD(
         model, params, T=1, structures=("hierarchical(1, 1)", "lower_toeplitz")
     ),
@@ -29,7 +29,7 @@ METHODS: dict[str, Make] = {
         model, params, T=1, structures=("dense", "dense"), alpha1=0.5
     ),
     "IKFAC": lambda model, params: SINGD(model, params, T=1, kfac_like=True),
-    "SINGD, grafted": lambda model, params: SINGD(model, params, T=2, graft="adamw"),
+    "SINGD, grafted": lambda model, params: SINGD(model, params, T=2, burn_in=0, graft="adamw"),
     "the paper's SINGD": lambda model, params: paper.SINGD(model, params, T=2, kl_clip=1e-2),
     "KFAC": lambda model, params: KFAC(model, params, T=2),
     "KL-Shampoo": lambda model, params: KLShampoo(model, params, T=2),
@@ -217,7 +217,9 @@ BROKEN: dict[type[InverseFree], str] = {
 
 def broken(method: type[InverseFree]) -> Make:
     def make(model: Any, params: Any) -> KroneckerOptimizer:
-        options = dict(SINGD(torch.nn.Linear(1, 1), T=2, structures=("dense", "dense")).defaults)
+        options = dict(
+            SINGD(torch.nn.Linear(1, 1), T=2, burn_in=0, structures=("dense", "dense")).defaults
+        )
         return KroneckerOptimizer(model, method(), params, options)
 
     return make

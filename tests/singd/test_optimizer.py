@@ -341,7 +341,7 @@ def test_the_signature_begins_with_that_of_the_reference() -> None:
     assert without_effect == {"warn_unsupported", "init_grad_scale"}
     used = PEER.keys() - without_effect
     changed = {p.name for p in parameters[1:] if p.name in used and p.default != PEER[p.name]}
-    assert changed == {"lr", "alpha1", "lr_cov", "structures"}
+    assert changed == {"lr", "damping", "alpha1", "lr_cov", "structures"}
 
 
 def test_options_by_position_and_by_keyword_are_the_same() -> None:

@@ -14,7 +14,7 @@ from structured import Dense, parse
 F64 = torch.float64
 X = torch.randn(40, 5, dtype=F64, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.arange(40) % 4
-OPTIONS = {"lr": 0.01, "T": 2, "alpha1": 0.5}
+OPTIONS = {"lr": 0.01, "T": 2, "alpha1": 0.5, "burn_in": 0}
 
 
 class Net(nn.Module):
