@@ -217,10 +217,8 @@ def from_pypi(
         if len(found) > 1:
             raise ValueError("from_pypi: a group holds parameters of several groups there")
         for group in found:
-            packed |= {k: group[k] for k in _OPTIONS if k in group} | {
-                "step": saved["steps"],
-                "burn_in": 0,
-            }
+            packed |= {k: group[k] for k in _OPTIONS if k in group}
+            packed |= {"step": saved["steps"], "burn_in": 0}  # there is none in PyPI's
     return state
 
 

@@ -1,8 +1,9 @@
 """The protocol of the comparison. It was written down before the runs.
 
-**Tasks.** Those of :data:`TASKS`; no default was chosen on any of them. Steps, batch and schedule
-are fixed: a warm-up, then a cosine to zero. A half of what a task holds out is for choosing
-(``validation``), the other half for reporting (``test``).
+**Tasks.** Those of :data:`TASKS` and :data:`LONG`; no default was chosen on any of them but the
+burn-in and the damping of SINGD: by looking at that of :data:`LONG`, and at short runs of the
+autoencoder. Steps, batch and schedule are fixed: a warm-up, then a cosine to zero. A half of what a
+task holds out is for choosing (``validation``), the other half for reporting (``test``).
 
 **Trials.** Every method has six numbers: rate, weight decay, warm-up, averaging, momentum, damping.
 On every task it tries its one setting and :attr:`Size.points` Sobol points of the ranges below,
