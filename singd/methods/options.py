@@ -149,10 +149,11 @@ def graft_of(options: Mapping[str, Any]) -> str | None:
 
 
 def lr_cov(options: Mapping[str, Any], step: int) -> Any:
-    """``beta_1`` at this step; by default 0.03 for each step since the last update, at most 0.3.
+    """``beta_1`` at this step; by default 0.03 T, at most 0.3.
 
     So factors remember about as many steps whatever T is: at T = 1 an update of 0.3 would fit them
-    to the gradient of the very batch that they precondition.
+    to the gradient of the very batch that they precondition. A burn-in is for getting far, and
+    takes the same number though it updates in every step.
     """
     given = options["lr_cov"]
     if given is None:
