@@ -62,12 +62,13 @@ def test_the_parameters_it_takes_if_it_is_given_none() -> None:
     old = saved | {"param_groups": [options]}
     for key in ("Ks", "Cs", "m_Ks", "m_Cs"):
         old[key] = {"0": saved[key]["2"]}
-    optimizer = SINGD(model, structures=("hierarchical(15, 15)", "dense"))
+    optimizer = SINGD(model, structures=("hierarchical(15, 15)", "dense"), burn_in=100)
     optimizer.load_state_dict(convert.from_pypi(optimizer, old))
     state = optimizer.state[model[0].weight]
     assert torch.equal(state["momentum_buffer"], saved["state"][0]["momentum_buffer"])
     assert torch.equal(state["K"][0][:, 15:], saved["Ks"]["2"].B)
     assert optimizer.param_groups[0]["T"] == 3
+    assert optimizer.param_groups[0]["burn_in"] == 0  # there is none in PyPI's
 
 
 FAULTS: dict[str, tuple[Any, str]] = {
