@@ -371,9 +371,16 @@ def optimizer(method: str, model: torch.nn.Module) -> torch.optim.Optimizer:
     if method == "KFAC":
         return KFAC(model, lr=1e-6, T=T, max_skipped=None)
     specs = {"SINGD diagonal": "diagonal", "SINGD block-diagonal": "block_diagonal(30)"}
-    options: dict[str, Any] = {"lr": 1e-6, "T": T, "burn_in": 0, "max_skipped": None}
-    options["structures"] = (specs.get(method, "dense"),) * 2
-    return SINGD(model, kfac_like=method == "IKFAC", **options)
+    pair = (specs.get(method, "dense"),) * 2
+    return SINGD(
+        model,
+        lr=1e-6,
+        T=T,
+        burn_in=0,
+        structures=pair,
+        kfac_like=method == "IKFAC",
+        max_skipped=None,
+    )
 
 
 def steps(*models: str, methods: tuple[str, ...]) -> Callable[[Run], list[Row]]:

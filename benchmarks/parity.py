@@ -37,7 +37,8 @@ QUANTITIES = ("K", "C", "m_K", "m_C", "weights")
 PAPER = {  # our options for the bare rule of the paper
     **{"structures": ("dense", "dense"), "graft": None, "factor_clip": None},
     **dict.fromkeys(("relative_damping", "scale_init", "decoupled_weight_decay"), False),
-    **{"burn_in": 0, "damping": 1e-3},
+    "burn_in": 0,
+    "damping": 1e-3,
 }
 
 Case = dict[str, Any]

@@ -23,7 +23,7 @@ NAMES = {
     "soap rank": "`SOAP(rank=16)`",
     "kl_shampoo": "`KLShampoo`",
     "singd": "`SINGD`",
-    "singd one-sided": '`SINGD(structures=("dense", "scaled_identity"), burn_in=0)`',
+    "singd one-sided": '`SINGD(structures=("dense", "scaled_identity"), burn_in=0, damping=0.001)`',
 }
 Runs = dict[str, dict[str, dict[str, tuple[float, float]]]]
 """By options, then by task, then by seed: loss and bytes of state."""

@@ -203,7 +203,7 @@ class KroneckerOptimizer(Passes, Optimizer):
     def _run(self, *, descend: bool, scale: Tensor | None = None) -> None:
         parts, observe = self._parts, self.telemetry is not None
         if cuda_graph.is_capturing():
-            cuda_graph.check_recordable(parts.max_skipped, self.telemetry, self.param_groups)
+            cuda_graph.check_recordable(parts.max_skipped, self.telemetry)
         report = attempt(parts, self.param_groups, self.state, scale, descend, observe)
         if report is None:
             return

@@ -114,8 +114,8 @@ class TraceTerms(InverseFree):
 
 def make(variant: Variant, model: nn.Module, **options: Any) -> KroneckerOptimizer:
     """An optimizer with these terms and the options of SINGD."""
-    given = {"damping": 1e-3} | options | {"alpha1": variant.alpha1, "burn_in": 0}
-    defaults = SINGD(model).defaults | given
+    defaults = SINGD(model, damping=1e-3, burn_in=0).defaults
+    defaults = defaults | options | {"alpha1": variant.alpha1}
     method = TraceTerms(variant.curvature, variant.damping)
     return KroneckerOptimizer(model, method, None, defaults, max_skipped=None)
 

@@ -60,16 +60,12 @@ def ikfac(model: nn.Module, s: Mapping[str, float]) -> Any:
     return SINGD(model, **dense, **second_order(s))
 
 
-def inverse_free(s: Mapping[str, float]) -> dict[str, Any]:
-    """The numbers as options of INGD and SINGD, where the momentum is that of the factors."""
-    return second_order(s) | {"momentum": 0.9, "alpha1": s["momentum"]}
-
-
 def singd(structures: Any = None, **options: Any) -> Make:
-    """SINGD and, with dense structures, INGD."""
+    """INGD and SINGD, where the momentum is that of the factors."""
 
     def make(model: nn.Module, s: Mapping[str, float]) -> Any:
-        return SINGD(model, structures=structures, **inverse_free(s), **options)
+        own = second_order(s) | {"momentum": 0.9, "alpha1": s["momentum"]}
+        return SINGD(model, structures=structures, **own, **options)
 
     return make
 

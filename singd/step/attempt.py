@@ -12,7 +12,7 @@ from singd.methods.base import Options
 from singd.ops import cuda_graph
 from singd.step.entries import State, state_key
 from singd.step.gradient_scaler import calling_scale
-from singd.step.groups import Group, keep_peak_lr, sees_scale
+from singd.step.groups import Group, check_burn_in_is_over, keep_peak_lr, sees_scale
 from singd.step.initial import make_state, wants_state
 from singd.step.pipeline import Parts, Report, agree, pad_statistics, take_step
 
@@ -39,7 +39,9 @@ def attempt(
         What the step did; ``None`` if only the state was made, for there was nothing else to do.
     """
     capture, skipping = parts.capture, parts.skipping
-    if not cuda_graph.is_capturing():
+    if cuda_graph.is_capturing():
+        check_burn_in_is_over(groups)
+    else:
         skipping.settle()
     scale = calling_scale() if scale is None else scale
     parts.placement.prepare()

@@ -155,8 +155,25 @@ def keep_peak_lr(group: Group, unless: Tensor | None) -> None:
 def is_due(group: Group) -> bool:
     """Whether the next step updates factors; it is the step that refuses a wrong ``T``."""
     T = max(group["T"], 1)
-    due: bool = group["step"] < group.get("burn_in", 0) or group["step"] % T == 0
+    due: bool = is_burning_in(group) or group["step"] % T == 0
     return due
+
+
+def is_burning_in(group: Group) -> bool:
+    """Whether the next step is one of the first, all of which update factors."""
+    burning_in: bool = group["step"] < group.get("burn_in", 0)
+    return burning_in
+
+
+def check_burn_in_is_over(groups: Iterable[Group]) -> None:
+    """Raise ``RuntimeError`` if a step that a CUDA graph records would be of a burn-in."""
+    for group in groups:
+        if is_burning_in(group):
+            raise RuntimeError(
+                "replays of a step of the burn-in would all be of it: expected burn_in=0 or at "
+                f"least {group['burn_in']} steps before a CUDA graph is recorded, got step "
+                f"{group['step']}"
+            )
 
 
 def counter_device(p: Tensor) -> torch.device:

@@ -28,7 +28,7 @@ def test_methods_at_the_best_of_their_rates(tmp_path: Path) -> None:
     assert table == [
         "| `SOAP` | best of 2 | 1 | 1 of 2 | 1.750 | 3.00 (B) | 2.00 |",
         "| | 3e-3 | 1 | 0 of 2 | inf | inf (A) | |",
-        '| `SINGD(structures=("dense", "scaled_identity"), burn_in=0)` | best of 1 '
+        '| `SINGD(structures=("dense", "scaled_identity"), burn_in=0, damping=0.001)` | best of 1 '
         "| 1 | 0 of 1 | 2.000 | 2.00 (A) | 2.00 |",
         "| | 3e-3 | 1 | 0 of 1 | 2.000 | 2.00 (A) | |",
         "| `SOAP(rank=16)` | best of 1 | 1 | 0 of 1 | 2.500 | 2.50 (A) | 0.50 |",

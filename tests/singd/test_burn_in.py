@@ -41,21 +41,18 @@ def test_the_first_steps_update_and_then_every_T_th(burn_in: int, T: int) -> Non
     assert updated(12, burn_in=burn_in, T=T) == expected
 
 
-@pytest.mark.parametrize("structures", [None, "auto"])
-def test_while_it_lasts_it_is_T_1(structures: Any) -> None:
-    ended = []
-    for options in ({"T": 1}, {"T": 50, "burn_in": 6}):
-        model = mlp()
-        train(model, SINGD(model, structures=structures, lr_cov=0.2, **options), batches(6))
-        ended.append([p.detach() for p in model.parameters()])
-    torch.testing.assert_close(*ended, rtol=0, atol=0)
-
-
 def ended(steps: int, **options: Any) -> list[Tensor]:
     """The weights after these steps."""
     model = mlp()
     train(model, SINGD(model, **options), batches(steps))
     return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("structures", [None, "auto"])
+def test_while_it_lasts_it_is_T_1(structures: Any) -> None:
+    same = {"structures": structures, "lr_cov": 0.2}
+    found, expected = ended(6, T=50, burn_in=6, **same), ended(6, T=1, **same)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_by_default_it_takes_a_hundred_steps() -> None:
@@ -65,7 +62,7 @@ def test_by_default_it_takes_a_hundred_steps() -> None:
 
 
 def test_it_goes_on_where_it_was_saved() -> None:
-    ended = []
+    found = []
     for saved in (False, True):
         model = mlp()
         optimizer = SINGD(model, T=3, burn_in=5)
@@ -74,8 +71,8 @@ def test_it_goes_on_where_it_was_saved() -> None:
             state, optimizer = optimizer.state_dict(), SINGD(model)
             optimizer.load_state_dict(state)
         train(model, optimizer, batches(8)[2:])
-        ended.append([p.detach() for p in model.parameters()])
-    torch.testing.assert_close(*ended, rtol=0, atol=0)
+        found.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("wrong", [-1, 2.5])

@@ -165,7 +165,7 @@ def test_it_trains_at_every_batch_size_and_precision(batch: int, kind: str) -> N
     _, losses, optimizer = run(SINGD, 60, **same)
     _, theirs, _ = run(lambda m: AdamW(m.parameters(), lr=3e-3), 60, **same)
     assert sum(losses[-5:]) < 0.9 * sum(theirs[-5:])
-    assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
+    assert sum(losses[-5:]) / 5 < (0.4 if batch > 8 else 0.5) * losses[0]
     assert optimizer.skipped == 0
 
 
