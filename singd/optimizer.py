@@ -190,10 +190,11 @@ class KroneckerOptimizer(Passes, Optimizer):
 
     @torch.no_grad()
     def precondition(self, scale: float | Tensor | None = None) -> None:
-        """Replace every gradient of a preconditioned layer by the preconditioned one, bounded.
+        """Replace every gradient of a preconditioned layer by its direction.
 
-        Factors that are due are updated. The step of any other optimizer may follow: then this one
-        is only its preconditioner.
+        Factors that are due are updated. Directions have the length that ``graft`` says, or are
+        bounded by ``kl_clip``. The step of any other optimizer may follow: then this one is only
+        its preconditioner.
 
         Args:
             scale: Factor by which a GradScaler multiplied the loss; gradients are to be unscaled.

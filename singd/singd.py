@@ -31,7 +31,7 @@ class SINGD(KroneckerOptimizer):
     For every weight W of a linear, convolutional or attention layer, with inputs A and output
     gradients B (empirical Fisher), one step is::
 
-        every T steps:
+        every T steps, and in each of the first burn_in steps:
             H_K, H_C = Pi(K^T A A^T K), Pi(C^T B B^T C)        in the structures of K and C
             m_K = alpha1 m_K + 1/2 (mean(H_C) H_K + damping mean(C^T C) Pi(K^T K) - I)
             m_C alike                                          (kfac_like: 1 for the means)

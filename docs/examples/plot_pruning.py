@@ -36,7 +36,7 @@ print(factors)
 # %%
 # The residual of C is above 0.3: its curvature is of gradients, which have almost vanished when
 # training ends. So ``calibrate(..., refit=1e-2)``, which makes factors anew from the same pass, is
-# shown beside it; for pruning it makes no difference.
+# shown beside it; for pruning it makes little difference.
 
 refitted = calibrate(factors, net, loader, refit=1e-2)
 
