@@ -41,19 +41,10 @@ class FisherFactors(Method):
         return next(v for k, v in self._structures.items() if k.partition("[")[0] == name)
 
     def init(
-        self,
-        shape: Sequence[int],
-        structures: Sequence[Structure],
-        options: Options,
-        *,
-        batch_shape: Sequence[int] = (),
-        dtype: torch.dtype,
-        device: torch.device | str,
+        self, shape: Sequence[int], structures: Sequence[Structure], options: Options, **like: Any
     ) -> Covariances:
         """Zeros, in float32 at least."""
-        return Covariances.zeros(
-            shape, structures, batch_shape=batch_shape, dtype=dtype, device=device
-        )
+        return Covariances.zeros(shape, structures, **like)
 
     def summarize(
         self, factors: Covariances, side: Side, columns: Columns, options: Options

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from singd.capture.statistics import Columns, Side, Statistic
@@ -64,23 +63,12 @@ class Automatic(InverseFree):
         return measures(options), *super().layout(options)
 
     def init(
-        self,
-        shape: Sequence[int],
-        structures: Sequence[Structure],
-        options: Options,
-        *,
-        batch_shape: Sequence[int] = (),
-        dtype: torch.dtype,
-        device: torch.device | str,
+        self, shape: Sequence[int], structures: Sequence[Structure], options: Options, **like: Any
     ) -> Any:
         """Averages of nothing at first."""
         if not measures(options):
-            return super().init(
-                shape, structures, options, batch_shape=batch_shape, dtype=dtype, device=device
-            )
-        return CountedCovariances.zeros(
-            shape, structures, batch_shape=batch_shape, dtype=dtype, device=device
-        )
+            return super().init(shape, structures, options, **like)
+        return CountedCovariances.zeros(shape, structures, **like)
 
     def summarize(self, factors: Any, side: Side, columns: Columns, options: Options) -> Statistic:
         """The whole ``S`` at first."""

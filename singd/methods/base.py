@@ -125,8 +125,11 @@ class Method(ABC):
         return ()
 
     def layout(self, options: Options) -> tuple[Any, ...]:
-        """The options that the stored factors depend on: if they change, factors are fitted."""
-        return ()
+        """The options that the stored factors depend on: if they change, factors are fitted.
+
+        Those of :attr:`identity`, unless a method says otherwise.
+        """
+        return tuple(options.get(name) for name in self.identity)
 
     def storage(self, factors: Any, options: Options) -> Mapping[str, str]:
         """The forms in which members are stored, by name: of :data:`singd.ops.storage.FORMS`.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from singd.capture.statistics import Columns, Side, Statistic
 from singd.methods.base import Factors
+from singd.methods.options import wide
 from singd.methods.structure_choice import DAMPING
 from structured import Diagonal, ScaledIdentity, Structure, StructuredMatrix
 
@@ -23,25 +24,13 @@ class Covariances(Factors):
 
     @classmethod
     def zeros(
-        cls,
-        shape: Sequence[int],
-        structures: Sequence[Structure],
-        *,
-        batch_shape: Sequence[int],
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ) -> Self:
-        """The means of nothing, for a matrix as in :meth:`singd.Method.init`."""
+        cls, shape: Sequence[int], structures: Sequence[Structure], **like: Any
+    ) -> Covariances:
+        """The means of nothing; arguments are those of :meth:`singd.Method.init`."""
         *inner, d_out, d_in = shape
-        like: dict[str, Any] = {"batch_shape": (*batch_shape, *inner), "device": device}
-        like["dtype"] = torch.promote_types(dtype, torch.float32)
+        like = wide(like, inner)
         S_K, S_C = (s(n, **like) for s, n in zip(structures, (d_in, d_out), strict=True))
-        return cls(S_K, S_C, *cls._more(like))
-
-    @classmethod
-    def _more(cls, like: Mapping[str, Any]) -> tuple[StructuredMatrix, ...]:
-        """The further fields of a derived class."""
-        return ()
+        return Covariances(S_K, S_C)
 
     def summarize(self, side: Side, columns: Columns) -> Statistic:
         """``Pi(S)`` of a batch."""
@@ -62,8 +51,13 @@ class CountedCovariances(Covariances):
     rows: ScaledIdentity
 
     @classmethod
-    def _more(cls, like: Mapping[str, Any]) -> tuple[StructuredMatrix, ...]:
-        return tuple(ScaledIdentity.zeros(1, **like) for _ in range(2))
+    def zeros(
+        cls, shape: Sequence[int], structures: Sequence[Structure], **like: Any
+    ) -> CountedCovariances:
+        """The means of nothing, of no batch."""
+        S = Covariances.zeros(shape, structures, **like)
+        numbers = (ScaledIdentity.zeros(1, **wide(like, shape[:-2])) for _ in range(2))
+        return CountedCovariances(S.S_K, S.S_C, *numbers)
 
     def with_batch(
         self, new_K: StructuredMatrix, new_C: StructuredMatrix, rows: Sequence[float]

@@ -114,25 +114,15 @@ class InverseFree(Method):
         )
 
     def init(
-        self,
-        shape: Sequence[int],
-        structures: Sequence[Structure],
-        options: Options,
-        *,
-        batch_shape: Sequence[int] = (),
-        dtype: torch.dtype,
-        device: torch.device | str,
+        self, shape: Sequence[int], structures: Sequence[Structure], options: Options, **like: Any
     ) -> InverseFreeFactors:
         """Identities, and momenta of zero where there are momenta."""
         *inner, d_out, d_in = shape
+        batch_shape = (*like.pop("batch_shape", ()), *inner)
+        dtypes = [working_dtype(given, like["dtype"]) for given in options["preconditioner_dtype"]]
         zeros = [
-            structure(
-                n,
-                batch_shape=(*batch_shape, *inner),
-                dtype=working_dtype(options["preconditioner_dtype"][i], dtype),
-                device=device,
-            )
-            for i, (structure, n) in enumerate(zip(structures, (d_in, d_out), strict=True))
+            structure(n, batch_shape=batch_shape, dtype=dtype, device=like["device"])
+            for structure, n, dtype in zip(structures, (d_in, d_out), dtypes, strict=True)
         ]
         K, C = (zero.add_scaled_identity(1.0) for zero in zeros)
         has_momenta = options["alpha1"] and not options["kfac_like"]

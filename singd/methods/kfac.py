@@ -13,7 +13,7 @@ from singd import update
 from singd.capture.statistics import Columns, Side, Statistic
 from singd.methods.base import Averages, Factors, Method, Options, Products
 from singd.methods.directions import precondition_by_products
-from singd.methods.options import in_range
+from singd.methods.options import in_range, wide
 from structured import Dense, Structure, StructuredMatrix
 
 
@@ -37,24 +37,12 @@ class KroneckerFactored(Method):
         in_range("lr_cov", options["lr_cov"], 0.0, 1.0)
 
     def init(
-        self,
-        shape: Sequence[int],
-        structures: Sequence[Structure],
-        options: Options,
-        *,
-        batch_shape: Sequence[int] = (),
-        dtype: torch.dtype,
-        device: torch.device | str,
+        self, shape: Sequence[int], structures: Sequence[Structure], options: Options, **like: Any
     ) -> KFACFactors:
         """Identities, in float32 at least."""
         *inner, d_out, d_in = shape
-        wide = torch.promote_types(dtype, torch.float32)
-        like: dict[str, Any] = {"dtype": wide, "device": device}
-        members = [
-            Dense.identity(n, batch_shape=(*batch_shape, *inner), **like)
-            for n in (d_in, d_out, d_in, d_out)
-        ]
-        return KFACFactors(*members)
+        like = wide(like, inner)
+        return KFACFactors(*(Dense.identity(n, **like) for n in (d_in, d_out, d_in, d_out)))
 
     def summarize(
         self, factors: KFACFactors, side: Side, columns: Columns, options: Options

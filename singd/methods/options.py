@@ -78,6 +78,18 @@ def working_dtype(given: torch.dtype | str | None, dtype: torch.dtype) -> torch.
     return torch.float32 if isinstance(given, str) else given or dtype
 
 
+def wide(like: Mapping[str, Any], inner: Iterable[int] = ()) -> dict[str, Any]:
+    """What :meth:`Method.init` is given by name, in float32 at least.
+
+    Args:
+        like: ``batch_shape``, unless it is ``()``, ``dtype`` and ``device``.
+        inner: Batch dimensions of the matrix itself, which come last.
+    """
+    batch_shape = (*like.get("batch_shape", ()), *inner)
+    dtype = torch.promote_types(like["dtype"], torch.float32)
+    return {**like, "batch_shape": batch_shape, "dtype": dtype}
+
+
 def structure_pairs(given: Any) -> list[Any]:
     """The pairs in the option ``structures``: one, those of a mapping, or none."""
     pairs = list(given.values()) if isinstance(given, Mapping) else [given]

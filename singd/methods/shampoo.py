@@ -30,7 +30,7 @@ from torch import Tensor
 
 from singd.methods.base import Factors, Method, Options, Products
 from singd.methods.directions import apply_outer, product_of
-from singd.methods.options import choice, in_range, lr_cov, within_limit
+from singd.methods.options import choice, in_range, lr_cov, wide, within_limit
 from singd.update import first_scale
 from structured import Diagonal, Structure, StructuredMatrix, parse
 
@@ -79,23 +79,11 @@ class GradientCovariance(Method):
             for i, n in enumerate(shape)
         )
 
-    def layout(self, options: Options) -> tuple[Any, ...]:
-        """The options that structures depend on."""
-        return tuple(options[name] for name in self.identity)
-
     def init(
-        self,
-        shape: Sequence[int],
-        structures: Sequence[Structure],
-        options: Options,
-        *,
-        batch_shape: Sequence[int] = (),
-        dtype: torch.dtype,
-        device: torch.device | str,
+        self, shape: Sequence[int], structures: Sequence[Structure], options: Options, **like: Any
     ) -> Modes:
         """Identities, in float32 at least."""
-        like: dict[str, Any] = {"batch_shape": tuple(batch_shape), "device": device}
-        like["dtype"] = torch.promote_types(dtype, torch.float32)
+        like = wide(like)
         return Modes(tuple(s.identity(n, **like) for s, n in zip(structures, shape, strict=True)))
 
     def update(self, factors: Modes, statistics: Tensor, options: Options, step: int) -> Modes:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from singd.methods.base import Factors, Method, Options, Products
 from singd.methods.covariances import averaged
-from singd.methods.options import in_range, integer
+from singd.methods.options import in_range, integer, wide
 from structured import Dense, Diagonal, Structure, StructuredMatrix, parse
 
 
@@ -66,23 +66,11 @@ class TrackedBasis(Method):
             parse("dense" if n <= options["max_dim"] else "scaled_identity") for n in shape
         )
 
-    def layout(self, options: Options) -> tuple[Any, ...]:
-        """The options that structures depend on."""
-        return (options["max_dim"],)
-
     def init(
-        self,
-        shape: Sequence[int],
-        structures: Sequence[Structure],
-        options: Options,
-        *,
-        batch_shape: Sequence[int] = (),
-        dtype: torch.dtype,
-        device: torch.device | str,
+        self, shape: Sequence[int], structures: Sequence[Structure], options: Options, **like: Any
     ) -> MovingMoments:
         """No moments, and the basis of the parameter, in float32 at least."""
-        like: dict[str, Any] = {"batch_shape": tuple(batch_shape), "device": device}
-        like["dtype"] = torch.promote_types(dtype, torch.float32)
+        like = wide(like)
         S = tuple(s(n, **like) for s, n in zip(structures, shape, strict=True))
         Q = tuple(zero.add_scaled_identity(1.0) for zero in S)
         return MovingMoments(S, Q, Diagonal.zeros(math.prod(shape), **like))

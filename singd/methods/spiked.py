@@ -30,7 +30,7 @@ from torch import Tensor
 
 from singd.methods.base import Factors, Method, Options, Products
 from singd.methods.covariances import averaged
-from singd.methods.options import in_range, integer
+from singd.methods.options import in_range, integer, wide
 from singd.methods.soap import in_mode, unfoldings
 from structured import Diagonal, Structure, StructuredMatrix, parse
 
@@ -76,23 +76,11 @@ class SpikedBasis(Method):
         """So many columns in every mode."""
         return tuple(parse(f"leading_columns({min(options['rank'], n)})") for n in shape)
 
-    def layout(self, options: Options) -> tuple[Any, ...]:
-        """The options that structures depend on."""
-        return (options["rank"],)
-
     def init(
-        self,
-        shape: Sequence[int],
-        structures: Sequence[Structure],
-        options: Options,
-        *,
-        batch_shape: Sequence[int] = (),
-        dtype: torch.dtype,
-        device: torch.device | str,
+        self, shape: Sequence[int], structures: Sequence[Structure], options: Options, **like: Any
     ) -> SpikedMoments:
         """No moments, and the first directions of the parameter, in float32 at least."""
-        like: dict[str, Any] = {"batch_shape": tuple(batch_shape), "device": device}
-        like["dtype"] = torch.promote_types(dtype, torch.float32)
+        like = wide(like)
         ranks = [min(options["rank"], n) for n in shape]
         L = tuple(Diagonal.zeros(r, **like) for r in ranks)
         Q = tuple(
