@@ -23,7 +23,8 @@ class KFAC(KroneckerOptimizer):
 
     and the step of :class:`singd.SINGD`, with which it shares layers and statistics; the arguments
     are its, where they apply. ``lr_cov`` is the weight of new statistics in the moving averages,
-    which start from the identity. Damping that is smaller than the rounding of S counts as that.
+    which start from the identity. ``damping`` is in units of S; if it is smaller than the rounding
+    of S it counts as that.
 
     Raises:
         ValueError: If an option is out of range.

@@ -172,14 +172,15 @@ class KroneckerOptimizer(Passes, Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update factors that are due, then every parameter that has a gradient.
 
-        If a gradient or a statistic is not finite, nothing is changed, and the step is counted in
-        ``self.skipped``. On a GPU that is known at the next step, or when ``skipped`` is asked for.
+        If a gradient or a statistic is not finite, nothing is changed: ``skipped`` counts the step.
 
         Args:
             closure: Function that evaluates the loss and its gradients; its result is returned.
 
         Raises:
             FloatingPointError: If ``max_skipped`` steps in a row were skipped.
+            RuntimeError: If a gradient is sparse, or a CUDA graph cannot record this step.
+            ValueError: If an option that was set is out of range, or a parameter was replaced.
         """
         loss = None
         if closure is not None:
@@ -192,9 +193,8 @@ class KroneckerOptimizer(Passes, Optimizer):
     def precondition(self, scale: float | Tensor | None = None) -> None:
         """Replace every gradient of a preconditioned layer by its direction.
 
-        Factors that are due are updated. Directions have the length that ``graft`` says, or are
-        bounded by ``kl_clip``. The step of any other optimizer may follow: then this one is only
-        its preconditioner.
+        Factors that are due are updated. Directions have the length that ``graft`` says, bounded by
+        ``kl_clip``. The step of any other optimizer may follow.
 
         Args:
             scale: Factor by which a GradScaler multiplied the loss; gradients are to be unscaled.

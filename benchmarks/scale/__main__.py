@@ -10,8 +10,8 @@ State is what the GPU with most keeps between steps beside parameters and gradie
 statistics that it holds after the backward pass of a step that updates factors; the time is what a
 step takes longer than forward and backward passes, in percent of these. SINGD's work is
 counted on its own code, run on shapes without data; its places are those that the library chooses.
-Tensor parallelism (``--tensor``) is calculated with factors of each GPU's part of a weight, which
-the library does not have: there it has those of whole weights, on every GPU.
+Tensor parallelism (``--tensor``) is calculated with factors of each GPU's part of a weight; the
+library has these where the structure of the side fits, else those of whole weights on every GPU.
 """
 
 from __future__ import annotations

@@ -93,6 +93,9 @@ def keep(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
     Args:
         scores: Scores of any shapes by name, compared with each other.
         sparsity: Share of all numbers whose scores are lowest, in [0, 1].
+
+    Raises:
+        ValueError: If there are no scores, or ``sparsity`` is out of range.
     """
     in_range("sparsity", sparsity, 0.0, 1.0)
     if not scores:
