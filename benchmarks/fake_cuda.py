@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from singd.capture.accumulator import Accumulator
 from singd.capture.capture import Capture
-from singd.capture.compiled import unseen_reason
+from singd.capture.hooks import unseen_reason
 from singd.capture.samples import Call
 from singd.capture.weight_matrix import WeightMatrix
 from singd.ops import reductions, stochastic_rounding

@@ -20,6 +20,14 @@ from singd.ops.dtensor import local
 from singd.ops.parts import Part
 
 
+def summed(sums: KroneckerStatistics | None, more: KroneckerStatistics) -> KroneckerStatistics:
+    """``sums`` with more rows included, in place; ``more`` itself if there are none yet."""
+    if sums is None:
+        return more
+    sums.add_(more)
+    return sums
+
+
 @dataclass
 class Use:
     """The counts of one use of a module."""
@@ -56,10 +64,7 @@ class Pass:
         """Hold what one use contributed, until the pass is committed."""
         if self.probes is not None:
             self.probes.include(module, x, g)
-        if self.statistics is None:
-            self.statistics = statistics
-        else:
-            self.statistics.add_(statistics)
+        self.statistics = summed(self.statistics, statistics)
         self.uses.append(use)
 
 
@@ -119,12 +124,7 @@ class Accumulator:
         return known
 
     def commit(self, step: int, weight: Tensor) -> None:
-        """The pass has added to the gradient that autograd makes: what it saw is held.
-
-        Args:
-            step: Number of steps so far.
-            weight: Parameter with the gradient.
-        """
+        """The pass has added to the gradient that autograd makes: what it saw is held."""
         current = torch._C._current_graph_task_id()
         done = self._pending.pop(current, None)
         if done is None:
@@ -147,10 +147,7 @@ class Accumulator:
         self._add_held()
         if self.keeps_last:
             self._extend(done.statistics, done.root)
-        if self._held is None:
-            self._held = done.statistics
-        else:
-            self._held.add_(done.statistics)
+        self._held = summed(self._held, done.statistics)
 
     def _extend(self, one: KroneckerStatistics, root: int) -> None:
         """Let the last pass stand for all samples since the last step."""
@@ -190,10 +187,7 @@ class Accumulator:
         one = self.total or empty(self.matrix)
         one.is_last = self.keeps_last
         self._sum = None
-        sent = send(self.matrix, one)
-        if before is not None:
-            before.add_(sent)
-        self._sum = sent if before is None else before
+        self._sum = summed(before, send(self.matrix, one))
 
     @property
     def is_unseen(self) -> bool | None:
@@ -220,11 +214,7 @@ class Accumulator:
 
     def _add_held(self) -> None:
         if self._is_reduced and self._held is not None:
-            if self._sum is None:
-                self._sum = self._held
-            else:
-                self._sum.add_(self._held)
-            self._held = None
+            self._sum, self._held = summed(self._sum, self._held), None
         self._is_reduced = False
 
     def _is_used_otherwise(self, step: int, weight: Tensor) -> bool:

@@ -101,11 +101,7 @@ def listened(
 ) -> tuple[Any, Any]:
     """The arguments of an attention module, such that its products pass through ``watcher``.
 
-    Args:
-        args: Arguments of the module.
-        kwargs: Keyword arguments.
-        watcher: Function that is called with every product.
-        run: :func:`run`, excluded from compilation.
+    ``run`` is :func:`run`, excluded from compilation.
     """
     query = args[0] if args else next(iter(kwargs.values()))
     if not isinstance(query, _Query):

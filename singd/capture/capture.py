@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
@@ -11,8 +12,7 @@ from torch import Tensor, nn
 
 from singd.capture import attention
 from singd.capture.accumulator import Accumulator
-from singd.capture.compiled import unseen_reason
-from singd.capture.hooks import AttentionHook, LayerHook, Listener
+from singd.capture.hooks import AttentionHook, LayerHook, Listener, unseen_reason
 from singd.capture.loss_count import LossCount
 from singd.capture.loss_terms import LossTerms
 from singd.capture.observer import Observer
@@ -64,7 +64,7 @@ class Capture:
                 self._handles += LayerHook(matrix, self.listen, self.refuse).attach()
             trained = matrix.weight.requires_grad
             matrix.weight.requires_grad_()  # a frozen weight takes no hook, but may thaw
-            commit = _Commit(self, matrix)
+            commit = functools.partial(self.commit, matrix)
             self._handles.append(matrix.weight.register_post_accumulate_grad_hook(commit))
             matrix.weight.requires_grad_(trained)
         found: Any = {(matrix.weight, matrix.label): matrix for matrix in new}
@@ -76,9 +76,8 @@ class Capture:
                     if (weight, label) in found
                 }
                 if products:
-                    self._handles += AttentionHook(products, self.listen, self.refuse).attach(
-                        module
-                    )
+                    hook = AttentionHook(products, self.listen, self.refuse)
+                    self._handles += hook.attach(module)
 
     def close(self) -> None:
         """Remove every hook."""
@@ -128,7 +127,7 @@ class Capture:
         """
         if weight is not accumulator.met:
             accumulator.met = weight
-            commit = _Commit(self, accumulator.matrix)
+            commit = functools.partial(self.commit, accumulator.matrix)
             self._handles.append(weight.register_post_accumulate_grad_hook(commit))
 
     def refuse(self, matrix: WeightMatrix, reason: str) -> None:
@@ -156,32 +155,19 @@ class Capture:
         if observer is None or accumulator.verification.explained is False:
             return
         with scope("singd::capture"):
-            self._take_in(observer, matrix, module, x, g, call, root)
-
-    def _take_in(
-        self,
-        observer: Observer,
-        matrix: WeightMatrix,
-        module: nn.Module,
-        x: Tensor,
-        g: Tensor,
-        call: Call,
-        root: int,
-    ) -> None:
-        accumulator = self.accumulators[matrix]
-        request = observer.request(matrix)
-        x, g = seen(x, request.part, "input"), seen(g, request.part, "grad")
-        accumulator.keeps_last = request.keeps_last
-        verify = request.is_read and not cuda_graph.is_capturing()
-        current = accumulator.begin(root, request.part, verify=verify)
-        self.count.begin_pass()
-        try:
-            if request.is_read:
-                current.add(module, x, g, *statistics_of(request, matrix, module, x, g, call))
-            else:
-                current.uses.append(use_of(request, matrix, module, x, g, call))
-        except UnreadableError as error:
-            accumulator.verification.refuse(str(error))
+            request = observer.request(matrix)
+            x, g = seen(x, request.part, "input"), seen(g, request.part, "grad")
+            accumulator.keeps_last = request.keeps_last
+            verify = request.is_read and not cuda_graph.is_capturing()
+            current = accumulator.begin(root, request.part, verify=verify)
+            self.count.begin_pass()
+            try:
+                if request.is_read:
+                    current.add(module, x, g, *statistics_of(request, matrix, module, x, g, call))
+                else:
+                    current.uses.append(use_of(request, matrix, module, x, g, call))
+            except UnreadableError as error:
+                accumulator.verification.refuse(str(error))
 
     def commit(self, matrix: WeightMatrix, weight: Tensor) -> None:
         """A backward pass has added to the gradient of ``matrix``.
@@ -225,8 +211,7 @@ class Capture:
     def unseen(self, matrices: Iterable[WeightMatrix]) -> list[float]:
         """Numbers whose sum over ranks is positive for gradients that no pass on any rank brought.
 
-        Args:
-            matrices: Matrices, the same on every rank.
+        ``matrices`` are the same on every rank.
         """
         if self._has_told or torch.compiler.is_compiling():
             return [0.0 for _ in matrices]
@@ -278,13 +263,3 @@ class Capture:
         """Forget all statistics."""
         for accumulator in self.accumulators.values():
             accumulator.discard()
-
-
-class _Commit:
-    """The hook of a weight's gradient."""
-
-    def __init__(self, capture: Capture, matrix: WeightMatrix) -> None:
-        self.capture, self.matrix = capture, matrix
-
-    def __call__(self, weight: Tensor) -> None:
-        self.capture.commit(self.matrix, weight)

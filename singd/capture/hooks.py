@@ -8,6 +8,7 @@ activation checkpointing, and there again for a second backward. In-place activa
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -185,12 +186,27 @@ class AttentionHook(Hook):
             listener = listeners.get(name)
             if listener is None:
                 return output
-            watched: Tensor = _Watched.apply(
+            return _Watched.apply(
                 output,
                 x.detach(),
                 lambda x, g: listener(x.transpose(0, 1), g.transpose(0, 1)),
                 functools.partial(self.refuse, self.products[name][0]),
             )
-            return watched
 
         return attention.listened(args, kwargs, watch, self.run)
+
+
+def unseen_reason() -> str:
+    """Why a weight may get a gradient though its module was not seen to be called.
+
+    For hooks that are registered now: what ``torch.compile`` made before runs on without them.
+    """
+    otherwise = "the weight is used without its module being called"
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    if dynamo is None or not dynamo.counters["frames"].get("ok", 0):
+        return otherwise
+    return (
+        "the model was compiled and called before the optimizer was made, and runs without its "
+        "hooks (make the optimizer first, or call torch.compiler.reset() before that), or "
+        f"{otherwise}"
+    )

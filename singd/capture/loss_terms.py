@@ -96,12 +96,7 @@ class LossTerms:
 
 
 class _OutputHook(Hook):
-    """Looks at the gradient of an output.
-
-    Args:
-        terms: Whom to tell.
-        layer: Layer that reads the output.
-    """
+    """Looks at the gradient of an output that a layer reads."""
 
     def __init__(self, terms: LossTerms, layer: Layer) -> None:
         self.terms, self.layer = terms, layer

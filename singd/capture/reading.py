@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from singd.capture.accumulator import Use
+from singd.capture.accumulator import Use, summed
 from singd.capture.observer import Request
 from singd.capture.samples import Call
 from singd.capture.share import take
@@ -34,15 +34,7 @@ def seen_shape(part: Part | None, matrix: WeightMatrix) -> tuple[int, ...]:
 def statistics_of(
     request: Request, matrix: WeightMatrix, module: nn.Module, x: Tensor, g: Tensor, call: Call
 ) -> tuple[KroneckerStatistics, Use]:
-    """The statistics of one use, and its counts.
-
-    Args:
-        request: Says how they are summed up.
-        matrix: Weight that was used.
-        module: Module that was called.
-        x: Its input.
-        g: Gradient of its output.
-        call: Call of the model.
+    """The statistics of one use of a module with input ``x``, and its counts.
 
     Raises:
         UnreadableError: If the layer cannot read them.
@@ -63,11 +55,7 @@ def statistics_of(
         pieces = list(read(layer, layer.pieces, module, x, g, largest))
     total, use = None, Use(call, 0, 0, flat)
     for piece in pieces:
-        sums = _sum(request, matrix, module, *piece, use)
-        if total is None:
-            total = sums
-        else:
-            total.add_(sums)
+        total = summed(total, _sum(request, matrix, module, *piece, use))
     if total is None:
         raise UnreadableError("it was called with nothing")
     if share is not None:
@@ -79,7 +67,7 @@ def statistics_of(
 def use_of(
     request: Request, matrix: WeightMatrix, module: nn.Module, x: Tensor, g: Tensor, call: Call
 ) -> Use:
-    """The counts of one use; no product is made. Arguments are those of :func:`statistics_of`."""
+    """The counts of one use; no product is made."""
     layer, (*batch, d_out, _) = matrix.layer, seen_shape(request.part, matrix)
     first = read(layer, layer.samples_first, module, g, call.samples)
     columns = Columns(layer, module, "grad", first, "expand", False, (*batch, d_out))

@@ -72,11 +72,7 @@ class Call:
 
 
 class Calls:
-    """The call of the model that is under way, by hooks on the model and on modules that know N.
-
-    Args:
-        model: Model that is trained.
-    """
+    """The call of the model that is under way, by hooks on the model and on modules that know N."""
 
     def __init__(self, model: nn.Module) -> None:
         self.current = Call()

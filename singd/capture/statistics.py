@@ -179,7 +179,7 @@ class Statistic:
 
     def summands(self) -> list[Summand]:
         """All numbers, for sums over ranks."""
-        symmetric = are_symmetric(self.value)
+        symmetric = isinstance(self.value, Dense | BlockDiagonal)
         return [Summand(t, symmetric and t is not self.trace) for t in self.tensors()]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Statistic:
@@ -257,11 +257,6 @@ class Summand(NamedTuple):
             return
         n = t.shape[-1]
         unpack_symmetric(sent.view(*t.shape[:-2], n + 1 - n % 2, (n + 1) // 2), out=t)
-
-
-def are_symmetric(value: StructuredMatrix) -> bool:
-    """Whether the tensors of a sum of this structure are symmetric matrices."""
-    return isinstance(value, Dense | BlockDiagonal)
 
 
 @dataclass

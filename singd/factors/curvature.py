@@ -67,8 +67,7 @@ class FisherFactors(Method):
 
 def first_of(model: nn.Module, batch: Any) -> Tensor:
     """``model`` of a batch, or of the first of its parts."""
-    out: Tensor = model(batch[0] if isinstance(batch, tuple | list) else batch)
-    return out
+    return model(batch[0] if isinstance(batch, tuple | list) else batch)
 
 
 def average(
@@ -82,17 +81,10 @@ def average(
     whole: bool,
     generator: torch.Generator | None,
 ) -> tuple[dict[str, Covariances], int]:
-    """``S_K`` and ``S_C`` of every weight, and the number of samples.
+    """``S_K`` and ``S_C`` of every weight, and the number of samples, of a model in ``eval`` mode.
 
-    Args:
-        factors: Factors whose structures decide what is summed.
-        model: Model, evaluated in ``eval`` mode.
-        loader: Batches.
-        likelihood: One of :data:`LIKELIHOODS`.
-        forward: Function of model and batch.
-        columns: Number of columns of a random root of the Hessian; ``None`` for the exact one.
-        whole: Whether roots will be made of the statistics.
-        generator: Random numbers of the columns.
+    Arguments are those of :func:`singd.factors.calibrate`. The structures of the factors decide
+    what is summed; it is ``whole`` where roots will be made of it.
     """
     choice("likelihood", likelihood, LIKELIHOODS)
     matrices = factors.bind(model)

@@ -119,6 +119,4 @@ def _minimum(F: Sequence[Outer], share: Sequence[float], W: Sequence[Tensor]) ->
     terms = [c * A.apply(v - mean) for c, A, v in zip(share, F, vectors, strict=True)]
     right = torch.stack(terms).sum(0)
     diagonal = torch.stack([c * A.diagonal() for c, A in zip(share, F, strict=True)]).sum(0)
-    if not bool(right.any()):
-        return (mean + right).reshape(W[0].shape)
     return (mean + conjugate.solve(product, right, diagonal[..., None])).reshape(W[0].shape)

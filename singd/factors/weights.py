@@ -73,8 +73,7 @@ class Weights:
 
         def call(ours: dict[str, Tensor], *sample: Tensor) -> Tensor:
             def model(*args: Tensor) -> Tensor:
-                out: Tensor = torch.func.functional_call(self.model, {**values, **ours}, args)
-                return out
+                return torch.func.functional_call(self.model, {**values, **ours}, args)
 
             return function(model, *(t[None] for t in sample))
 

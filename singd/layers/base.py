@@ -57,8 +57,7 @@ class Layer:
 
     def shape(self, module: Any) -> tuple[int, ...]:
         """``(..., d_out, d_in)``, without bias."""
-        shape: tuple[int, ...] = tuple(getattr(module, self.weight).shape)
-        return shape
+        return tuple(getattr(module, self.weight).shape)
 
     def samples_first(self, module: Any, x: Tensor, samples: int | None) -> Tensor:
         """The input, or the output gradient, with the model's samples as the first dimension.

@@ -13,8 +13,7 @@ from structured import Dense, Diagonal, Kronecker, Operator, Outer, StructuredMa
 def apply_outer(K: StructuredMatrix, KK: Any, X: Tensor) -> Tensor:
     """``K K^T X`` in the data type of X, by the product if there is one."""
     if KK is not None:
-        product: Tensor = KK.to(X.dtype).apply(X)
-        return product
+        return KK.to(X.dtype).apply(X)
     K = K.to(X.dtype)
     return K.apply(K.apply_transpose(X))
 

@@ -69,12 +69,7 @@ def forms_of(given: Sequence[torch.dtype | str | None], names: Iterable[str]) ->
 
 
 def working_dtype(given: torch.dtype | str | None, dtype: torch.dtype) -> torch.dtype:
-    """The data type of factors: float32 of those that are stored in another form.
-
-    Args:
-        given: Option that says how they are stored.
-        dtype: Data type of the weight.
-    """
+    """The data type of factors of a weight: float32 of those that are stored in another form."""
     return torch.float32 if isinstance(given, str) else given or dtype
 
 

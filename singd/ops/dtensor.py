@@ -21,18 +21,14 @@ def local(t: Any) -> Tensor:
     """The numbers of ``t`` that this rank holds, not copied; ``t`` itself if it is whole."""
     if is_distributed(t):
         with torch.no_grad():
-            t = t.to_local()
-    held: Tensor = t
-    return held
+            return t.to_local()
+    return t
 
 
 def columns_of(t: Any, group: Any, columns: slice) -> Tensor:
     """This rank's columns of ``t [..., n]``, which are not gathered if it holds just these.
 
-    Args:
-        t: Tensor.
-        group: Process group of the ranks that have the others.
-        columns: Those of this rank.
+    The ranks of ``group`` have the others.
     """
     mesh = t.device_mesh if is_distributed(t) else None
     names = [] if mesh is None else [mesh.get_group(i).group_name for i in range(mesh.ndim)]
@@ -42,14 +38,12 @@ def columns_of(t: Any, group: Any, columns: slice) -> Tensor:
 
     wanted = [Shard(t.ndim - 1) if name == group.group_name else Replicate() for name in names]
     with torch.no_grad():
-        held: Tensor = t.redistribute(placements=wanted).to_local()
-    return held
+        return t.redistribute(placements=wanted).to_local()
 
 
 def whole(t: Any) -> Tensor:
     """All numbers of ``t``, gathered over the ranks of its mesh; ``t`` itself if it is whole."""
     if is_distributed(t):
         with torch.no_grad():
-            t = t.full_tensor()
-    gathered: Tensor = t
-    return gathered
+            return t.full_tensor()
+    return t

@@ -22,8 +22,7 @@ def inner_product(X: Tensor, Y: Tensor) -> Tensor:
     if x.dtype.itemsize >= 4:
         return torch.dot(x, y).view(1)
     if (kernels := dispatch.kernels_for(x)) is not None:
-        sums: Tensor = kernels.inner_product(x, y)
-        return sums
+        return kernels.inner_product(x, y)
     size = _PIECE if x.is_cpu else max(1, len(x))
     pieces = zip(x.split(size), y.split(size), strict=True)
     return torch.stack([reference.inner_product(one, other) for one, other in pieces])

@@ -89,7 +89,8 @@ class Assignment:
             by_rows = self.split(matrix.weight)
             is_separable = self._places[matrix] == "rows" and self._demands[matrix].separable
             if by_rows is not None and is_separable:
-                self.parts[matrix] = _part(by_rows)
+                ends, me = by_rows.ends, dist.get_rank(by_rows.group)
+                self.parts[matrix] = Part("grad", by_rows.group, ends, me, is_scattered=True)
 
     def foresee(self, demands: Mapping[WeightMatrix, Demand]) -> dict[WeightMatrix, float]:
         """Bytes that this rank would send in a step for matrices whose factors needed this."""
@@ -213,8 +214,3 @@ class Assignment:
                 box = box_of(matrix, p, split, rank)
                 found += math.prod(side.stop - side.start for side in box)
         return found
-
-
-def _part(split: Split) -> Part:
-    """The rows of this rank, of an output factor whose statistics are of all rows at first."""
-    return Part("grad", split.group, split.ends, dist.get_rank(split.group), is_scattered=True)

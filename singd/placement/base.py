@@ -160,9 +160,12 @@ class Placement(ABC):
     def average_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Average ``.grad`` over all ranks, in place, unless that was done in the backward pass."""
 
-    @abstractmethod
     def complete(self, sums: Tensor) -> Tensor:
-        """The sums over all ranks of what a step has summed over the parts that a rank holds."""
+        """The sums over all ranks of what a step has summed over the parts that a rank holds.
+
+        The sums themselves where every rank holds everything.
+        """
+        return sums
 
     def complete_norms(self, norms: Tensor) -> Tensor:
         """The norms of what all ranks hold, from those of what a rank counts."""

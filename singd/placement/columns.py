@@ -17,12 +17,7 @@ from singd.placement.splits import Split, ends_of
 
 
 def has_rows(matrix: WeightMatrix, splits: list[Split | None]) -> bool:
-    """Whether what a rank holds of a matrix are rows of it.
-
-    Args:
-        matrix: Matrix.
-        splits: How its parameters are split.
-    """
+    """Whether what a rank holds of a matrix, whose parameters are split so, are rows of it."""
     is_whole = matrix.rows is None and len(matrix.shape) == 2
     by_rows = all(split is not None and split.dim == 0 for split in splits)
     is_same = is_whole and matrix.is_reshaped and matrix.weight.shape[0] == matrix.shape[0]
@@ -72,10 +67,7 @@ def _exchange(
 ) -> list[list[Tensor]]:
     """For every work what each rank sent of it, by one collective for each data type.
 
-    Args:
-        sent: What goes to each rank, of every work.
-        shapes: The shapes of what comes from each rank, of every work.
-        group: Process group.
+    Arguments are those of :func:`all_to_all`, with an item for every work.
     """
     found: dict[int, list[Tensor]] = {}
     for dtype in {t.dtype: None for t in sent[0]}:

@@ -42,18 +42,16 @@ class Holding:
     It is kept in one tensor ``[matrices, ..., d_out, d_in]``, whose last columns are the biases, or
     in two, of which the second has these.
 
-    Args:
+    Attributes:
         matrices: Equal matrices.
+        slots: Of every matrix those of its :attr:`~WeightMatrix.parameters`.
     """
+
+    slots: Sequence[Sequence[Slot]]
 
     def __init__(self, matrices: Sequence[WeightMatrix]) -> None:
         self.matrices = list(matrices)
-        self._slots = [[Slot(m, p) for p in m.parameters] for m in self.matrices]
-
-    @property
-    def slots(self) -> Sequence[Sequence[Slot]]:
-        """Of every matrix those of its :attr:`~WeightMatrix.parameters`."""
-        return self._slots
+        self.slots = [[Slot(m, p) for p in m.parameters] for m in self.matrices]
 
     def keep(self, whole: Kept) -> Kept:
         """What is held of ``[matrices, ..., d_out, columns]``; may share its memory."""

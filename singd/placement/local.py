@@ -84,20 +84,16 @@ class LocalHolding(Holding):
         groups: Process groups of all ranks, one for each dimension of their mesh.
     """
 
+    slots: Sequence[Sequence[LocalSlot]]
+
     def __init__(self, matrices: Sequence[WeightMatrix], groups: Sequence[Any]) -> None:
         self.matrices = list(matrices)
-        self._local = [[LocalSlot(m, p) for p in m.parameters] for m in self.matrices]
-        every = [slot for slots in self._local for slot in slots]
-        first = {slot: is_first_copy(slot.parameter, groups) for slot in every}
-        self._order = sorted(every, key=lambda slot: not first[slot])
+        self.slots = [[LocalSlot(m, p) for p in m.parameters] for m in self.matrices]
+        every = [slot for slots in self.slots for slot in slots]
+        self._is_counted: dict[Slot, bool] = {s: is_first_copy(s.parameter, groups) for s in every}
+        self._order = sorted(every, key=lambda slot: not self._is_counted[slot])
         self._sizes = [slot.shape.numel() for slot in self._order]
-        self._counts = sum(s.shape.numel() for s in every if first[s])
-        self._is_counted: dict[Slot, bool] = {slot: first[slot] for slot in every}
-
-    @property
-    def slots(self) -> Sequence[Sequence[Slot]]:
-        """Of every matrix those of its parameters."""
-        return self._local
+        self._counts = sum(s.shape.numel() for s in every if self._is_counted[s])
 
     def keep(self, whole: Kept) -> Kept:
         """What is held of ``[matrices, ..., d_out, d_in]``, a vector."""
@@ -105,7 +101,7 @@ class LocalHolding(Holding):
         split = [m.split(t) for m, t in zip(self.matrices, joined.unbind(), strict=True)]
         parts = {
             slot: part[slot.box]
-            for slots, parts in zip(self._local, split, strict=True)
+            for slots, parts in zip(self.slots, split, strict=True)
             for slot, part in zip(slots, parts, strict=True)
         }
         return self.joined(lambda slot: parts[slot])
@@ -118,7 +114,7 @@ class LocalHolding(Holding):
         """What was kept as views, one for each slot and shaped like it."""
         pieces = zip(self._order, kept[0].split(self._sizes), strict=True)
         found = {slot: t.view(slot.shape) for slot, t in pieces}
-        return [[found[slot] for slot in slots] for slots in self._local]
+        return [[found[slot] for slot in slots] for slots in self.slots]
 
     def counted(self, kept: Kept) -> Kept:
         """What this rank counts: every number is counted by one rank."""

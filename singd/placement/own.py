@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,8 +14,8 @@ from singd.capture.weight_matrix import WeightMatrix
 from singd.placement.assignment import Assignment
 from singd.placement.base import Made, Work
 from singd.placement.columns import direction_rows
-from singd.placement.holding import Slot
-from singd.placement.splits import Split, gathered
+from singd.placement.holding import Kept, Slot
+from singd.placement.splits import gathered
 
 
 class OwnDirections:
@@ -27,23 +26,22 @@ class OwnDirections:
     make_holding: Callable[[Sequence[WeightMatrix]], Any]
 
     def _held_gradient(self, matrix: WeightMatrix, p: Tensor) -> Tensor:
-        """What this rank holds of a gradient; zero where there is none."""
+        """What this rank holds of the gradient of a parameter of a matrix."""
         slots = self.holding([matrix]).slots[0]
-        slot = next(slot for slot in slots if slot.parameter is p)
-        return torch.zeros_like(slot.of(p)) if p.grad is None else slot.of(p.grad)
+        return gradient_of(next(slot for slot in slots if slot.parameter is p))
 
     def _of_columns(self, works: Sequence[Work]) -> Iterator[Made]:
         """What this rank holds of directions whose halves ranks make by turns."""
         if not works:
             return
-        rows = [torch.stack([self._rows(matrix) for matrix in work.matrices]) for work in works]
-        splits = [self._split(work.matrices[0]) for work in works]
+        rows = [self._rows(work) for work in works]
+        splits = [self._assigned.splits[work.matrices[0].weight] for work in works]
         for work, own, made in zip(works, rows, direction_rows(works, rows, splits), strict=True):
             yield self._made(work, own, made)
 
     def _of_shards(self, works: Sequence[Work]) -> Iterator[Made]:
         """What this rank holds of directions of shards, of rows that are gathered if they must."""
-        rows = [torch.stack([self._rows(matrix) for matrix in work.matrices]) for work in works]
+        rows = [self._rows(work) for work in works]
         rests = [self._assigned.shards[work.matrices[0]].rest for work in works]
         split = [(i, rest) for i, rest in enumerate(rests) if rest is not None]
         G = dict(enumerate(rows))
@@ -58,8 +56,8 @@ class OwnDirections:
 
     def _of_rows(self, work: Work) -> Made:
         """What this rank holds of directions that it makes of its rows alone."""
-        rows = torch.stack([self._rows(matrix) for matrix in work.matrices])
-        split = self._split(work.matrices[0])
+        rows = self._rows(work)
+        split = self._assigned.splits[work.matrices[0].weight]
         if work.matrices[0] in self._assigned.parts:
             made = work.apply(rows)
         else:
@@ -67,31 +65,33 @@ class OwnDirections:
             made = work.apply_rows(rows, rows=side).to(rows.dtype)
         return self._made(work, rows, made)
 
-    def _split(self, matrix: WeightMatrix) -> Split:
-        split = self._assigned.split(matrix.weight)
-        if split is None:
-            raise RuntimeError(f"{matrix.name} has lost its rows")
-        return split
-
     def _made(self, work: Work, rows: Tensor, made: Tensor) -> Made:
         """What is held of the rows of gradients and directions, with the bias as last column."""
-        d_in = rows.shape[-1]
-        own: dict[WeightMatrix, tuple[Tensor, Tensor]] = dict(
-            zip(work.matrices, zip(rows, made, strict=True), strict=True)
-        )
         holding = self.make_holding(work.matrices)
 
-        def part(slot: Slot, which: int) -> Tensor:
-            t = own[slot.matrix][which]
-            is_bias = slot.parameter is slot.matrix.bias
-            return t[:, -1] if is_bias else t[:, : d_in - (slot.matrix.bias is not None)]
+        def joined(values: Tensor) -> Kept:
+            of = dict(zip(work.matrices, values, strict=True))
+            return holding.joined(lambda slot: _columns(of[slot.matrix], slot))
 
-        gradient, direction = (
-            holding.joined(functools.partial(part, which=which)) for which in (0, 1)
-        )
-        return Made(work.matrices, holding, gradient, direction)
+        return Made(work.matrices, holding, joined(rows), joined(made))
 
-    def _rows(self, matrix: WeightMatrix) -> Tensor:
-        """This rank's rows of a gradient, with those of the bias as the last column."""
-        parts = [self._held_gradient(matrix, p) for p in matrix.parameters]
-        return torch.cat([parts[0].flatten(1), *(bias[:, None] for bias in parts[1:])], dim=1)
+    def _rows(self, work: Work) -> Tensor:
+        """This rank's rows of gradients, with those of biases as the last column."""
+        found = []
+        for matrix in work.matrices:
+            weight, *bias = map(gradient_of, self.holding([matrix]).slots[0])
+            found.append(torch.cat([weight.flatten(1), *(t[:, None] for t in bias)], dim=1))
+        return torch.stack(found)
+
+
+def gradient_of(slot: Slot) -> Tensor:
+    """What this rank holds of a gradient; zero where there is none."""
+    p = slot.parameter
+    return torch.zeros_like(slot.of(p)) if p.grad is None else slot.of(p.grad)
+
+
+def _columns(rows: Tensor, slot: Slot) -> Tensor:
+    """The columns of a slot in rows of a matrix, whose last one is of the bias."""
+    if slot.parameter is slot.matrix.bias:
+        return rows[:, -1]
+    return rows if slot.matrix.bias is None else rows[:, :-1]

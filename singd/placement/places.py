@@ -192,10 +192,7 @@ def owners(
 ) -> dict[WeightMatrix, int]:
     """The rank that owns each matrix: the one with the least work so far, the largest first.
 
-    Args:
-        demands: What the factors of each matrix need.
-        ranks: Number of ranks.
-        before: Owners that are fixed.
+    Owners of ``before`` are fixed.
     """
 
     def work(demand: Demand) -> float:

@@ -38,10 +38,6 @@ class OneProcess(Placement):
     def average_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Gradients are whole."""
 
-    def complete(self, sums: Tensor) -> Tensor:
-        """The sums themselves."""
-        return sums
-
 
 class DataParallel(Placement):
     """Every rank holds the whole model and sees some of the samples.
@@ -137,10 +133,6 @@ class DataParallel(Placement):
             if p.grad is not None:
                 sum_(p.grad, self.groups)
                 p.grad.div_(self.size)
-
-    def complete(self, sums: Tensor) -> Tensor:
-        """The sums themselves: every rank holds everything."""
-        return sums
 
 
 def sum_(t: Tensor, groups: Iterable[Any]) -> Tensor:

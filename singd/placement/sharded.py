@@ -26,7 +26,7 @@ from singd.placement.base import Made, Statistics, Work
 from singd.placement.exchange import Exchange
 from singd.placement.local import LocalHolding, group_places
 from singd.placement.mesh import largest_mesh
-from singd.placement.own import OwnDirections
+from singd.placement.own import OwnDirections, gradient_of
 from singd.placement.places import Demand
 from singd.placement.replicated import DataParallel, sum_
 from singd.placement.splits import Split, gathered
@@ -198,20 +198,16 @@ class Sharded(OwnDirections, DataParallel):
                 yield from super().directions([work], (), with_gradients=with_gradients)
         yield from self._of_columns(by_columns)
         yield from self._of_shards(of_shards)
-        same = [[m for m in matrices if m in self._assigned.owners] for matrices in alike]
         held: dict[tuple[WeightMatrix, Tensor], Tensor] = {}
         for matrices, like in self._by_dtype(self._travelling):
             held |= self._exchange(matrices).from_owners(whole, like)
         self._whole = {}
-        for each in same:
-            for matrices, _ in self._by_dtype(each):
+        for each in alike:
+            owned = [matrix for matrix in each if matrix in self._assigned.owners]
+            for matrices, _ in self._by_dtype(owned):
                 holding = self.make_holding(matrices)
                 direction = holding.joined(lambda slot: held[slot.matrix, slot.parameter])
-                gradient = None
-                if with_gradients:
-                    gradient = holding.joined(
-                        lambda slot: self._held_gradient(slot.matrix, slot.parameter)
-                    )
+                gradient = holding.joined(gradient_of) if with_gradients else None
                 yield Made(matrices, holding, gradient, direction)
 
     def gradients(self, matrices: Sequence[WeightMatrix]) -> Tensor:

@@ -21,14 +21,10 @@ Shapes = Mapping[str, Any]
 
 
 def pack(packed: Mapping[str, Any], names: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """What ``Optimizer.state_dict`` returns, with plain options and the names of parameters.
+    """What ``Optimizer.state_dict`` returns, with plain options and the names of each group.
 
     Every parameter has an entry, and the tensors of a factor are numbered: so
     ``torch.distributed.checkpoint`` wants them.
-
-    Args:
-        packed: What ``Optimizer.state_dict`` returns.
-        names: Names of the parameters, group by group.
     """
     groups = [
         plain_group(group) | {"param_names": list(own)}
@@ -56,12 +52,9 @@ def plain(value: Any) -> Any:
 
 
 def plain_group(group: Group) -> dict[str, Any]:
-    """A parameter group without options that are functions."""
-    return {k: plain(v) for k, v in group.items() if not _is_function(k, v)}
-
-
-def _is_function(name: str, value: Any) -> bool:
-    return name not in ("structures", "wide_structure") and callable(value)
+    """A parameter group without options that are functions; structures are written as specs."""
+    specs = ("structures", "wide_structure")
+    return {k: plain(v) for k, v in group.items() if k in specs or not callable(v)}
 
 
 # Loading -----------------------------------------------------------------------------------------

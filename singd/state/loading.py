@@ -83,10 +83,7 @@ def put(state: MutableMapping[Any, Any], values: Mapping[Tensor, dict[str, Any]]
 def spread(parts: Parts, groups: Sequence[Group], state_dict: Mapping[str, Any]) -> None:
     """Put factors that not every rank has into a state as DTensors; all ranks do so together.
 
-    Args:
-        parts: The objects that take a step.
-        groups: Groups of the optimizer.
-        state_dict: What ``Optimizer.state_dict`` returns, changed in place.
+    The state is what ``Optimizer.state_dict`` returns, and is changed in place.
     """
     placement, state = parts.placement, state_dict["state"]
     groups_of = parts.parameters.preconditioned()

@@ -97,12 +97,7 @@ def _times(shape: tuple[int, ...]) -> str:
 
 
 def make_plan(rule: str, parts: Parts) -> Plan:
-    """The plan of an optimizer; nothing is allocated.
-
-    Args:
-        rule: Name of the method.
-        parts: The objects that take a step.
-    """
+    """The plan of an optimizer whose rule has this name; nothing is allocated."""
     parameters, store, fallback = parts.parameters, parts.store, parts.fallback
     ours: dict[Tensor, list[WeightMatrix]] = {}
     for matrix in parameters.preconditioned():

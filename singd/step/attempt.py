@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,7 +12,6 @@ from singd.capture.weight_matrix import WeightMatrix
 from singd.methods.base import Options
 from singd.ops import cuda_graph
 from singd.step.entries import State, state_key
-from singd.step.gradient_scaler import calling_scale
 from singd.step.groups import Group, check_burn_in_is_over, keep_peak_lr, sees_scale
 from singd.step.initial import make_state, wants_state
 from singd.step.pipeline import Parts, Report, agree, pad_statistics, take_step
@@ -43,7 +43,7 @@ def attempt(
         check_burn_in_is_over(groups)
     else:
         skipping.settle()
-    scale = calling_scale() if scale is None else scale
+    scale = _calling_scale() if scale is None else scale
     parts.placement.prepare()
     if not torch.compiler.is_compiling():
         parts.options.check(groups)
@@ -137,3 +137,21 @@ def _loss_averages(parts: Parts, groups: Sequence[Group]) -> set[str | None]:
     if isinstance(terms, Tensor) or terms or not parts.method.needs_activations:
         return set()
     return {group["loss_average"] for group in groups if sees_scale(group)}
+
+
+def _calling_scale() -> Tensor | None:
+    """The scale of the GradScaler that is calling ``step``, if one is.
+
+    It has freed the gradients of its scale by then, but not the statistics of the backward pass.
+    An optimizer that it hands the scale (``_step_supports_amp_scaling``) is one whose gradients
+    Lightning does not clip, and whose skipped steps accelerate does not see.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_name != "step":
+            continue  # f_locals is a copy of them all
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, torch.amp.GradScaler):
+            return torch.tensor(caller.get_scale())
+    return None

@@ -16,11 +16,7 @@ from singd.placement import Demand
 def demand_of(method: Method, matrix: WeightMatrix, factors: Factors, group: Options) -> Demand:
     """What the factors of a matrix need, in numbers and operations.
 
-    Args:
-        method: Method that makes and updates them.
-        matrix: Matrix.
-        factors: Factors of it, whose numbers do not matter.
-        group: Options of the group of its weight.
+    The numbers of the factors that are given do not matter.
     """
     sides = list(factors.members().values())[:2]
     counts = [sum(t.numel() for t in side.tensors()) for side in sides]

@@ -77,14 +77,9 @@ def precondition(
     *,
     with_gradients: bool,
 ) -> list[Direction]:
-    """The directions of all matrices that have a gradient.
+    """The directions of all matrices that have a gradient, which may be held beside them.
 
-    Args:
-        proposed: The factors that this rank has.
-        method: Makes directions.
-        placement: Brings gradients to factors.
-        groups: All matrices that are preconditioned, each with its group.
-        with_gradients: Whether gradients are held beside directions.
+    The factors are those that this rank has; all that are preconditioned are in ``groups``.
     """
     works = []
     for proposal in proposed:

@@ -56,16 +56,10 @@ def drop_unknown(matrix: WeightMatrix, state: State, names: Iterable[str]) -> No
 def recognized(
     matrix: WeightMatrix, name: str, value: Any, shapes: Sequence[torch.Size]
 ) -> list[Form]:
-    """The forms in which the tensors of a member are stored.
-
-    Args:
-        matrix: Matrix of the member.
-        name: Name of the member.
-        value: What the state holds of it.
-        shapes: Shapes of the member's tensors.
+    """The forms in which the state holds the tensors of a member, of these shapes.
 
     Raises:
-        ValueError: If it is no list of tensors that are stored of a member of these shapes.
+        ValueError: If the value is no list of tensors that are stored of such a member.
     """
     good = isinstance(value, list | tuple) and all(isinstance(t, Tensor) for t in value)
     forms = recognize(value, shapes) if good else None

@@ -102,8 +102,7 @@ class FactorStore:
         batch = self._batch_of.get(matrix)
         if batch is None:
             return self._templates[matrix]
-        factors: Factors = batch.one[matrix].factors()
-        return factors
+        return batch.one[matrix].factors()
 
     def summarizing(self, matrix: WeightMatrix, group: Group, side: Side) -> Factors:
         """The factors that statistics are made with: their numbers where a method needs them."""
@@ -180,10 +179,7 @@ class FactorStore:
 
     def _blank(self, matrix: WeightMatrix, group: Mapping[str, Any]) -> Factors:
         weight, structures = matrix.weight, self.structures(matrix, group)
-        factors: Factors = self.method.init(
-            matrix.shape, structures, group, dtype=weight.dtype, device="meta"
-        )
-        return factors
+        return self.method.init(matrix.shape, structures, group, dtype=weight.dtype, device="meta")
 
     def products(self, batch: Batch) -> Products:
         """The products of the factors of a batch, made if they are not there."""

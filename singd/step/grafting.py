@@ -140,7 +140,7 @@ def _adamw(
     slots = [slot for own in holding.slots for slot in own]
     used = {s.parameter: s.parameter.grad for s in slots if s.parameter.grad is not None}
     averages: Averages = {p: _copied(p, state[p]) for p in used}
-    moving = [_without_prefix(average) for average in averages.values()]
+    moving = [{k.removeprefix("graft_"): t for k, t in own.items()} for own in averages.values()]
     grads = [local(grad).to(p.dtype) for p, grad in used.items()]
     steps = dict(zip(used, adamw_directions(grads, moving, options), strict=True))
     wanted = [
@@ -159,10 +159,6 @@ def _copied(p: Tensor, entry: Mapping[str, Any]) -> dict[str, Tensor]:
         name: local(entry[name]).to(zero, copy=True) if name in entry else zero
         for name, zero in init(local(p)).items()
     }
-
-
-def _without_prefix(average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("graft_"): t for name, t in average.items()}
 
 
 def _lengths(holding: Holding, like: Tensor) -> Tensor:

@@ -134,8 +134,7 @@ def peak_lr(group: Group) -> float | Tensor:
     lr, peak = group["lr"], group["peak_lr"]
     if isinstance(peak, Tensor):
         return peak.clamp(min=lr)
-    highest: float | Tensor = lr.clamp(min=peak) if isinstance(lr, Tensor) else max(lr, peak)
-    return highest
+    return lr.clamp(min=peak) if isinstance(lr, Tensor) else max(lr, peak)
 
 
 def keep_peak_lr(group: Group, unless: Tensor | None) -> None:
@@ -154,15 +153,12 @@ def keep_peak_lr(group: Group, unless: Tensor | None) -> None:
 
 def is_due(group: Group) -> bool:
     """Whether the next step updates factors; it is the step that refuses a wrong ``T``."""
-    T = max(group["T"], 1)
-    due: bool = is_burning_in(group) or group["step"] % T == 0
-    return due
+    return is_burning_in(group) or group["step"] % max(group["T"], 1) == 0
 
 
 def is_burning_in(group: Group) -> bool:
     """Whether the next step is one of the first, all of which update factors."""
-    burning_in: bool = group["step"] < group.get("burn_in", 0)
-    return burning_in
+    return group["step"] < group.get("burn_in", 0)
 
 
 def check_burn_in_is_over(groups: Iterable[Group]) -> None:

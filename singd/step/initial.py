@@ -19,10 +19,7 @@ from singd.step.pipeline import Parts
 def expected_values(parts: Parts, p: Tensor, group: Group) -> dict[str, Any]:
     """What the state of a parameter may hold: tensors, or lists of tensors, of these shapes.
 
-    Args:
-        parts: The objects that take a step.
-        p: Parameter.
-        group: Its group, as it will be.
+    ``group`` is its group as it will be.
     """
     found: dict[str, Any] = {"step": torch.zeros(()), "momentum_buffer": p}
     names = (*grafting.ADAMW_NAMES, "exp_avg", "exp_avg_sq", "max_exp_avg_sq")

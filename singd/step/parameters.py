@@ -175,12 +175,7 @@ class Parameters:
                 )
 
     def hand_over(self, reasons: dict[WeightMatrix, str], state: State) -> None:
-        """Leave matrices to AdamW, with a warning that names them; their state is dropped.
-
-        Args:
-            reasons: Why, by matrix.
-            state: State of the optimizer.
-        """
+        """Leave matrices to AdamW, with a warning that says why; their state is dropped."""
         by_reason: dict[str, list[str]] = {}
         for matrix, reason in reasons.items():
             group, name = self.group_of[matrix.weight], self.name(matrix.weight)

@@ -38,8 +38,7 @@ def stochastic_round(x: Tensor, dtype: DType, names: Tensor, word: Tensor, start
         word: Seed of the step, int64 ``[1]``.
         start: Index of the first number of a row.
     """
-    rounded: Tensor = GUARDED[0](x, dtype, names, word, start)
-    return rounded
+    return GUARDED[0](x, dtype, names, word, start)
 
 
 @stochastic_round.register_fake
@@ -89,9 +88,8 @@ def momentum_step_(
     """
     kinds: dict[Any, list[int]] = {}
     for i, (p, d) in enumerate(zip(params, directions, strict=True)):
-        if (
-            p.numel()
-        ):  # rows of a larger matrix, or addresses that are not aligned, are slower to read
+        if p.numel():
+            # Rows of a larger matrix, or addresses that are not aligned, are slower to read.
             aligned = all(t.data_ptr() % 16 == 0 for t in (p, d, *buffers[i : i + 1]))
             is_box = boxes is not None and boxes[3 * i + 1] != boxes[3 * i + 2]
             kind = p.dtype, d.dtype, d.is_contiguous(), aligned, is_box
@@ -166,8 +164,7 @@ def inner_product(x: Tensor, y: Tensor) -> Tensor:
         x: Contiguous vector in bfloat16 or float16.
         y: Vector like ``x``.
     """
-    sums: Tensor = GUARDED[2](x, y, _programs(len(x)))
-    return sums
+    return GUARDED[2](x, y, _programs(len(x)))
 
 
 @inner_product.register_fake

@@ -131,19 +131,8 @@ def launch(
 ) -> None:
     """One launch, for tensors that are alike in data types and layout and are not empty.
 
-    Args:
-        params: Contiguous parameters.
-        directions: Directions; may be columns of a wider matrix.
-        buffers: Contiguous momenta, or none.
-        places: Place in ``names`` of each parameter.
-        lr: Step size.
-        momentum: Momentum.
-        weight_decay: Weight decay.
-        decoupled: Whether the decay is AdamW's.
-        names: Hashes of names, int64.
-        word: Seed of the step, int64 ``[1]``.
-        unless: Truth value: if it is true, nothing changes.
-        boxes: The numbers of every name, of :class:`singd.ops.reference.Indices`.
+    Arguments are those of the operator, and the place in ``names`` of each parameter. Parameters
+    and momenta are contiguous; directions may be columns of a wider matrix.
     """
     rows: list[Row] = []
     alive = []  # copies of directions, until the kernel is launched

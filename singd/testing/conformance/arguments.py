@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ from singd.testing.conformance.training import (
     batches,
     moved,
     net,
-    train,
+    trained,
     weights,
 )
 
@@ -84,36 +86,25 @@ def half_named(make: Make) -> None:
 
 def named(make: Make) -> None:
     """Named parameters are trained like parameters, and a group keeps the names."""
-    runs = []
-    for names in (False, True):
-        model = net()
-        given = list(model.named_parameters()) if names else list(model.parameters())
-        optimizer = make(model, given)
-        train(model, optimizer, batches(3))
-        runs.append(weights(model))
-    assert_same(runs[1], runs[0], "training with named parameters")
-    expected = [name for name, _ in net().named_parameters()]
+    plain, _ = trained(make, params=lambda model: list(model.parameters()))
+    model, optimizer = trained(make, params=lambda model: list(model.named_parameters()))
+    assert_same(weights(model), weights(plain), "training with named parameters")
+    expected = [name for name, _ in model.named_parameters()]
     got = optimizer.param_groups[0].get("param_names")
     assert got == expected, f"param_names: expected {expected}, got {got}"
 
 
 def iterators(make: Make) -> None:
     """A generator of parameters or of groups is taken, and read once."""
-    runs = []
-    for kind in ("list", "parameters", "groups"):
-        model = net()
-        groups = (
-            {"params": module.parameters()} for module in model if not isinstance(module, nn.Tanh)
-        )
-        params = {
-            "list": list(model.parameters()),
-            "parameters": model.parameters(),
-            "groups": groups,
-        }[kind]
-        train(model, make(model, params), batches(3))
-        runs.append(weights(model))
-    assert_same(runs[1], runs[0], "training with a generator of parameters")
-    assert all(moved(model)), "a generator of groups: some parameters did not move"
+
+    def groups(model: nn.Sequential) -> Iterator[dict[str, Any]]:
+        return ({"params": each.parameters()} for each in model if not isinstance(each, nn.Tanh))
+
+    listed, _ = trained(make, params=lambda model: list(model.parameters()))
+    generated, _ = trained(make, params=lambda model: model.parameters())
+    assert_same(weights(generated), weights(listed), "training with a generator of parameters")
+    grouped, _ = trained(make, params=groups)
+    assert all(moved(grouped)), "a generator of groups: some parameters did not move"
 
 
 def rates(make: Make) -> None:

@@ -109,8 +109,7 @@ def _load_by_hooks(optimizer: Optimizer, wrapped: dict[str, Any], way: str) -> l
     def unpack(_: Optimizer, given: dict[str, Any]) -> dict[str, Any] | None:
         calls.append("unpack")
         if way == "as a new dict":
-            inner: dict[str, Any] = given["inner"]
-            return inner
+            return given["inner"]
         given |= given.pop("inner")
         return None
 

@@ -36,8 +36,7 @@ class _Mixed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x.to(next(layer.parameters()).dtype)).tanh()
-        y: Tensor = self.last(self.norm(x.float()).double())
-        return y
+        return self.last(self.norm(x.float()).double())
 
 
 def mixed_dtypes(make: Make) -> None:

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -146,32 +147,22 @@ def other_dtypes(make: Make) -> None:
 
 def resets(make: Make) -> None:
     """What is deleted from the state is made anew, or an error: it never leaves a checkpoint."""
-
-    def replace(optimizer: Optimizer, p: Tensor) -> None:
-        optimizer.state = defaultdict(dict)
-
-    def clear(optimizer: Optimizer, p: Tensor) -> None:
-        optimizer.state.clear()
-
-    def forget(optimizer: Optimizer, p: Tensor) -> None:
-        del optimizer.state[p]
-
-    def empty(optimizer: Optimizer, p: Tensor) -> None:
-        optimizer.state[p] = {}
-
-    for reset in (replace, clear, forget, empty):
+    resets: dict[str, Callable[[Optimizer, Tensor], Any]] = {
+        "replace": lambda optimizer, p: setattr(optimizer, "state", defaultdict(dict)),
+        "clear": lambda optimizer, p: optimizer.state.clear(),
+        "forget": lambda optimizer, p: optimizer.state.pop(p),
+        "empty": lambda optimizer, p: optimizer.state.update({p: {}}),
+    }
+    for name, reset in resets.items():
         model, optimizer = trained(make, 5)
-        reset(optimizer, model[0].weight)  # type: ignore[index]
+        reset(optimizer, next(model.parameters()))
         try:
             train(model, optimizer, batches(6)[5:])
         except (ValueError, KeyError):
             continue
         other = _resumed(make, model, optimizer.state_dict())
-        _goes_on(
-            (model, optimizer),
-            other,
-            f"a run resumed after the state was reset by {reset.__name__}",
-        )
+        what = f"a run resumed after the state was reset by {name}"
+        _goes_on((model, optimizer), other, what)
 
 
 def copies(make: Make) -> None:

@@ -81,10 +81,12 @@ def moved(model: nn.Module) -> list[bool]:
     return [not torch.equal(a, b) for a, b in zip(weights(model), weights(net()), strict=True)]
 
 
-def trained(make: Make, count: int = 3, **options: Any) -> tuple[nn.Module, Optimizer]:
-    """A model and its optimizer after some steps."""
+def trained(
+    make: Make, count: int = 3, params: Callable[[nn.Sequential], Any] = lambda model: None
+) -> tuple[nn.Sequential, Optimizer]:
+    """A model and its optimizer, which is given some ``params`` of it, after some steps."""
     model = net()
-    optimizer = make(model, **options)
+    optimizer = make(model, params(model))
     train(model, optimizer, batches(count))
     return model, optimizer
 

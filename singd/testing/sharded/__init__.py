@@ -74,13 +74,7 @@ def _begin(folder: Path) -> Layout:
 
 
 def on_rank(layout: Any, optimizer: Make, name: str) -> Ends:
-    """What a row ends with on a rank.
-
-    Args:
-        layout: Layout of the rank.
-        optimizer: Optimizer class.
-        name: Name of the row.
-    """
+    """What a row ends with on the rank that has this layout."""
     return SHARDED_ROWS[name](optimizer, Setting(layout, layout.ranks))
 
 

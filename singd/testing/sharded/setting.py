@@ -33,8 +33,7 @@ class Layout:
     @property
     def ranks(self) -> int:
         """Number of ranks that share the data."""
-        size: int = self.mesh.size()
-        return size
+        return self.mesh.size()
 
     @property
     def rank(self) -> int:
