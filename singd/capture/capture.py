@@ -34,12 +34,7 @@ from singd.ops.profiling import scope
 
 
 class Capture:
-    """The hooks on a model's layers and what they saw; observers are not kept alive.
-
-    Args:
-        model: Model that is trained.
-        observer: Who decides what is captured.
-    """
+    """The hooks on a model's layers and what they saw; the observer is not kept alive."""
 
     def __init__(self, model: nn.Module, observer: Observer) -> None:
         self._observer = weakref.ref(observer)
@@ -172,9 +167,7 @@ class Capture:
     def commit(self, matrix: WeightMatrix, weight: Tensor) -> None:
         """A backward pass has added to the gradient of ``matrix``.
 
-        Args:
-            matrix: Matrix that is watched.
-            weight: Parameter with the gradient: that of the model, or of its module in the pass.
+        ``weight`` has it: the parameter of the model, or that of its module in the pass.
         """
         accumulator = self.accumulators[matrix]
         if weight is not matrix.weight or accumulator.met is None:

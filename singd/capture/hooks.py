@@ -92,11 +92,7 @@ def is_watching() -> bool:
 class LayerHook(Hook):
     """The forward hook of one weight.
 
-    Args:
-        matrix: Weight that is watched.
-        listen: Says who listens.
-        refuse: Function that is called with a reason if the module is used in a way that its layer
-            does not know.
+    ``refuse`` is given a reason if the module is used in a way that its layer does not know.
     """
 
     def __init__(
@@ -144,10 +140,7 @@ def _kind(value: Any) -> str:
 class AttentionHook(Hook):
     """The hooks of an attention module, whose projections run without calling a module.
 
-    Args:
-        products: Weight and module of every projection that is watched, by its name.
-        listen: Says who listens.
-        refuse: As that of :class:`LayerHook`.
+    ``products`` are the weight and the module of every projection that is watched, by its name.
     """
 
     def __init__(

@@ -27,10 +27,6 @@ class LossTerms:
     """Hooks that look at the outputs of layers: at the first step, to check ``loss_average``.
 
     Where parts of a model are called one by one they look at every step, to find out N.
-
-    Args:
-        model: Model that is trained.
-        calls: Calls of the model, which are told what is found.
     """
 
     def __init__(self, model: nn.Module, calls: Calls) -> None:

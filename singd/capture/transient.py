@@ -32,24 +32,16 @@ class Hook:
 
 
 def attach_after(module: nn.Module, hook: Callable[..., Any], *, first: bool = False) -> Any:
-    """Register a transient forward hook; returns its handle.
+    """Register a transient forward hook, which may run before others; returns its handle.
 
-    Args:
-        module: Module that is watched.
-        hook: Function of module, arguments, keyword arguments and output.
-        first: Whether it runs before other hooks.
+    The hook is a function of module, arguments, keyword arguments and output.
     """
     handle = module.register_forward_hook(hook, with_kwargs=True, prepend=first)
     return _transient(module, handle)
 
 
 def attach_before(module: nn.Module, hook: Callable[..., Any]) -> Any:
-    """Register a transient forward pre-hook; returns its handle.
-
-    Args:
-        module: Module that is watched.
-        hook: Function of module, arguments and keyword arguments.
-    """
+    """Register a transient forward pre-hook, of module and arguments; returns its handle."""
     return _transient(module, module.register_forward_pre_hook(hook, with_kwargs=True))
 
 

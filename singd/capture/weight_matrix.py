@@ -85,8 +85,7 @@ class WeightMatrix:
     def gradients(self, whole: Mapping[Tensor, Tensor]) -> list[Tensor]:
         """The parts of the gradients of weight and bias; zero where there is none.
 
-        Args:
-            whole: Gradients in place of ``p.grad``, of parameters that are sharded.
+        Those in ``whole`` take the place of ``p.grad``, of parameters that are sharded.
         """
         return [
             torch.zeros(self.part_shape(p), dtype=p.dtype, device=p.device)
@@ -115,11 +114,7 @@ def stack_gradients(
 ) -> Tensor:
     """The gradients of equal matrices, ``[matrices, ..., d_out, d_in]``, with those of biases.
 
-    May share memory with a gradient.
-
-    Args:
-        matrices: Equal matrices.
-        whole: Gradients in place of ``p.grad``, of parameters that are sharded.
+    May share memory with a gradient; ``whole`` as for :meth:`WeightMatrix.gradients`.
     """
     return stack_parts(matrices, [matrix.gradients(whole) for matrix in matrices])
 

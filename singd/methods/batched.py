@@ -102,11 +102,9 @@ class _Side:
 def steps(
     stacks: Iterable[Stack], rule: Rule
 ) -> Iterator[tuple[StructuredMatrix, StructuredMatrix]]:
-    """The new K and C of every stack, which may be wider.
+    """The new K and C of every stack of one group, which may be wider.
 
-    Args:
-        stacks: Those of one group; each holds its statistics until it is taken.
-        rule: Options of the group.
+    A stack holds its statistics until it is taken.
     """
     sides = [side for stack in stacks for side in _sides(stack, rule)]
     weights = _weights(sides, rule)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from singd.ops import dispatch, reference
+from singd.ops.grouping import grouped
 
 _PIECE = 1 << 18  # numbers of low precision that are made wide at a time
 
@@ -63,12 +64,11 @@ def jointly(
         numbers: Tensors of each layer, for each argument; of one shape for all arguments.
     """
     out: list[Tensor] = [*numbers[0]]
-    for device in {x.device for x in out}:
-        there = [i for i, x in enumerate(out) if x.device == device]
+    for there in grouped(range(len(out)), lambda i: numbers[0][i].device):
         vectors = [torch.cat([each[i].flatten() for i in there]) for each in numbers]
         counts = tuple((max(sizes[i], 1), out[i].numel()) for i in there)
         repeat = _repeat if torch.compiler.is_compiling() else _cached_repeat  # it ignores caches
-        results = function(*vectors, repeat(counts, vectors[0].dtype, device))
+        results = function(*vectors, repeat(counts, vectors[0].dtype, vectors[0].device))
         for i, result in zip(there, results.split([k for _, k in counts]), strict=True):
             shaped = result if out[i].ndim == 1 else result.view(out[i].shape)
             out[i] = shaped if shaped.dtype == out[i].dtype else shaped.to(out[i].dtype)

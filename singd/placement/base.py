@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,8 +53,8 @@ class Made:
     direction: Kept
 
 
-class Placement(ABC):
-    """Which ranks hold which part of parameters, statistics and factors.
+class Placement:
+    """Which ranks hold which part of parameters, statistics and factors; here one has everything.
 
     Every rank calls the methods in the same order. Numbers that belong to all ranks (norms, inner
     products, whether all is finite) are sums over what a rank holds; :meth:`complete` adds them up.
@@ -143,7 +142,6 @@ class Placement(ABC):
         """Whether gradients of the pass under way are reduced, as those of the last one are."""
         return True
 
-    @abstractmethod
     def agree(self, numbers: Sequence[float | Tensor], like: Tensor) -> list[float]:
         """The sums over all ranks of numbers that decide what a step does.
 
@@ -151,20 +149,18 @@ class Placement(ABC):
             numbers: Numbers, as many on every rank.
             like: Tensor on the device that the ranks communicate by.
         """
+        return [float(number) for number in numbers]
 
-    @abstractmethod
     def reduce(self, statistics: Statistics) -> Statistics:
         """The sums of statistics over all ranks, of the same matrices on every rank."""
+        return statistics
 
-    @abstractmethod
     def average_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Average ``.grad`` over all ranks, in place, unless that was done in the backward pass."""
+        return
 
     def complete(self, sums: Tensor) -> Tensor:
-        """The sums over all ranks of what a step has summed over the parts that a rank holds.
-
-        The sums themselves where every rank holds everything.
-        """
+        """The sums over all ranks of what a step has summed over the parts that a rank holds."""
         return sums
 
     def complete_norms(self, norms: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from singd.capture.weight_matrix import WeightMatrix
+from singd.ops.grouping import grouped
 from singd.placement.base import Work
 from singd.placement.exchange import all_to_all
 from singd.placement.splits import Split, ends_of
@@ -70,8 +71,7 @@ def _exchange(
     Arguments are those of :func:`all_to_all`, with an item for every work.
     """
     found: dict[int, list[Tensor]] = {}
-    for dtype in {t.dtype: None for t in sent[0]}:
-        some = [i for i, t in enumerate(sent[0]) if t.dtype == dtype]
+    for some in grouped(range(len(sent[0])), lambda i: sent[0][i].dtype):
         received = all_to_all(
             [[own[i] for i in some] for own in sent],
             [[own[i] for i in some] for own in shapes],

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from singd.capture.statistics import KroneckerStatistics, Summand
 from singd.capture.weight_matrix import WeightMatrix
+from singd.ops.grouping import grouped
 from singd.placement.base import Placement, Statistics
 from singd.placement.places import Demand
 
@@ -25,18 +26,7 @@ _PACK = 1 << 24  # numbers from which no more are reduced at a time: they are co
 
 
 class OneProcess(Placement):
-    """There is one rank."""
-
-    def agree(self, numbers: Sequence[float | Tensor], like: Tensor) -> list[float]:
-        """The numbers themselves."""
-        return [float(number) for number in numbers]
-
-    def reduce(self, statistics: Statistics) -> Statistics:
-        """The statistics themselves."""
-        return statistics
-
-    def average_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Gradients are whole."""
+    """There is one rank: all is as in the base class."""
 
 
 class DataParallel(Placement):
@@ -163,10 +153,7 @@ def sum_packed_(summands: Sequence[Summand], groups: Sequence[Any], to: int | No
 
 def _packs(summands: Iterable[Summand]) -> Iterator[list[Summand]]:
     """Tensors of one data type and device, together :data:`_PACK` numbers or little more."""
-    alike: dict[Any, list[Summand]] = {}
-    for s in summands:
-        alike.setdefault((s.tensor.dtype, s.tensor.device), []).append(s)
-    for same in alike.values():
+    for same in grouped(summands, lambda s: (s.tensor.dtype, s.tensor.device)):
         pack: list[Summand] = []
         for s in same:
             pack.append(s)

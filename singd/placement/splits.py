@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from singd.ops.dtensor import is_distributed, local
+from singd.ops.grouping import grouped
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,7 @@ def gathered(tensors: Sequence[Tensor], splits: Sequence[Split]) -> list[Tensor]
     group = splits[0].group
     ranks = range(dist.get_world_size(group))
     found: dict[int, Tensor] = {}
-    for dtype in {t.dtype: None for t in tensors}:
-        some = [i for i, t in enumerate(tensors) if t.dtype == dtype]
+    for some in grouped(range(len(tensors)), lambda i: tensors[i].dtype):
         shapes = [[splits[i].shape(tensors[i].shape, rank) for i in some] for rank in ranks]
         longest = max(sum(shape.numel() for shape in own) for own in shapes)
         flat = torch.cat([local(tensors[i]).flatten() for i in some])

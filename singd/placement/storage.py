@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from singd.capture.weight_matrix import WeightMatrix
+from singd.ops.grouping import grouped
 from singd.ops.parts import Part
 from singd.placement.exchange import all_to_all
 from singd.placement.splits import Split, ends_of, gathered
@@ -68,8 +69,7 @@ def _spread(items: Sequence[Item], owners: Sequence[int], group: Any) -> list[Te
     """The tensors of owners as DTensors, by one collective for each data type."""
     found: dict[int, Tensor] = {}
     me, ranks = dist.get_rank(group), range(dist.get_world_size(group))
-    for dtype in {like.dtype: None for _, like, _ in items}:
-        chosen = [i for i, (_, like, _) in enumerate(items) if like.dtype == dtype]
+    for chosen in grouped(range(len(items)), lambda i: items[i][1].dtype):
         held = [t for i in chosen if owners[i] == me and (t := items[i][2]) is not None]
         sent = [[_rows(t, rank, len(ranks)) for t in held] for rank in ranks]
         theirs = [[i for i in chosen if owners[i] == rank] for rank in ranks]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from singd.capture.statistics import KroneckerStatistics, Statistic, Summand
 from singd.capture.weight_matrix import WeightMatrix
+from singd.ops.grouping import grouped
 from singd.ops.parts import Part, completed, within
 from singd.placement.base import Statistics
 from singd.placement.replicated import sum_, sum_packed_
@@ -81,7 +82,9 @@ def scatter(
     traces = torch.cat([one.grad.value.trace().flatten().double() for one in statistics.values()])
     sums = iter(sum_(traces, groups))
     found, summed = {}, {}
-    for some in _alike(statistics, parts):
+    for some in grouped(
+        statistics, lambda m: (parts[m].group.group_name, statistics[m].grad.value.dtype)
+    ):
         group = parts[some[0]].group
         others = [each for each in groups if each is not group]
         sides = [splits[m.weight] for m in some]
@@ -140,12 +143,3 @@ def reduce_scatter(sent: Tensor, count: int, group: Any) -> Tensor:
     function = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     function(own, sent, group=group)
     return own
-
-
-def _alike(statistics: Statistics, parts: Mapping[WeightMatrix, Part]) -> list[list[WeightMatrix]]:
-    """Matrices by process group and data type."""
-    found: dict[Any, list[WeightMatrix]] = {}
-    for matrix, one in statistics.items():
-        key = parts[matrix].group.group_name, one.grad.value.dtype
-        found.setdefault(key, []).append(matrix)
-    return list(found.values())

@@ -14,6 +14,7 @@ from singd.capture.weight_matrix import WeightMatrix
 from singd.methods.base import Method
 from singd.methods.options import graft_of
 from singd.ops.dtensor import is_distributed, local
+from singd.ops.grouping import grouped
 from singd.ops.momentum_step import momentum_step_
 from singd.ops.reductions import inner_product, total
 from singd.ops.stochastic_rounding import Rounding
@@ -88,13 +89,11 @@ def precondition(
             names = ("precondition", "apply_input", "apply_grad", "apply_rows", "apply_apart")
             made = [functools.partial(_apply, getattr(method, n), proposal, some) for n in names]
             works.append(Work(some, _is_apart(method, proposal), *made))
-    alike: dict[int, list[WeightMatrix]] = {}
-    for matrix, group in groups.items():
-        if matrix.has_gradient:
-            alike.setdefault(id(group), []).append(matrix)
+    moving = [matrix for matrix in groups if matrix.has_gradient]
+    alike = grouped(moving, lambda matrix: id(groups[matrix]))
     return [
         Direction(m.matrices, groups[m.matrices[0]], m.holding, m.gradient, m.direction)
-        for m in placement.directions(works, alike.values(), with_gradients=with_gradients)
+        for m in placement.directions(works, alike, with_gradients=with_gradients)
     ]
 
 
@@ -131,11 +130,8 @@ def graft(
     Returns:
         New values for the state, by parameter.
     """
-    alike: dict[Any, list[Direction]] = {}
-    for d in directions:
-        alike.setdefault((id(d.group), d.value[0].device, d.value[0].dtype), []).append(d)
     averages: Averages = {}
-    for some in alike.values():
+    for some in grouped(directions, lambda d: (id(d.group), d.value[0].device, d.value[0].dtype)):
         wanted = graft_of(some[0].group)
         if wanted is None:
             for d in some:
@@ -167,14 +163,12 @@ def scale_by_kl(directions: Sequence[Direction], placement: Placement) -> Tensor
     Returns:
         The sum ``q`` that bounds go by, if it saw all directions.
     """
-    bounded: dict[int, list[Direction]] = {}
-    for d in directions:
-        if d.group["kl_clip"] is not None:
-            bounded.setdefault(id(d.group), []).append(d)
+    clipped = [d for d in directions if d.group["kl_clip"] is not None]
+    bounded = grouped(clipped, lambda d: id(d.group))
     if not bounded:
         return None
     sums = []
-    for same in bounded.values():
+    for same in bounded:
         products = [
             inner_product(x, y)
             for d in same
@@ -183,7 +177,7 @@ def scale_by_kl(directions: Sequence[Direction], placement: Placement) -> Tensor
         ]
         sums.append(peak_lr(same[0].group) ** 2 * total(products))
     q = placement.complete(total(sums))
-    for same in bounded.values():
+    for same in bounded:
         scale = kl_scale(same[0].group["kl_clip"], q)
         for d in same:
             d.scale = scale
@@ -232,32 +226,30 @@ def move_parameters(
         state: State of the optimizer, with the momenta.
         unless: Truth value on the device, or ``None``.
     """
-    alike: dict[Any, list[tuple[Slot, Tensor]]] = {}
-    options: dict[Any, tuple[Group, Tensor | None]] = {}
-    for d in directions:
-        for move in d.moves():
-            p = move[0].parameter
-            group = parameters.group_of[p]
-            key = (id(group), id(d.scale), p.device, p.dtype)
-            options[key] = group, d.scale
-            alike.setdefault(key, []).append(move)
-    for key, moves in alike.items():
-        group, scale = options[key]
+
+    def kind(move: tuple[Slot, Tensor, Tensor | None]) -> tuple[Any, ...]:
+        p, scale = move[0].parameter, move[2]
+        return id(parameters.group_of[p]), id(scale), p.device, p.dtype
+
+    every = [(slot, value, d.scale) for d in directions for slot, value in d.moves()]
+    for moves in grouped(every, kind):
+        slots, values, scales = zip(*moves, strict=True)
+        group = parameters.group_of[slots[0].parameter]
         buffers = []
         if group["momentum"]:
-            buffers = [slot.of(_buffer(slot.parameter, state)) for slot, _ in moves]
+            buffers = [slot.of(_buffer(slot.parameter, state)) for slot in slots]
         momentum_step_(
-            [slot.of(slot.parameter) for slot, _ in moves],
-            [value for _, value in moves],
+            [slot.of(slot.parameter) for slot in slots],
+            values,
             buffers,
             lr=group["lr"],
             momentum=group["momentum"],
             weight_decay=group["weight_decay"],
             decoupled=group["decoupled_weight_decay"],
             rounding=Rounding(group["seed"], group["step"]),
-            names=[f"{parameters.name(s.parameter)} {s.matrix.label}" for s, _ in moves],
-            indices=[slot.indices for slot, _ in moves],
-            scale=scale,
+            names=[f"{parameters.name(s.parameter)} {s.matrix.label}" for s in slots],
+            indices=[slot.indices for slot in slots],
+            scale=scales[0],
             unless=unless,
         )
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from singd.capture.statistics import KroneckerStatistics, side_by_side
 from singd.capture.weight_matrix import WeightMatrix
 from singd.methods.base import Averages, Method, Stack
+from singd.ops.grouping import grouped
 from singd.ops.stochastic_rounding import Rounding
 from singd.placement import Placement, Statistics
 from singd.step.batch import Batch, Proposal
@@ -63,13 +62,13 @@ def update_factors(
     proposals = [
         Proposal(batch, batch.stored, store.products(batch), []) for batch in store.batches
     ]
-    by_group: dict[int, list[tuple[Proposal, list[WeightMatrix]]]] = {}
-    for proposal in proposals:
-        group = proposal.batch.group
-        if is_due(group):
-            for some in _due(store.method, proposal.batch, statistics):
-                by_group.setdefault(id(group), []).append((proposal, some))
-    for due in by_group.values():
+    every = [
+        (proposal, some)
+        for proposal in proposals
+        if is_due(proposal.batch.group)
+        for some in _due(store.method, proposal.batch, statistics)
+    ]
+    for due in grouped(every, lambda each: id(each[0].batch.group)):
         group = due[0][0].batch.group
         rounding = Rounding(group["seed"], group["step"])
         stacks = (
@@ -86,19 +85,13 @@ def update_factors(
     return proposals
 
 
-def _due(method: Method, batch: Batch, statistics: Statistics) -> Iterator[list[WeightMatrix]]:
-    """The matrices of a batch with statistics, of one kind each time."""
+def _due(method: Method, batch: Batch, statistics: Statistics) -> list[list[WeightMatrix]]:
+    """The matrices of a batch with statistics, those of one kind together."""
     if not method.needs_activations:
         some = [matrix for matrix in batch.matrices if matrix.has_gradient]
-        if some:
-            yield some
-        return
-    kinds: dict[Any, list[WeightMatrix]] = {}
-    for matrix in batch.matrices:
-        if matrix in statistics:
-            one = statistics[matrix]
-            kinds.setdefault((one.input.kind, one.grad.kind), []).append(matrix)
-    yield from kinds.values()
+        return [some] if some else []
+    some = [matrix for matrix in batch.matrices if matrix in statistics]
+    return grouped(some, lambda m: (statistics[m].input.kind, statistics[m].grad.kind))
 
 
 def _job(

@@ -17,6 +17,7 @@ from torch.optim.adamw import adamw
 
 from singd.methods.options import in_range
 from singd.ops.dtensor import local
+from singd.ops.grouping import grouped
 from singd.step.entries import State
 from singd.step.groups import Group, counter_device
 
@@ -107,7 +108,8 @@ class Fallback:
         options = self.options
         own = group["adamw"]
         decay = group["weight_decay"] if own["weight_decay"] is None else own["weight_decay"]
-        for some in _by_kind(moved):
+        # A fused kernel takes neither complex ones nor views.
+        for some in grouped(moved, lambda p: p.is_complex() or not _is_packed(p)):
             states = [state[p] for p in some]
             is_fused = self.is_fused(some)
             adamw(
@@ -179,14 +181,6 @@ def adamw_directions(
         capturable=all(g.is_cuda for g in grads),
     )
     return steps
-
-
-def _by_kind(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Parameters sorted by whether a fused kernel takes them: neither complex ones nor views."""
-    kinds: dict[bool, list[Tensor]] = {}
-    for p in parameters:
-        kinds.setdefault(p.is_complex() or not _is_packed(p), []).append(p)
-    return list(kinds.values())
 
 
 def _is_packed(p: Tensor) -> bool:

@@ -147,13 +147,13 @@ def other_dtypes(make: Make) -> None:
 
 def resets(make: Make) -> None:
     """What is deleted from the state is made anew, or an error: it never leaves a checkpoint."""
-    resets: dict[str, Callable[[Optimizer, Tensor], Any]] = {
+    ways: dict[str, Callable[[Optimizer, Tensor], Any]] = {
         "replace": lambda optimizer, p: setattr(optimizer, "state", defaultdict(dict)),
         "clear": lambda optimizer, p: optimizer.state.clear(),
         "forget": lambda optimizer, p: optimizer.state.pop(p),
         "empty": lambda optimizer, p: optimizer.state.update({p: {}}),
     }
-    for name, reset in resets.items():
+    for name, reset in ways.items():
         model, optimizer = trained(make, 5)
         reset(optimizer, next(model.parameters()))
         try:
