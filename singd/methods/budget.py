@@ -76,8 +76,7 @@ def limits_of(budget: Any) -> dict[str, float]:
 def limits_within(groups: Groups) -> dict[str, float]:
     """How many numbers, operations in a step and bytes sent in it the factors of weights may have.
 
-    Args:
-        groups: Options of groups of the same budget, with the averages of their weights.
+    All groups have the same budget.
     """
     matrices = [(m, both, options) for options, some in groups for m, both in some.items()]
     limits = limits_of(matrices[0][2]["budget"])

@@ -50,12 +50,8 @@ def flops_of(
 ) -> Flops:
     """What the method does for one matrix; nothing is allocated.
 
-    Args:
-        method: Method; unknown is what one does that asks for the numbers themselves.
-        shape: Shape of the matrix, as :meth:`Method.init` takes it.
-        structures: Structures of its factors.
-        options: Options of its group.
-        dtype: Data type of its weight.
+    Unknown is what a method does that asks for the numbers themselves. Arguments are those of
+    :meth:`Method.init`.
     """
     like: dict[str, Any] = {"dtype": dtype, "device": "meta"}
     G = torch.empty(1, *shape, **like)

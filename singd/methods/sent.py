@@ -25,10 +25,7 @@ Groups = Sequence[tuple[Options, Mapping[WeightMatrix, CountedCovariances]]]
 class Asked:
     """Bytes that a rank sends in a step, on average over ranks, if weights had structures.
 
-    Args:
-        groups: Options of groups, with the averages of their weights.
-        agree: Means of numbers over ranks.
-        sent: Bytes that this rank would send in a step for weights with given options.
+    Arguments are those of :func:`singd.methods.budget.choose`.
     """
 
     def __init__(

@@ -28,11 +28,7 @@ def fitting(
 ) -> dict[str, Any]:
     """A state to be loaded, checked to be one of this optimizer.
 
-    Args:
-        parts: The objects that take a step.
-        groups: Groups of the optimizer.
-        options: Options that are taken from the groups where the state has none.
-        state_dict: What was saved, possibly by way of a file.
+    ``options`` are taken from the groups where the state has none.
 
     Raises:
         ValueError: If it is of another model, method or structure.

@@ -25,15 +25,7 @@ def attempt(
     descend: bool,
     observe: bool,
 ) -> Report | None:
-    """Take a step, or skip it; it is counted in the groups.
-
-    Args:
-        parts: The objects that take a step.
-        groups: Groups of the optimizer.
-        state: State of the optimizer.
-        scale: Scale of the loss that gradients are free of, if it is known.
-        descend: Move the parameters; else replace gradients by directions.
-        observe: Report norms and residuals.
+    """Take a step, or skip it; it is counted in the groups. Options are those of :func:`take_step`.
 
     Returns:
         What the step did; ``None`` if only the state was made, for there was nothing else to do.

@@ -181,14 +181,7 @@ class Batch:
     def replaced(
         self, matrices: Sequence[WeightMatrix], new: Factors, rounding: Rounding, before: Encoded
     ) -> Encoded:
-        """The factors of all, once those of some matrices are ``new``.
-
-        Args:
-            matrices: Matrices that are updated.
-            new: Their factors.
-            rounding: Rounds to what is stored.
-            before: The factors of all until then.
-        """
+        """The factors of all, once those of some matrices are ``new``; until then, ``before``."""
         keys = [matrix.key for matrix in matrices]
         made = encode(new, before.forms, rounding, keys, self._indices)
         if len(matrices) == len(self.matrices):

@@ -121,11 +121,7 @@ def graft(
 ) -> Averages:
     """Give directions another length, where the group asks for it, and all of them their parts.
 
-    Args:
-        directions: Directions, which are changed.
-        placement: Completes norms.
-        state: State of the optimizer; not changed.
-        adamw: Options of AdamW.
+    Directions are changed; the state is not.
 
     Returns:
         New values for the state, by parameter.
@@ -220,11 +216,7 @@ def move_parameters(
 ) -> None:
     """Move every parameter along its direction, except where ``unless`` is true.
 
-    Args:
-        directions: Directions of all matrices.
-        parameters: Names and groups of parameters: the group of a bias need not be its weight's.
-        state: State of the optimizer, with the momenta.
-        unless: Truth value on the device, or ``None``.
+    The group of a bias need not be its weight's.
     """
 
     def kind(move: tuple[Slot, Tensor, Tensor | None]) -> tuple[Any, ...]:
