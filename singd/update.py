@@ -29,8 +29,9 @@ Every T steps (Figure 3, with ``mean(M) = tr(M) / n``; C alike, with K and C exc
     K <- K (I - beta_1 m_K)
 
 where under ``scale_init`` a K that is still the identity becomes ``mean(S_K)^(-1/2) I`` first, and
-every step ``b <- alpha_2 b + C C^T G K K^T + gamma W``, ``W <- W - beta_2 b``. All factors may
-carry batch dimensions: equal layers, or the groups of a convolution, side by side.
+under relative damping K stays where S is nothing (:func:`is_measured`). Every step ``b <- alpha_2 b
++ C C^T G K K^T + gamma W``, ``W <- W - beta_2 b``. All factors may carry batch dimensions: equal
+layers, or the groups of a convolution, side by side.
 :mod:`singd.methods.batched` is the same for many layers of any size at once.
 """
 
@@ -116,8 +117,18 @@ def first_scale(
     With it the first curvature is of size one whatever the units of inputs and gradients.
     """
     limit = torch.finfo(K.dtype).max ** 0.5
-    is_first = (max_abs(K.add_scaled_identity(-1.0)) == 0) & (mean_S > 0)
+    is_first = (max_abs(K.add_scaled_identity(-1.0)) == 0) & is_measured(mean_S)
     return torch.where(is_first, mean_S.rsqrt().clamp(1 / limit, limit), 1.0)
+
+
+def is_measured(mean_S: Tensor) -> Tensor:
+    """Whether ``mean(S)`` is large enough for a factor to follow S, ``[...]``.
+
+    That of a layer without gradients is not: ``K K^T`` would grow without end towards ``S^-1``. Nor
+    is one so small that the norm of a direction of ``1/eps`` numbers would overflow.
+    """
+    info = torch.finfo(mean_S.dtype)
+    return mean_S > info.tiny / info.eps
 
 
 def factor_step(

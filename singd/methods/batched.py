@@ -111,7 +111,7 @@ def steps(
     for side, (a, c) in zip(sides, weights, strict=True):
         c = c if side.norm is None else update.resolve_damping(c, a, side.norm)
         side.H, side.Q = _weighted_sum_(a, side.H, c, side.gram()), None
-    lerps = _lerp_weights(sides, rule.lr_cov, rule.factor_clip)
+    lerps = _measured(_lerp_weights(sides, rule.lr_cov, rule.factor_clip), sides, rule.kfac_like)
     while sides:  # nothing is kept longer than its step takes
         K, C = (_moved(sides.pop(0), lerps.pop(0)) for _ in range(2))
         yield K, C
@@ -224,6 +224,17 @@ def _lerp_weights(sides: Sequence[_Side], lr_cov: float, factor_clip: float | No
         for i, trace, square in zip(shared, found, found[len(shared) :], strict=False):
             traces[i], norms[i] = trace, square.sqrt()
     return jointly(weights, [side.size for side in sides], traces, norms)
+
+
+def _measured(weights: list[Any], sides: Sequence[_Side], kfac_like: bool) -> list[Any]:
+    """Weights of steps, but zero where S is nothing that damping could be relative to."""
+    means = [side.mean for side in sides if side.mean is not None]
+    if not means:
+        return weights
+    found = [update.is_measured(mean).to(mean) for mean in means]
+    if not kfac_like:
+        found = [each * found[i ^ 1].to(each) for i, each in enumerate(found)]
+    return [weight * each for weight, each in zip(weights, found, strict=True)]
 
 
 def _moved(side: _Side, weight: float | Tensor) -> StructuredMatrix:

@@ -12,6 +12,7 @@ from singd.capture.statistics import Columns, Side, Statistic
 from singd.methods.base import Factors
 from singd.methods.options import wide
 from singd.methods.structure_choice import DAMPING
+from singd.update import is_measured
 from structured import Diagonal, ScaledIdentity, Structure, StructuredMatrix
 
 
@@ -91,11 +92,13 @@ def averaged(S: Member, new: Member, weight: float) -> Member:
 
 
 def inverse_diagonal(S: StructuredMatrix) -> Diagonal:
-    """The inverse of the damped diagonal of ``S``, in units of its mean; the identity of zero."""
+    """The inverse of the damped diagonal of ``S``; the identity where S is nothing.
+
+    In the units of ``K K^T``: lengths of directions are averaged over steps before and after K.
+    """
     d = S.diagonal()
     mean = d.mean(-1, keepdim=True)
-    scaled = torch.where(mean == 0, torch.ones_like(d), d / mean)
-    return Diagonal((scaled + DAMPING).reciprocal())
+    return Diagonal(torch.where(is_measured(mean), d + DAMPING * mean, 1.0).reciprocal())
 
 
 def projected(K: StructuredMatrix, S: StructuredMatrix) -> Statistic:

@@ -184,17 +184,16 @@ class InverseFree(Method):
         (K, H_K), (C, H_C) = (scale.curvature_of(F, U) for F, U in sides)
         damping = scale.dampings(statistics, options)
         if options["kfac_like"]:
-            resolved = [
-                scale.resolved_damping(c, 1.0, U) for c, (_, U) in zip(damping, sides, strict=True)
-            ]
-            m_K, m_C = update.ikfac(K, H_K, resolved[0]), update.ikfac(C, H_C, resolved[1])
+            pairs = zip(damping, sides, strict=True)
+            c_K, c_C = (scale.resolved_damping(c, 1.0, U) for c, (_, U) in pairs)
+            m_K, m_C = update.ikfac(K, H_K, c_K), update.ikfac(C, H_C, c_C)
         else:
             means = [partial(parts.mean, part=U.part) for _, U in sides]
             m_K, m_C = update.singd(K, C, H_K, H_C, damping[0], (means[0], means[1]))
-        new = replace(factors)
-        for name, F, m, (_, U) in zip("KC", (K, C), (m_K, m_C), sides, strict=True):
+        measured, new = scale.measured(statistics, options), factors
+        for name, F, m, (_, U), s in zip("KC", (K, C), (m_K, m_C), sides, measured, strict=True):
             old = getattr(factors, f"m_{name}")
-            new = replace(new, **stepped(name, F, m, old, U.part, options, step))
+            new = replace(new, **stepped(name, F, s * m, old, U.part, options, step))
         return new
 
     def update_all(

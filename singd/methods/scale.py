@@ -32,6 +32,15 @@ def dampings(averages: Averages, options: Options) -> tuple[Any, Any]:
     return options["damping"] * of_K, options["damping"] * of_C
 
 
+def measured(averages: Averages, options: Options) -> tuple[Any, Any]:
+    """What multiplies the new momenta of K and of C: under relative damping 0 if S is nothing."""
+    if not options["relative_damping"]:
+        return 1.0, 1.0
+    means = averages.input.mean(), averages.grad.mean()
+    of_K, of_C = (update.is_measured(mean).to(mean) for mean in means)
+    return (of_K, of_C) if options["kfac_like"] else (of_K * of_C.to(of_K),) * 2
+
+
 def curvature_of(K: StructuredMatrix, U: Statistic) -> tuple[StructuredMatrix, StructuredMatrix]:
     """A factor in the precision of its statistic, and its curvature."""
     wide = torch.promote_types(K.dtype, U.value.dtype)

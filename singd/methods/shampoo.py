@@ -31,7 +31,7 @@ from torch import Tensor
 from singd.methods.base import Factors, Method, Options, Products
 from singd.methods.directions import apply_outer, product_of
 from singd.methods.options import choice, in_range, lr_cov, wide, within_limit
-from singd.update import first_scale
+from singd.update import first_scale, is_measured
 from structured import Diagonal, Structure, StructuredMatrix, parse
 
 GROW = (3.4445, -4.7750, 2.0315)
@@ -92,7 +92,7 @@ class GradientCovariance(Method):
         mean = G.flatten(1).square().mean(1)
         K = [first_scale(K_i, mean) ** (1 / len(factors.K)) * K_i for K_i in factors.K]
         H = curvatures(K, whiten(K, G), options["damping"] * mean)
-        return Modes(factor_steps(K, H, lr_cov(options, step)))
+        return Modes(factor_steps(K, H, lr_cov(options, step) * is_measured(mean).to(mean)))
 
     def products(self, factors: Modes, options: Options) -> Products:
         """``S_i^-p`` of every mode, by its number."""
@@ -141,7 +141,7 @@ def curvatures(
 
 
 def factor_steps(
-    K: Sequence[StructuredMatrix], H: Sequence[StructuredMatrix], step_size: float
+    K: Sequence[StructuredMatrix], H: Sequence[StructuredMatrix], step_size: float | Tensor
 ) -> tuple[StructuredMatrix, ...]:
     """``K_i (I - beta_1 m_i)`` with ``m_i = (H_i - I) / 2``, all shortened alike if one is long.
 

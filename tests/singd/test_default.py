@@ -69,6 +69,7 @@ METHODS: dict[str, Make] = {
     "hierarchical": lambda model: SINGD(model, structures=("hierarchical(4, 4)", "diagonal")),
     "Toeplitz": lambda model: SINGD(model, structures=("lower_toeplitz", "lower_toeplitz")),
     "IKFAC": lambda model: SINGD(model, kfac_like=True),
+    "structures that are chosen": lambda model: SINGD(model, structures="auto"),
     "momentum of factors": lambda model: SINGD(model, alpha1=0.5),
     "KL-Shampoo": KLShampoo,
     "SOAP": SOAP,

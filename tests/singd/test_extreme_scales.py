@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from singd import KFAC, SINGD
+from singd import KFAC, SINGD, KLShampoo
 from tests.singd.runs import batches, mean_loss, mlp
 
 INPUTS: dict[str, Callable[[], Tensor]] = {
@@ -77,3 +78,52 @@ def test_an_error_of_skipped_steps_names_the_parameter_and_the_cause(method: Any
         FloatingPointError, match=r"0\.weight: its gradient is not finite in 2 step"
     ):
         train()
+
+
+FOLLOWING: dict[str, Any] = {
+    "SINGD": SINGD,
+    "SINGD, unbounded": partial(SINGD, factor_clip=None),
+    "SINGD from identities": partial(SINGD, scale_init=False),
+    "SINGD with momenta": partial(SINGD, alpha1=0.5),
+    "IKFAC": partial(SINGD, kfac_like=True),
+    "KL-Shampoo": partial(KLShampoo, T=1),
+}
+"""Methods whose factors grow by a part of themselves where a curvature is less than they say."""
+
+
+@pytest.mark.parametrize("tiny", [0.0, 1e-20])
+@pytest.mark.parametrize("method", FOLLOWING)
+def test_factors_of_a_layer_without_gradients_stay_until_there_are_some(
+    method: str, tiny: float
+) -> None:
+    model = mlp(torch.float32)
+    optimizer = FOLLOWING[method](model)
+
+    def train(slope: float) -> list[Tensor]:
+        """The factors of the output gradients of the first layer after a step."""
+        X, y = batches(1, dtype=torch.float32)[0]
+        hidden = model[0](X)
+        hidden.register_hook(lambda g: slope * g)  # as of units that do not react
+        optimizer.zero_grad()
+        mean_loss(model[1:](hidden), y).backward()
+        optimizer.step()
+        entry = optimizer.state[model[0].weight]
+        return [t.clone() for t in entry["K_0" if method == "KL-Shampoo" else "C"]]
+
+    first, *_, last = (train(tiny) for _ in range(3))
+    torch.testing.assert_close(last, first, rtol=0, atol=0)
+    torch.testing.assert_close(last, [torch.eye(6).expand_as(t) for t in last], rtol=0, atol=0)
+    assert not torch.equal(train(1.0)[0], last[0])
+    assert optimizer.skipped == 0
+
+
+def test_a_channel_without_gradients_keeps_none_of_the_others_from_being_trained() -> None:
+    model = nn.Conv2d(3, 3, 2, groups=3)
+    optimizer = SINGD(model, T=1, lr_cov=1.0)
+    for _ in range(120):  # factors that double every other step would be out of range
+        optimizer.zero_grad()
+        output = model(torch.randn(4, 3, 4, 4))
+        output[:, 1:].square().sum((1, 2, 3)).mean().backward()
+        optimizer.step()
+    assert optimizer.skipped == 0
+    assert all(bool(t.isfinite().all()) for t in optimizer.state[model.weight]["C"])
