@@ -75,6 +75,20 @@ def test_it_goes_on_where_it_was_saved() -> None:
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
+def test_another_begins_where_the_group_says_so() -> None:
+    model = mlp()
+    optimizer = SINGD(model, T=50, burn_in=2)
+    train(model, optimizer, batches(4))
+    (group,) = optimizer.param_groups
+    group["burn_in"] = group["step"] + 2
+    found, before = [], factors(optimizer)
+    for batch in batches(8)[4:]:
+        train(model, optimizer, [batch])
+        found.append(not all(map(torch.equal, before, factors(optimizer))))
+        before = factors(optimizer)
+    assert found == [True, True, False, False]
+
+
 @pytest.mark.parametrize("wrong", [-1, 2.5])
 def test_a_wrong_number_is_an_error_of_the_step(wrong: Any) -> None:
     model = mlp()

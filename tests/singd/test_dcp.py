@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+import singd
 from singd.testing.sharded.world import spawn_within
 from tests.singd.paper import KFAC, SINGD
 from tests.singd.runs import batches, mlp, snapshot, train
@@ -214,3 +215,19 @@ def test_two_ranks(tmp_path: Path) -> None:
         assert same(ended["loaded"], ended["whole"])
         assert same(ended["broadcast"], ended["whole"])
     assert same(runs[0]["whole"], runs[1]["whole"])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_structures_that_were_chosen_are_given_to_the_fresh_optimizer(tmp_path: Path) -> None:
+    ends = []
+    for stopped in (False, True):
+        model = net()
+        optimizer = singd.SINGD(model, structures="auto")
+        train(model, optimizer, DATA[:4])
+        if stopped:
+            save(tmp_path, model, optimizer, StateDictOptions())
+            chosen, model = optimizer.param_groups[0]["structures"], net()
+            optimizer = singd.SINGD(model, structures=chosen)
+            load(tmp_path, model, optimizer, StateDictOptions())
+        ends.append(train(model, optimizer, DATA[4:]))
+    assert same(*ends)
