@@ -70,9 +70,18 @@ def singd(structures: Any = None, **options: Any) -> Make:
     return make
 
 
-def both(structure: str) -> Make:
-    """One structure on both sides, and updates at every T-th step alone, as in the paper."""
-    return singd((structure, structure), burn_in=0)
+STRUCTURES: dict[str, Any] = {
+    "SINGD": None,
+    "SINGD block-diagonal": ("block_diagonal(16)",) * 2,
+    "SINGD hierarchical": ("hierarchical(8, 8)",) * 2,
+    "SINGD Toeplitz": ("lower_toeplitz",) * 2,
+    "SINGD diagonal": ("diagonal",) * 2,
+    "SINGD auto": "auto",
+}
+"""The rows of SINGD: what differs is ``structures``."""
+
+NO_BURN_IN = ", no burn-in"
+"""Added to the name of a row of SINGD whose factors are updated at every T-th step alone."""
 
 
 OF_OTHERS: dict[str, Make] = {"SGD": sgd, "AdamW": adamw, "Muon": muon, "SOAP": soap}
@@ -80,14 +89,9 @@ OURS: dict[str, Make] = {
     "KL-Shampoo": kl_shampoo,
     "KFAC": kfac,
     "IKFAC": ikfac,
-    "INGD": both("dense"),
-    "SINGD block-diagonal": both("block_diagonal(16)"),
-    "SINGD hierarchical": both("hierarchical(8, 8)"),
-    "SINGD Toeplitz": both("lower_toeplitz"),
-    "SINGD diagonal": both("diagonal"),
-    "SINGD auto": singd("auto", burn_in=0),
-    "SINGD, no burn-in": singd(burn_in=0),
-    "SINGD": singd(),
+    "INGD": singd(("dense", "dense"), burn_in=0),
+    **{name + NO_BURN_IN: singd(each, burn_in=0) for name, each in STRUCTURES.items()},
+    **{name: singd(each) for name, each in STRUCTURES.items()},
 }
 
 CONSTANT = " (rms)"

@@ -29,7 +29,7 @@ from functools import cache
 
 from scipy.stats import qmc
 
-from benchmarks.evidence.methods import CONSTANT, METHODS
+from benchmarks.evidence.methods import CONSTANT, METHODS, STRUCTURES
 
 Setting = dict[str, float]
 
@@ -146,7 +146,7 @@ OWN: dict[str, Setting] = {
     "IKFAC": {"averaging": 0.3, "momentum": 0.9, "damping": 1e-3},
 }
 DEFAULTS = {"averaging": 0.3, "momentum": 0.0, "damping": 1e-3}  # of INGD and others
-OWN["SINGD"] = DEFAULTS | {"damping": 1e-2}
+OWN |= {name: DEFAULTS | {"damping": 1e-2} for name in STRUCTURES}  # with a burn-in
 FIXED = {name: COMMON | OWN.get(name.removesuffix(CONSTANT), DEFAULTS) for name in METHODS}
 
 
