@@ -23,11 +23,12 @@ from torch import Tensor
 from benchmarks.claims import common
 from benchmarks.claims.common import markdown, table
 from benchmarks.evidence import protocol
+from benchmarks.evidence.methods import singd
 from benchmarks.evidence.tasks import TASKS, judge
 from benchmarks.evidence.trial import Training, Trial, TrialError, failures
 from benchmarks.optimizers import state_tensors
 from benchmarks.results import Row
-from singd import KFAC, SINGD
+from singd import KFAC
 from structured import divergence, inverse_root
 
 SPECS = (
@@ -40,7 +41,7 @@ PAIRS = (
 )
 SIDES = ("both", "K", "C")
 DENSE = ("dense", "both")
-DAMPING = 1e-3  # in units of the mean eigenvalue
+DAMPING = protocol.FIXED["SINGD"]["damping"]  # in units of the mean eigenvalue
 CURVATURE_BATCHES = 3
 
 
@@ -52,8 +53,7 @@ def training(task: str, structures: tuple[str, str], seed: int, steps: int) -> T
     """SINGD at the setting that is the same on all tasks."""
     setting = protocol.FIXED["SINGD"]
     made = Training(Trial(task, "SINGD", "final", setting, seed, steps))
-    options = {"lr": setting["rate"], "weight_decay": setting["decay"], "damping": DAMPING}
-    made.optimizer = SINGD(made.model, structures=structures, graft="rms", burn_in=0, **options)
+    made.optimizer = singd(structures)(made.model, setting)
     made.rates = [group["lr"] for group in made.optimizer.param_groups]
     return made
 
