@@ -155,7 +155,7 @@ def _values(grad: Tensor) -> Tensor:
 def found_inf(made: list[Tensor], placement: Placement, order: float = torch.inf) -> Tensor:
     """Whether any number on any rank is not finite, a truth value on the device."""
     found = ~all_finite(made, order) if made else torch.zeros((), dtype=torch.bool)
-    return placement.complete(found.float()) > 0
+    return found if placement.size == 1 else placement.complete(found.float()) > 0
 
 
 def may_defer(parts: Parts, others: Iterable[tuple[Group, list[Tensor]]]) -> bool:
