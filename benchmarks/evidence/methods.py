@@ -112,3 +112,6 @@ def constant(make: Make) -> Make:
 
 METHODS = OF_OTHERS | OURS | {name + CONSTANT: constant(make) for name, make in OURS.items()}
 """One entry is one row; nothing else has to be changed for a further one."""
+
+VARIANTS = (NO_BURN_IN, CONSTANT)
+"""What the names of rows end with that have tables of their own."""

@@ -10,7 +10,7 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks.evidence import protocol
-from benchmarks.evidence.methods import CONSTANT
+from benchmarks.evidence.methods import CONSTANT, NO_BURN_IN, VARIANTS
 from benchmarks.evidence.outcome import KINDS, Results
 from benchmarks.evidence.protocol import BASELINE, SIZES, Size
 from benchmarks.evidence.runs import Runs
@@ -18,9 +18,10 @@ from benchmarks.evidence.runs import Runs
 OURS = "SINGD"  # the row that the sentences are about
 
 
-def rows(*, constant: bool = False) -> list[str]:
-    """The methods as they are, or those whose directions all have one length."""
-    return [m for m in protocol.METHODS if m.endswith(CONSTANT) == constant]
+def rows(variant: str = "") -> list[str]:
+    """The methods as they are, or one of :data:`VARIANTS` of them."""
+    named = [m for m in protocol.METHODS if m.endswith(variant)]
+    return named if variant else [m for m in named if not m.endswith(VARIANTS)]
 
 
 def complete(results: Results) -> list[str]:
@@ -28,20 +29,18 @@ def complete(results: Results) -> list[str]:
     return [m for m in rows() if m in results.methods]
 
 
-def table(
-    results: Results, title: str, cell: Callable[[str, str], str], *, constant: bool = False
-) -> str:
+def table(results: Results, title: str, cell: Callable[[str, str], str], variant: str = "") -> str:
     """A row for each method, a column for each task."""
     lines = [f"| {title} | {' | '.join(results.tasks)} |"]
     lines.append(f"| --- |{' --: |' * len(results.tasks)}")
-    for method in rows(constant=constant):
+    for method in rows(variant):
         cells = [cell(t, method) if (t, method) in results.done else "" for t in results.tasks]
         if any(cells):
             lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def differences(results: Results, kind: str, *, constant: bool = False) -> str:
+def differences(results: Results, kind: str, variant: str = "") -> str:
     """Test losses less that of the tuned AdamW, in percent of it."""
 
     def cell(task: str, method: str) -> str:
@@ -54,7 +53,7 @@ def differences(results: Results, kind: str, *, constant: bool = False) -> str:
             f"{lost} of {len(losses)} failed" if lost else f"{percent(mean)} ± {percent(error)[1:]}"
         )
 
-    return table(results, kind, cell, constant=constant)
+    return table(results, kind, cell, variant)
 
 
 def percent(x: float) -> str:
@@ -109,7 +108,7 @@ def duels(results: Results) -> str:
         "| | tasks | tuned: lower | higher | one setting: lower | higher |",
         "| --- |" + " --: |" * 5,
     ]
-    for method in rows():
+    for method in (*rows(), *rows(NO_BURN_IN)):
         tasks = shared(results, method)
         if method != OURS and tasks:
             counts = [
@@ -257,9 +256,10 @@ def write(runs: Runs, size: Size, out: Path) -> None:
         "target_one_setting": targets(results, "one setting"),
         "costs": costs(results),
         "duels": duels(results),
-        "constant_tuned": differences(results, "tuned", constant=True),
-        "constant_one_setting": differences(results, "one setting", constant=True),
     }
+    for variant, prefix in ((NO_BURN_IN, "no_burn_in"), (CONSTANT, "constant")):
+        for kind in KINDS:
+            parts[f"{prefix}_{kind.replace(' ', '_')}"] = differences(results, kind, variant)
     for name, text in parts.items():
         (out / f"{name}.md").write_text(text + "\n")
     (out / "summary.json").write_text(json.dumps(summary(results), indent=2) + "\n")
