@@ -111,7 +111,7 @@ def steps(
     for side, (a, c) in zip(sides, weights, strict=True):
         c = c if side.norm is None else update.resolve_damping(c, a, side.norm)
         side.H, side.Q = _weighted_sum_(a, side.H, c, side.gram()), None
-    lerps = _measured(_lerp_weights(sides, rule.lr_cov, rule.factor_clip), sides, rule.kfac_like)
+    lerps = _lerp_weights(sides, rule)
     while sides:  # nothing is kept longer than its step takes
         K, C = (_moved(sides.pop(0), lerps.pop(0)) for _ in range(2))
         yield K, C
@@ -197,19 +197,26 @@ def _complete_norms(sides: Sequence[_Side], sums: Sequence[list[Tensor]]) -> Non
         sides[i].norm = next(found).sqrt()
 
 
-def _lerp_weights(sides: Sequence[_Side], lr_cov: float, factor_clip: float | None) -> list[Any]:
-    """``-beta_1 / 2`` for each, where ``beta_1`` is :func:`singd.update.clip_lr_cov`."""
-    if factor_clip is None:
-        return [-0.5 * lr_cov] * len(sides)
-    bound = factor_clip
+def _lerp_weights(sides: Sequence[_Side], rule: Rule) -> list[Any]:
+    """``-beta_1 / 2`` for each, where ``beta_1`` is :func:`singd.update.clip_lr_cov`.
 
-    def weights(trace: Tensor, norm: Tensor, n: Tensor) -> Tensor:
+    Zero where S is nothing that damping could be relative to.
+    """
+    lr_cov, measured = rule.lr_cov, _measured(sides, rule.kfac_like)
+    if rule.factor_clip is None:
+        whole: list[Any] = [1.0] * len(sides)
+        return [-0.5 * lr_cov * each for each in measured or whole]
+    bound = rule.factor_clip
+
+    def weights(trace: Tensor, norm: Tensor, *others: Tensor) -> Tensor:
+        *moves, n = others
         t = trace / n
         of_mean = t.abs() * n.sqrt()
         # ||X - t I||_F = (||X||_F^2 - ||t I||_F^2)^(1/2), and that without an overflow:
         spread = (norm - of_mean).clamp_(min=0.0).sqrt_() * (norm + of_mean).sqrt_()
         norms = spread.add_(t.sub_(1.0).abs_()).mul_(0.5 * lr_cov)
-        return norms.clamp_(min=bound).reciprocal_().mul_(-0.5 * lr_cov * bound)
+        found = norms.clamp_(min=bound).reciprocal_().mul_(-0.5 * lr_cov * bound)
+        return found.mul_(moves[0]) if moves else found
 
     X = [side.counted(side.H) for side in sides]
     traces = [x.trace() for x in X]
@@ -223,18 +230,22 @@ def _lerp_weights(sides: Sequence[_Side], lr_cov: float, factor_clip: float | No
         found = completed(numbers, [sides[i].part for i in shared] * 2)
         for i, trace, square in zip(shared, found, found[len(shared) :], strict=False):
             traces[i], norms[i] = trace, square.sqrt()
-    return jointly(weights, [side.size for side in sides], traces, norms)
+    more = [measured] if measured else []
+    return jointly(weights, [side.size for side in sides], traces, norms, *more)
 
 
-def _measured(weights: list[Any], sides: Sequence[_Side], kfac_like: bool) -> list[Any]:
-    """Weights of steps, but zero where S is nothing that damping could be relative to."""
+def _measured(sides: Sequence[_Side], kfac_like: bool) -> list[Tensor]:
+    """1 where a factor can follow S and 0 where not, as damping is relative to it; else nothing."""
     means = [side.mean for side in sides if side.mean is not None]
     if not means:
-        return weights
-    found = [update.is_measured(mean).to(mean) for mean in means]
-    if not kfac_like:
-        found = [each * found[i ^ 1].to(each) for i, each in enumerate(found)]
-    return [weight * each for weight, each in zip(weights, found, strict=True)]
+        return []
+    others = means if kfac_like else [means[i ^ 1].to(mean) for i, mean in enumerate(means)]
+    return jointly(
+        lambda mean, other, _: (update.is_measured(mean) & update.is_measured(other)).to(mean),
+        [side.size for side in sides],
+        means,
+        others,
+    )
 
 
 def _moved(side: _Side, weight: float | Tensor) -> StructuredMatrix:
