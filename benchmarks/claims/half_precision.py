@@ -101,7 +101,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "INGD, bounded": ours(**BOUNDED),
     "SINGD diagonal, bounded": ours(structures=("diagonal", "diagonal"), **BOUNDED),
     "SINGD, library's default": lambda model, **options: SINGD(
-        model, lr=0.1 * options["lr"], damping=1e-3, max_skipped=None, graft="rms", burn_in=0
+        model, lr=0.1 * options["lr"], max_skipped=None
     ),
 }
 
