@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from singd import Factors, KroneckerOptimizer, Method
-from singd.update import first_scale
+from singd.update import first_scale, is_measured
 from structured import StructuredMatrix, parse
 
 
@@ -72,7 +72,7 @@ def curvatures(K: Sequence[StructuredMatrix], Y: Tensor, damping: Any) -> list[S
 
 
 def factor_steps(
-    K: Sequence[StructuredMatrix], H: Sequence[StructuredMatrix], lr_cov: float
+    K: Sequence[StructuredMatrix], H: Sequence[StructuredMatrix], lr_cov: Any
 ) -> tuple[StructuredMatrix, ...]:
     """``K_i (I - beta_1 m_i)`` with ``m_i = (H_i - I) / 2``, all shortened alike if one is long."""
     m = [0.5 * H_i.add_scaled_identity(-1.0) for H_i in H]
@@ -98,12 +98,12 @@ class StructuredShampoo(Method):
         return Modes(tuple(s.identity(n, **like) for s, n in zip(structures, shape, strict=True)))
 
     def update(self, factors: Modes, statistics: Tensor, options: Any, step: int) -> Modes:
-        """The damping is relative to ``g^2``; factors start where ``||Y||^2 = d``."""
+        """The damping is relative to ``g^2``: K stays at zeros, and starts at ``||Y||^2 = d``."""
         G = statistics.to(factors.K[0].dtype)
         mean = G.flatten(1).square().mean(1)
         K = [first_scale(K_i, mean) ** (1 / len(factors.K)) * K_i for K_i in factors.K]
         H = curvatures(K, whiten(K, G), options["damping"] * mean)
-        return Modes(factor_steps(K, H, options["lr_cov"]))
+        return Modes(factor_steps(K, H, options["lr_cov"] * is_measured(mean).to(mean)))
 
     def precondition(self, factors: Modes, G: Tensor, products: Any) -> Tensor:
         """``G x_1 K_1 K_1^T ... x_k K_k K_k^T``."""

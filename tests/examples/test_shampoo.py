@@ -372,3 +372,4 @@ def test_zero_gradients_are_harmless() -> None:
         layer.weight.grad = torch.zeros_like(layer.weight)
         optimizer.step()
     assert torch.equal(layer.weight, before)
+    assert all(torch.equal(K, torch.eye(len(K))) for K in optimizer.state[layer.weight]["K_0"])
