@@ -122,8 +122,6 @@ class Batch:
         self._indices = indices
         self._eager_versions = torch.compiler.disable(self._count_writes)  # not at import
         self.matrices, self.group, self.stored = list(matrices), group, stored
-        self.is_apart: bool | None = None
-        """Whether directions are made of weights and biases apart; ``None`` until it is asked."""
         self._products: Products | None = None
         self._versions: list[int] = []  # of the factors that they were made of
         one = [stored.map(operator.itemgetter(i)) for i in range(len(self.matrices))]

@@ -98,15 +98,10 @@ def precondition(
 
 
 def _is_apart(method: Method, proposal: Proposal) -> bool:
-    """Whether directions are best made of weights and biases apart; the method is asked once."""
-    batch = proposal.batch
-    if batch.is_apart is None:
-        batch.is_apart = (
-            batch.matrices[0].bias is not None
-            and method.speaks_for("is_apart", "apply_apart")
-            and method.is_apart(proposal.stored.like, proposal.products)
-        )
-    return batch.is_apart
+    """Whether directions are best made of weights and biases apart."""
+    if proposal.batch.matrices[0].bias is None or not method.speaks_for("is_apart", "apply_apart"):
+        return False
+    return method.is_apart(proposal.stored.like, proposal.products)
 
 
 def _apply(
