@@ -72,7 +72,7 @@ def curvatures(K: Sequence[StructuredMatrix], Y: Tensor, damping: Any) -> list[S
 
 
 def factor_steps(
-    K: Sequence[StructuredMatrix], H: Sequence[StructuredMatrix], lr_cov: Any
+    K: Sequence[StructuredMatrix], H: Sequence[StructuredMatrix], lr_cov: float | Tensor
 ) -> tuple[StructuredMatrix, ...]:
     """``K_i (I - beta_1 m_i)`` with ``m_i = (H_i - I) / 2``, all shortened alike if one is long."""
     m = [0.5 * H_i.add_scaled_identity(-1.0) for H_i in H]

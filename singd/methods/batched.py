@@ -204,8 +204,8 @@ def _lerp_weights(sides: Sequence[_Side], rule: Rule) -> list[Any]:
     """
     lr_cov, measured = rule.lr_cov, _measured(sides, rule.kfac_like)
     if rule.factor_clip is None:
-        whole: list[Any] = [1.0] * len(sides)
-        return [-0.5 * lr_cov * each for each in measured or whole]
+        weight = -0.5 * lr_cov
+        return [weight * each for each in measured] if measured else [weight] * len(sides)
     bound = rule.factor_clip
 
     def weights(trace: Tensor, norm: Tensor, *others: Tensor) -> Tensor:

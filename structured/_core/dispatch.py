@@ -15,7 +15,7 @@ from structured._products import gram
 try:
     from structured import kernels  # registers the operators; Triton is imported on first use
 except ImportError:  # the folder is not there
-    kernels = None  # type: ignore[assignment]
+    kernels = None  # type: ignore[assignment]  # in the place of a module
 
 
 def sums_of_squares(X: Tensor) -> Tensor:

@@ -40,10 +40,10 @@ SCHEDULES: dict[str, Any] = {
 }
 
 
-def halves(model: nn.Module) -> list[dict[str, Any]]:
+def halves(model: nn.Sequential) -> list[dict[str, Any]]:
     """The first layer and its normalization, and the last layer."""
-    first = [*model[0].parameters(), *model[1].parameters()]  # type: ignore[index]
-    return [{"params": first}, {"params": list(model[3].parameters())}]  # type: ignore[index]
+    first = [*model[0].parameters(), *model[1].parameters()]
+    return [{"params": first}, {"params": list(model[3].parameters())}]
 
 
 def number_and_order(make: Make) -> None:
